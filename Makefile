@@ -1,0 +1,33 @@
+# Usage: `make help`.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+bin   := $(VENV)/bin
+stamp := $(VENV)/.svdalign-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test
+
+help:  ## show this text
+	@echo 'make TARGET [VENV=.venv] [PYTHON=python3] [ARGS="..."]'
+	@echo
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@echo
+	@echo 'compare and test first make the virtual environment VENV, with the versions'
+	@echo 'of constraints.txt, if it is missing or out of date. ARGS goes to svdalign'
+	@echo 'compare, or to pytest: make compare ARGS="--epochs 2", make test ARGS="-k data".'
+
+compare: $(stamp)  ## train BP, DFA and SSA side by side on the embedded images; table and HTML report
+	$(bin)/svdalign compare $(ARGS)
+
+test: $(stamp)  ## lint, format check, type check, tests
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy --strict src
+	$(bin)/pytest -n 2 $(ARGS)
+
+$(stamp): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
