@@ -1,0 +1,12 @@
+"""Image data as tensors on the device, and batches of them.
+
+:func:`load` decodes a data set once; :func:`batches` gathers, augments and normalises whole
+batches on the device, reproducibly from any batch of any epoch.
+"""
+
+from svdalign.data._augment import Augment
+from svdalign.data._batches import batches, num_batches
+from svdalign.data._load import available, load
+from svdalign.data._types import ImageData, Split
+
+__all__ = ["Augment", "ImageData", "Split", "available", "batches", "load", "num_batches"]
