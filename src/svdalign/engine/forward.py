@@ -1,0 +1,53 @@
+"""Running a user's model: its inputs and outputs in any of the usual shapes, its state untouched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["first_tensor", "forward", "preserved"]
+
+
+def forward(model: nn.Module, x: Any) -> Tensor:
+    """The model's output tensor for ``x``: one tensor, a tuple of positional or a dict of keyword
+    arguments. Of a structured output its ``logits``, else its first floating tensor, is taken."""
+    if isinstance(x, Mapping):
+        out = model(**x)
+    elif isinstance(x, tuple | list):
+        out = model(*x)
+    else:
+        out = model(x)
+    if isinstance(out, Tensor):
+        return out
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    return logits if isinstance(logits, Tensor) else first_tensor(out)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The first floating-point tensor in a nested structure."""
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise TypeError(f"the model must return a floating-point tensor or a structure with one, got {type(out).__name__}")
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Run the model inside without a trace: buffers (batch-norm statistics) and random state come
+    back as they were, so that a second run repeats the first and counts once."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index for d in devices]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+            # Autocast caches low-precision copies of weights; those made without grad stay without.
+            torch.clear_autocast_cache()

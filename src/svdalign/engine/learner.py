@@ -1,0 +1,316 @@
+"""What users hold: a model, a rule, an optimizer, and one method that takes a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import rules
+from ..factors import FactoredLayer
+from ..factors.stiefel import RETRACTIONS, tangent_project
+from ..feedback import StructuredFeedback
+from ..rules import Rule, Teaching, TeachingUnit
+from .forward import forward, preserved
+from .streaming import stream
+from .units import OUTPUT, Plan, Unit, Units, make_plan
+
+__all__ = ["Learner", "StepReport"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw, as tensors on the model's device: reading a value is up to the caller.
+
+    ``loss``: task loss of the network's output. ``accuracy``: share of right answers, None where
+    the targets are not class indices. ``unit_losses``: each unit's own loss by its name.
+    """
+
+    loss: Tensor
+    accuracy: Tensor | None
+    unit_losses: dict[str, Tensor]
+
+
+class _Default:
+    def __repr__(self) -> str:
+        return "the rule's own"
+
+
+_DEFAULT: Any = _Default()
+
+
+class Learner:
+    """Trains ``model`` by ``rule``, unit by unit.
+
+    ``model``: any ``nn.Module``, factored or dense; it is trained in place and its ``forward`` is
+    used as it is. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`; ``horizon``
+    and ``error`` replace the rule's own. ``units``: where units end, see :func:`make_plan`.
+    ``optimizer``: called with the list of parameters to train, learned feedback included; returns
+    the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim tensor``, a mean over
+    the batch; cross-entropy by default. ``retraction``: "newton-schulz", "qr", "polar" or None, brings
+    ``U`` and ``V`` back onto the Stiefel manifold after every ``retract_every`` steps; their gradients
+    are then projected onto its tangent space. ``seed``: of the feedback's random matrices.
+
+    Raises TypeError or ValueError that name the argument when something does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: str | Rule = "ssa",
+        *,
+        units: Units = "layer",
+        horizon: int | None = _DEFAULT,
+        error: rules.ErrorSource = _DEFAULT,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        example: Any,
+        loss: Loss | None = None,
+        retraction: str | None = "newton-schulz",
+        retract_every: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if retraction is not None and retraction not in RETRACTIONS:
+            raise ValueError(f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}")
+        if isinstance(retract_every, bool) or not isinstance(retract_every, int) or retract_every < 1:
+            raise ValueError(f"retract_every must be a whole number of at least 1, got {retract_every!r}")
+        changes = {"horizon": horizon, "error": error}
+        self.rule = replace(rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT})
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model has no parameter to train (none requires a gradient)")
+        self.model = model
+        self.loss: Loss = F.cross_entropy if loss is None else loss
+        self.retraction, self.retract_every = retraction, retract_every
+        self.steps = 0
+        self._checked = False
+        self.plan: Plan = make_plan(model, units, example)
+        if self.plan.unreached and self.horizon is not None:
+            warnings.warn(
+                f"these parameters do not reach the network's output and will not learn: {self.plan.unreached}",
+                stacklevel=2,
+            )
+        generator = torch.Generator().manual_seed(seed)
+        first = next(model.parameters())
+        self.feedback = nn.ModuleDict()
+        self._teaching_units: dict[str, TeachingUnit] = {}
+        for i, unit in enumerate(self.plan.units):
+            view = TeachingUnit(
+                unit.name, unit.features_shape, self.plan.output_shape, tuple(_layers(model, unit))
+            )
+            self._teaching_units[unit.name] = view
+            if unit.name != OUTPUT and self.horizon is not None:
+                feedback = self.rule.feedback(view, generator)
+                if feedback is not None:
+                    self.feedback[str(i)] = feedback.to(first.device)
+        self.transport = self.rule.transport(model, generator)
+        self._index = {unit.name: str(i) for i, unit in enumerate(self.plan.units)}
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be called with parameters and return a torch.optim.Optimizer, got {self.optimizer!r}"
+            )
+
+    @property
+    def horizon(self) -> int | None:
+        """How many units upstream a unit's gradient travels; None is backpropagation."""
+        return self.rule.horizon
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units in order of execution; the last one leads to the network's output."""
+        return self.plan.units
+
+    def step(self, x: Any, y: Tensor) -> StepReport:
+        """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync."""
+        self.optimizer.zero_grad(set_to_none=True)
+        report = self.backward(x, y)
+        self.update()
+        return report
+
+    def update(self) -> None:
+        """The second half of :meth:`step`: the optimizer's step on the present gradients, and the
+        retraction. Between :meth:`backward` and this is the place to clip or unscale gradients."""
+        self.optimizer.step()
+        self.after_update()
+
+    def after_update(self) -> None:
+        """Retract the factors if it is time to. For loops that call ``optimizer.step`` themselves."""
+        self.steps += 1
+        if self.retraction is not None and self.steps % self.retract_every == 0:
+            retract = RETRACTIONS[self.retraction]
+            with torch.no_grad():
+                for X in self._stiefel_factors():
+                    X.copy_(retract(X))
+
+    def backward(self, x: Any, y: Tensor) -> StepReport:
+        """Add this batch's gradients to the parameters' ``.grad``, without an update."""
+        self._check(x, y)
+        if self.horizon is None:
+            return self._backpropagate(x, y)
+        z, losses = self._stream(x, y)
+        return StepReport(losses[OUTPUT], accuracy(z, y), losses)
+
+    def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
+        """The rule's gradients for a batch, by parameter name; nothing is changed by the call."""
+        named = dict(self.model.named_parameters())
+        everything = [*named.values(), *self.feedback.parameters()]
+        saved = [p.grad for p in everything]
+        for p in everything:
+            p.grad = None
+        try:
+            with preserved(self.model):
+                self.backward(x, y)
+            return {name: p.grad for name, p in named.items() if p.grad is not None}
+        finally:
+            for p, grad in zip(everything, saved, strict=True):
+                p.grad = grad
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: model, feedback, transport, optimizer, step count."""
+        return {
+            "model": self.model.state_dict(),
+            "feedback": self.feedback.state_dict(),
+            "transport": {} if self.transport is None else self.transport.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`; the model's ranks must be the saved ones."""
+        self.model.load_state_dict(state["model"])
+        self.feedback.load_state_dict(state["feedback"])
+        if self.transport is not None:
+            self.transport.load_state_dict(state["transport"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+    # --- one batch ------------------------------------------------------------------------------
+
+    def _backpropagate(self, x: Any, y: Tensor) -> StepReport:
+        carried = (
+            contextlib.nullcontext()
+            if self.transport is None
+            else self.rule.transporting(self.model, self.transport)
+        )
+        with carried:
+            z = forward(self.model, x)
+            loss = self.loss(z, y)
+            loss.backward()  # type: ignore[no-untyped-call]
+        for unit in self.plan.units:
+            self._finish(unit)
+        loss = loss.detach()
+        return StepReport(loss, accuracy(z.detach(), y), {OUTPUT: loss})
+
+    def _stream(self, x: Any, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.horizon is not None
+        needs_error = self.rule.error == "output" and len(self.feedback) > 0
+        teaching = Teaching(
+            y, self.loss, self._output_error(x, y) if needs_error else None, self.plan.output_shape
+        )
+        losses: dict[str, Tensor] = {}
+
+        def teach(unit: Unit, h: Tensor) -> Tensor:
+            features = h.detach().requires_grad_()
+            if unit.name == OUTPUT:
+                feedback, loss = None, self.loss(features, y)
+            else:
+                feedback = self._feedback(unit)
+                loss = self.rule.loss(self._teaching_units[unit.name], feedback, features, teaching)
+            learned = [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
+            delta, *grads = torch.autograd.grad(loss, [features, *learned], allow_unused=True)
+            for parameter, grad in zip(learned, grads, strict=True):
+                _accumulate(parameter, grad)
+            losses[unit.name] = loss.detach()
+            return torch.zeros_like(features) if delta is None else delta
+
+        def retire(unit: Unit, outputs: list[Tensor], signals: list[Tensor]) -> None:
+            parameters = [p for name in unit.parameters if (p := self.model.get_parameter(name)).requires_grad]
+            if parameters:
+                grads = torch.autograd.grad(outputs, parameters, signals, allow_unused=True)
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    _accumulate(parameter, grad)
+            self._finish(unit)
+
+        z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
+        return z, losses
+
+    def _output_error(self, x: Any, y: Tensor) -> Tensor:
+        """``dL/dz``, from a first pass that leaves no trace."""
+        with preserved(self.model), torch.no_grad():
+            z = forward(self.model, x)
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(self.loss(z, y), z)[0]
+
+    def _finish(self, unit: Unit) -> None:
+        """Add the unit's weight terms and project its factors' gradients onto the tangent space."""
+        view = self._teaching_units[unit.name]
+        feedback = self._feedback(unit)
+        loss = self.rule.weights_loss(view, feedback)
+        if loss is not None:
+            factors = [p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad]
+            grads = torch.autograd.grad(loss, factors, allow_unused=True)
+            for parameter, grad in zip(factors, grads, strict=True):
+                _accumulate(parameter, grad)
+
+    def _feedback(self, unit: Unit) -> nn.Module | None:
+        index = self._index[unit.name]
+        return self.feedback[index] if index in self.feedback else None
+
+    def _stiefel_factors(self) -> Iterable[nn.Parameter]:
+        for module in (*self.model.modules(), *self.feedback.modules()):
+            if isinstance(module, FactoredLayer | StructuredFeedback):
+                for X in (module.U, module.V):
+                    if isinstance(X, nn.Parameter) and X.requires_grad:
+                        yield X
+
+    def _check(self, x: Any, y: Tensor) -> None:
+        """Refuse a batch that cannot be learned from. Values are read on the first batch only:
+        reading them costs a host sync."""
+        if not isinstance(y, Tensor):
+            raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
+        classification = self.loss is F.cross_entropy
+        if classification and y.dtype != torch.int64 and y.ndim < 2:
+            raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
+        if self._checked:
+            return
+        for value in x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,):
+            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError("x must be finite, got NaN or infinite values in the first batch")
+        if classification and y.dtype == torch.int64:
+            shape = self.plan.output_shape
+            C = shape[1] if len(shape) == 4 else shape[-1]
+            low, high = int(y.min()), int(y.max())
+            if (low < 0 and low != -100) or high >= C:
+                raise ValueError(f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]")
+        self._checked = True
+
+
+def accuracy(z: Tensor, y: Tensor) -> Tensor | None:
+    """Share of samples whose largest logit is the target, 0-dim; None for other kinds of targets."""
+    if y.dtype != torch.int64 or z.shape[:-1] != y.shape:
+        return None
+    return (z.argmax(-1) == y).float().mean()
+
+
+def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:
+    if grad is not None:
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def _layers(model: nn.Module, unit: Unit) -> Iterable[FactoredLayer]:
+    """The factored layers whose weights the unit owns."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in unit.parameters)
+    for owner in owners:
+        module = model.get_submodule(owner)
+        if isinstance(module, FactoredLayer):
+            yield cast(FactoredLayer, module)

@@ -1,0 +1,161 @@
+"""The local step: a forward pass that teaches each unit as it goes, and forgets it.
+
+At a unit's exit its output ``h`` is replaced by a fresh leaf, its teaching signal ``delta`` at ``h``
+is found, carried at most ``horizon`` units upstream, and the unit that has then received everything
+it will receive gets its gradients. Its graph dies there. At any moment ``horizon + 1`` units hold
+activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .forward import first_tensor, forward
+from .units import Plan, Unit
+
+__all__ = ["Retire", "Teach", "stream"]
+
+Teach = Callable[[Unit, Tensor], Tensor]
+"""``(unit, h) -> delta``: the teaching signal at the unit's output, of its shape."""
+
+Retire = Callable[[Unit, list[Tensor], list[Tensor]], None]
+"""``(unit, outputs, signals)``: everything that will reach the unit has: take its gradients."""
+
+
+class _Segment:
+    """A unit inside the window: its outputs, the leaves handed on for them, and the signal so far."""
+
+    def __init__(self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor]) -> None:
+        self.unit, self.outputs, self.leaves = unit, outputs, leaves
+        self.signals: list[Tensor | None] = [None] * len(outputs)
+
+    def receive(self, signals: list[Tensor | None]) -> None:
+        self.signals = [_sum(a, b) for a, b in zip(self.signals, signals, strict=True)]
+
+
+class _Stream:
+    def __init__(self, plan: Plan, horizon: int, teach: Teach, retire: Retire) -> None:
+        self.units = {(unit.exit, unit.call): unit for unit in plan.units[:-1]}
+        self.horizon, self.teach, self.retire = horizon, teach, retire
+        self.window: deque[_Segment] = deque()
+        self.calls: dict[str, int] = {}
+        self.active = True
+
+    def hook(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            # Recomputation (gradient checkpointing) runs modules again while a unit goes backward.
+            return self.exit(path, output) if self.active and torch.is_grad_enabled() else None
+
+        return hook
+
+    def exit(self, path: str, output: Any) -> Any:
+        call = self.calls.get(path, 0)
+        self.calls[path] = call + 1
+        unit = self.units.get((path, call))
+        if unit is None:
+            raise RuntimeError(
+                f"module {path!r} was called {call + 1} times in this pass, but {call} times on the "
+                "example batch: a model whose control flow depends on the data needs units around it, "
+                "for example units=callable naming the enclosing module"
+            )
+        values, structure = tree_flatten(output)
+        at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
+        if not at:  # frozen, and so is all before it
+            return output
+        outputs = [values[i] for i in at]
+        leaves = [t.detach().requires_grad_(self.horizon > 0) for t in outputs]
+        feature = next((i for i, t in enumerate(outputs) if t is first_tensor(output)), 0)
+        self.learn(unit, outputs, leaves, feature)
+        for i, leaf in zip(at, leaves, strict=True):
+            values[i] = leaf.clone() if unit.inplace and self.horizon > 0 else leaf
+        return tree_unflatten(values, structure)
+
+    def learn(self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
+        self.active = False
+        delta = self.teach(unit, outputs[feature])
+        segment = _Segment(unit, outputs, leaves)
+        own: list[Tensor | None] = [None] * len(outputs)
+        own[feature] = delta
+        segment.receive(own)
+        self.window.append(segment)
+        self.carry(own)
+        if len(self.window) > self.horizon:
+            self.pop()
+        self.active = True
+
+    def carry(self, own: list[Tensor | None]) -> None:
+        """Carry the newest unit's own signal upstream, to every unit left in the window."""
+        segments = list(self.window)
+        travelling: dict[int, list[Tensor | None]] = {len(segments) - 1: own}
+        for i in range(len(segments) - 1, 0, -1):
+            signals = travelling.get(i)
+            if signals is None:
+                continue
+            upstream = segments[:i]  # the window is no longer than the horizon allows
+            leaves = [leaf for segment in upstream for leaf in segment.leaves]
+            arrived = iter(_vjp(segments[i].outputs, signals, leaves, keep=True))
+            for segment in upstream:
+                grads = [next(arrived) for _ in segment.leaves]
+                if all(g is None for g in grads):
+                    continue
+                segment.receive(grads)
+                j = segments.index(segment)
+                before = travelling.get(j, [None] * len(grads))
+                travelling[j] = [_sum(a, b) for a, b in zip(before, grads, strict=True)]
+
+    def pop(self) -> None:
+        segment = self.window.popleft()
+        taught = [(t, s) for t, s in zip(segment.outputs, segment.signals, strict=True) if s is not None]
+        self.retire(segment.unit, [t for t, _ in taught], [s for _, s in taught])
+
+
+def stream(
+    model: nn.Module, plan: Plan, x: Any, *, horizon: int, teach: Teach, retire: Retire
+) -> Tensor:
+    """One streaming pass over ``x``; returns the network's output, detached.
+
+    ``teach`` is asked once for each unit as its output is computed, the output's own unit last;
+    ``retire`` is called once for each unit, in order, when its graph is about to be dropped.
+    """
+    state = _Stream(plan, horizon, teach, retire)
+    with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
+        z = forward(model, x)
+    if z.requires_grad:
+        state.learn(plan.units[-1], [z], [], 0)
+    while state.window:
+        state.pop()
+    return z.detach()
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _vjp(
+    outputs: list[Tensor], signals: list[Tensor | None], inputs: list[Tensor], *, keep: bool
+) -> tuple[Tensor | None, ...]:
+    pairs = [(t, s) for t, s in zip(outputs, signals, strict=True) if s is not None]
+    if not pairs or not inputs:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(
+        [t for t, _ in pairs], inputs, [s for _, s in pairs], retain_graph=keep, allow_unused=True
+    )

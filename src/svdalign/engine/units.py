@@ -1,0 +1,333 @@
+"""Cutting a model into units, on an unchanged ``forward``.
+
+A unit ends at an *exit*: a module whose output is handed on as a fresh leaf, so that no gradient
+passes unless the engine carries it. Everything that the output depends on since the previous exits,
+norms, embeddings, functional activations and skips included, belongs to the unit: this is read off
+the autograd graph of a trial run, not off names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .forward import first_tensor, forward, preserved
+
+__all__ = ["OUTPUT", "Plan", "Unit", "Units", "make_plan"]
+
+Units = str | int | Callable[[str, nn.Module], bool]
+
+OUTPUT = "output"  #: name of the last unit, from the last exit to the network's output
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of the network that learns on its own.
+
+    ``exit``: path of the module whose output ends the unit, at its ``call``-th call (from 0) in a
+    forward pass. ``parameters``: names of the trainable parameters that its output depends on.
+    ``features_shape``: shape of that output for the example. ``inplace``: the model goes on to
+    change the output in place, so that a copy has to be handed on.
+    """
+
+    name: str
+    exit: str
+    call: int
+    parameters: tuple[str, ...]
+    features_shape: tuple[int, ...]
+    inplace: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The units in order of execution; the last one is :data:`OUTPUT`, taught by the task itself.
+
+    ``unreached``: trainable parameters that no unit's output depends on.
+    """
+
+    units: tuple[Unit, ...]
+    output_shape: tuple[int, ...]
+    unreached: tuple[str, ...]
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Paths of the modules to hook, each once."""
+        return tuple(dict.fromkeys(unit.exit for unit in self.units[:-1]))
+
+
+def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
+    """Cut ``model`` into units and assign its trainable parameters.
+
+    ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
+    activation and pooling modules that follow it; ``"block"`` after every residual or transformer
+    block (after every layer where there are none); ``"stage"`` after every run of blocks of one
+    feature shape; an int after that many blocks; a callable ``(name, module) -> bool`` where it
+    says so. ``example``: a batch the model can run on.
+
+    The layers that lead to the output belong to the output's own unit, which learns from the task.
+    Raises ValueError for a specification that names no place to cut and for a model whose units
+    share a piece of their graphs that cannot be told apart.
+    """
+    if isinstance(example, Tensor):
+        example = example[:2]
+    calls = _trace(model, example)
+    exits = _exits(model, units, calls)
+    known = {call.path for call in calls}
+    for _ in range(2 * len(known) + 2):
+        trial = _Trial(model, exits)
+        z = trial.run(example)
+        if trial.shared is not None:
+            if trial.shared in exits or trial.shared not in known:
+                raise ValueError(
+                    f"units={units!r}: the inside of unit {trial.owner!r} is used again outside it; "
+                    "choose larger units, for example units='block'"
+                )
+            exits = exits | {trial.shared}
+            continue
+        idle = {p for p in exits if not any(s.parameters for s in trial.segments if s.exit == p)}
+        if not idle and exits and not trial.output_parameters:
+            idle = {trial.segments[-1].exit}
+        if not idle:
+            return _plan(model, trial, z)
+        exits = exits - idle
+    raise ValueError(f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool")
+
+
+def _plan(model: nn.Module, trial: _Trial, z: Tensor) -> Plan:
+    last = Unit(OUTPUT, "", 0, trial.output_parameters, tuple(z.shape))
+    found = {name for unit in (*trial.segments, last) for name in unit.parameters}
+    unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
+    return Plan((*trial.finished(), last), tuple(z.shape), tuple(unreached))
+
+
+# --- where to cut -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A module call in the trace; tensors are kept alive so that identity means identity."""
+
+    path: str
+    module: nn.Module
+    input: Tensor | None
+    output: Any
+
+
+def _trace(model: nn.Module, example: Any) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            calls.append(_Call(path, module, first, output))
+
+        return hook
+
+    handles = [m.register_forward_hook(record(path)) for path, m in model.named_modules() if path]
+    try:
+        with preserved(model), torch.no_grad():
+            forward(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _has_weight_matrix(module: nn.Module) -> bool:
+    """Whether the module itself (not a child) multiplies by a matrix: embeddings only look up."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return False
+    return any(p.ndim >= 2 for p in module.parameters(recurse=False))
+
+
+def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
+    layers = {call.path for call in calls if _has_weight_matrix(call.module)}
+    # A weight inside another layer's module is that layer's business (attention's projections).
+    layers = {p for p in layers if not any(_inside(p, other) for other in layers)}
+    order = list(dict.fromkeys(call.path for call in calls))
+    if callable(units):
+        chosen = [p for p in order if units(p, model.get_submodule(p))]
+        if not chosen:
+            raise ValueError("units chose no module: the callable returned False for every one")
+        return frozenset(chosen)
+    if units == "layer":
+        bases = [p for p in order if p in layers]
+    elif units in ("block", "stage") or (isinstance(units, int) and not isinstance(units, bool)):
+        blocks = set(_blocks(model, layers))
+        bases = [p for p in order if p in blocks]
+        if isinstance(units, int):
+            if units < 1:
+                raise ValueError(f"units must be at least 1 block, got {units}")
+            bases = bases[units - 1 :: units]
+    else:
+        raise ValueError(f"units must be 'layer', 'block', 'stage', a whole number or a callable, got {units!r}")
+    ends = [_chain_end(path, calls) for path in bases]
+    if units == "stage":
+        shapes = [tuple(first_tensor(end.output).shape) for end in ends]
+        ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
+    return frozenset(end.path for end in ends)
+
+
+def _inside(path: str, other: str) -> bool:
+    return path.startswith(other + ".")
+
+
+def _blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
+    """Paths of the blocks: the innermost modules below which no list of further blocks stands."""
+
+    def weights(path: str) -> int:
+        return sum(p == path or _inside(p, path) for p in layers)
+
+    def lists_blocks(path: str, module: nn.Module) -> bool:
+        """Whether a Sequential or ModuleList at or below holds an element of several layers."""
+        return any(
+            weights(f"{path}.{name}.{child}" if name else f"{path}.{child}") > 1
+            for name, m in module.named_modules()
+            if isinstance(m, nn.Sequential | nn.ModuleList)
+            for child, _ in m.named_children()
+        )
+
+    def descend(prefix: str, module: nn.Module) -> Iterator[str]:
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            plain = type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+            if path not in layers and (plain or lists_blocks(path, child)):
+                yield from descend(path, child)
+            elif weights(path):
+                yield path
+
+    return descend("", model)
+
+
+def _chain_end(path: str, calls: list[_Call]) -> _Call:
+    """The last of the norm, activation, pooling and dropout modules that alone follow ``path``.
+
+    A chain link reads the output so far and nothing else does; it keeps the number of dimensions
+    and shrinks the map at most like a 2 x 2 pooling, so that what is left is still features.
+    """
+    index = next(i for i, call in enumerate(calls) if call.path == path)
+    end = calls[index]
+    for call in calls[index + 1 :]:
+        if not isinstance(end.output, Tensor) or call.input is not end.output:
+            continue
+        leaf = next(call.module.children(), None) is None
+        same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
+        readers = sum(c.input is end.output and next(c.module.children(), None) is None for c in calls)
+        again = sum(c.path == call.path for c in calls) > 1
+        if not leaf or not same or readers > 1 or again or _has_weight_matrix(call.module):
+            break
+        if call.output.numel() * 4 < end.output.numel():
+            break
+        end = call
+    return end
+
+
+# --- what belongs to each unit ------------------------------------------------------------------
+
+
+class _Trial:
+    """A forward pass cut at ``exits`` that reads each unit's parameters off its autograd graph."""
+
+    def __init__(self, model: nn.Module, exits: frozenset[str]) -> None:
+        self.model, self.exits = model, exits
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.segments: list[Unit] = []
+        self.output_parameters: tuple[str, ...] = ()
+        self.shared: str | None = None  # a module that two units' graphs have in common
+        self.owner = ""
+        self._counts: dict[str, int] = {}
+        self._owners: dict[Node, str] = {}
+        self._producers: dict[Node, str] = {}
+        self._handed_on: list[Tensor] = []
+        self._alive: list[Any] = []
+
+    def run(self, example: Any) -> Tensor:
+        handles = [
+            module.register_forward_hook(self._hook(path))
+            for path, module in self.model.named_modules()
+            if path
+        ]
+        try:
+            with preserved(self.model), torch.enable_grad():
+                z = forward(self.model, example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.output_parameters = self._parameters([z], OUTPUT)
+        return z
+
+    def finished(self) -> list[Unit]:
+        """The units, now that the rest of the pass has shown who changes their outputs in place."""
+        return [
+            Unit(u.name, u.exit, u.call, u.parameters, u.features_shape, inplace=t._version > 0)
+            for u, t in zip(self.segments, self._handed_on, strict=True)
+        ]
+
+    def _hook(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+            if path not in self.exits:
+                for tensor in tensors:
+                    assert tensor.grad_fn is not None
+                    self._producers.setdefault(tensor.grad_fn, path)
+                self._alive.append(tensors)
+                return None
+            call = self._counts.get(path, 0)
+            self._counts[path] = call + 1
+            parameters = self._parameters(tensors, path)
+            name = path if call == 0 else f"{path}#{call}"
+            feature = first_tensor(output)
+            self.segments.append(Unit(name, path, call, parameters, tuple(feature.shape)))
+            handed_on = tree_map(_copy_of_leaf, output)
+            self._handed_on.append(first_tensor(handed_on))
+            return handed_on
+
+        return hook
+
+    def _parameters(self, outputs: list[Tensor], unit: str) -> tuple[str, ...]:
+        """Names of the trainable parameters that ``outputs`` depend on; notes shared pieces."""
+        queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        seen: dict[Node, None] = dict.fromkeys(queue)
+        for node in queue:
+            for below, _ in node.next_functions:
+                if below is not None and below not in seen:
+                    seen[below] = None
+                    queue.append(below)
+        found = {self.names[id(v)] for n in seen if (v := getattr(n, "variable", None)) is not None and id(v) in self.names}
+        for node in seen:
+            if self.shared is None and node in self._owners and self._leads_to_parameter(node):
+                self.shared = self._producer_of(node)
+                self.owner = self._owners[node]
+        for node in seen:
+            if not hasattr(node, "variable"):
+                self._owners.setdefault(node, unit)
+        return tuple(name for name in self.names.values() if name in found)
+
+    def _leads_to_parameter(self, node: Node) -> bool:
+        return any(id(getattr(n, "variable", None)) in self.names for n in _below(node))
+
+    def _producer_of(self, node: Node) -> str:
+        """The module whose output is nearest below ``node``."""
+        return next((self._producers[n] for n in _below(node) if n in self._producers), "")
+
+
+def _below(node: Node) -> list[Node]:
+    queue, seen = [node], {node}
+    for current in queue:
+        for below, _ in current.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                queue.append(below)
+    return queue
+
+
+def _copy_of_leaf(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.detach().requires_grad_().clone()
+    return value

@@ -1,0 +1,15 @@
+"""Weights held as ``U diag(s) V^T``: layers, the manifold they live on, and how to get there."""
+
+from .factorize import Factorization, LayerReport, factorize
+from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
+
+__all__ = [
+    "Factorization",
+    "FactoredLayer",
+    "LayerReport",
+    "SVDConv2d",
+    "SVDLinear",
+    "Scheme",
+    "break_even_rank",
+    "factorize",
+]

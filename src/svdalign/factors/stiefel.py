@@ -1,0 +1,88 @@
+"""The Stiefel manifold St(m, r) = {X in R^(m x r) : X^T X = I}: pure functions on plain tensors.
+
+Every function takes matrices of shape ``(..., m, r)`` with ``m >= r`` and returns new tensors.
+Reference: Absil, Mahony and Sepulchre, *Optimization Algorithms on Matrix Manifolds* (2008), chapter 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "RETRACTIONS",
+    "newton_schulz_retract",
+    "orthogonality_error",
+    "polar_retract",
+    "qr_retract",
+    "tangent_project",
+]
+
+
+def _check_tall(X: Tensor) -> None:
+    if X.ndim < 2 or X.shape[-2] < X.shape[-1]:
+        raise ValueError(f"X must have shape (..., m, r) with m >= r, got {tuple(X.shape)}")
+
+
+def qr_retract(X: Tensor) -> Tensor:
+    """Q of the QR decomposition of ``X`` with the diagonal of R made positive, shape ``(..., m, r)``.
+
+    The sign convention makes the result unique and continuous: a matrix with orthonormal columns
+    is returned as it is.
+    """
+    _check_tall(X)
+    Q, R = torch.linalg.qr(X)
+    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
+    return Q * signs.unsqueeze(-2)
+
+
+def polar_retract(X: Tensor) -> Tensor:
+    """The orthonormal polar factor of ``X``: the nearest point of St(m, r) in Frobenius norm.
+
+    Through the thin SVD ``X = A S B^T``: the factor is ``A B^T``, shape ``(..., m, r)``.
+    """
+    _check_tall(X)
+    A, _, Bt = torch.linalg.svd(X, full_matrices=False)
+    return A @ Bt
+
+
+def newton_schulz_retract(X: Tensor, steps: int = 2) -> Tensor:
+    """The polar factor by Newton-Schulz iteration ``X <- X (3I - X^T X) / 2``: matrix products only.
+
+    Converges quadratically from ``||X^T X - I||_2 < 1``, where an error of ``eps`` becomes
+    ``3/4 eps^2`` per step. That is where a small update leaves an orthonormal matrix; from
+    farther away use :func:`polar_retract`.
+    """
+    _check_tall(X)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for _ in range(steps):
+        X = 1.5 * X - 0.5 * X @ (X.mT @ X)
+    return X
+
+
+def tangent_project(X: Tensor, G: Tensor) -> Tensor:
+    """Orthogonal projection of ``G`` onto the tangent space of St(m, r) at ``X``: ``G - X sym(X^T G)``.
+
+    Being an orthogonal projection it never points uphill: ``<G, PG> = ||PG||^2 >= 0``.
+    """
+    _check_tall(X)
+    XtG = X.mT @ G
+    return G - X @ (0.5 * (XtG + XtG.mT))
+
+
+def orthogonality_error(X: Tensor) -> Tensor:
+    """``||X^T X - I||_F``, shape ``(...)``. Zero exactly on the manifold."""
+    _check_tall(X)
+    gram = X.mT @ X
+    eye = torch.eye(gram.shape[-1], dtype=X.dtype, device=X.device)
+    return torch.linalg.matrix_norm(gram - eye)
+
+
+RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "qr": qr_retract,
+    "polar": polar_retract,
+    "newton-schulz": newton_schulz_retract,
+}

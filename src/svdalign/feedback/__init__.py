@@ -1,0 +1,6 @@
+"""How an error comes back to a unit: feedback matrices and the pooling that shrinks a feature map."""
+
+from .matrices import Feedback, GaussianFeedback, StructuredFeedback
+from .pooling import pool, pooled_size
+
+__all__ = ["Feedback", "GaussianFeedback", "StructuredFeedback", "pool", "pooled_size"]

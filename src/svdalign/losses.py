@@ -1,0 +1,90 @@
+"""The terms of a unit's composite loss ``L = L_task + alpha L_align + beta L_ortho``: pure functions.
+
+All return 0-dim tensors and are differentiable in every floating argument.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "channel_statistics",
+    "cosine_alignment",
+    "hoyer_sparsity",
+    "orthogonality_penalty",
+    "similarity_alignment",
+    "similarity_matrix",
+    "subspace_share",
+]
+
+
+def orthogonality_penalty(*factors: Tensor) -> Tensor:
+    """``sum ||X^T X - I||_F^2`` over ``factors``, each (m, r). Zero when every one is orthonormal."""
+    total = factors[0].new_zeros(())
+    for X in factors:
+        gram = X.mT @ X
+        total = total + (gram - torch.eye(gram.shape[0], dtype=X.dtype, device=X.device)).square().sum()
+    return total
+
+
+def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
+    """``1 - ||P Q||_F^2 / k``: the share of the feedback that the layer's output cannot receive.
+
+    ``output``: (N, q), columns spanning the layer's reachable output directions, ``P`` the
+    projector onto them. ``feedback``: (N, f), columns spanning the feedback's directions in the
+    same space, ``Q`` (N, k) an orthonormal basis of them. In [0, 1]; 0 where ``span Q`` lies in
+    the layer's output space, so always where ``q >= N``.
+    """
+    N, q = output.shape
+    if q >= N:
+        return output.new_zeros(())
+    basis = torch.linalg.qr(output).Q
+    Q = torch.linalg.qr(feedback[:, :N]).Q if feedback.shape[1] <= N else _leading_basis(feedback)
+    return 1.0 - (basis.mT @ Q).square().sum() / Q.shape[1]
+
+
+def _leading_basis(M: Tensor) -> Tensor:
+    """Orthonormal basis (N, N) of the column space of a wide matrix."""
+    return torch.linalg.svd(M, full_matrices=False).U
+
+
+def channel_statistics(h: Tensor) -> Tensor:
+    """What similarity compares, (B, d): the per-channel spatial standard deviation of a map
+    (B, C, h, w), or the activation itself where there is no space, flattened per sample.
+
+    Tokens (B, T, d) count as space: the standard deviation runs over T. A map of a single
+    position has no spread; its activation stands for itself.
+    """
+    if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
+        return h.flatten(2).var(dim=2, correction=0).add(1e-8).sqrt()
+    if h.ndim == 3 and h.shape[1] > 1:
+        return h.var(dim=1, correction=0).add(1e-8).sqrt()
+    return h.flatten(1)
+
+
+def similarity_matrix(x: Tensor) -> Tensor:
+    """``S_ij = cos(x_i - mean(x_i), x_j - mean(x_j))`` for ``x`` (B, d); (B, B)."""
+    x = F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
+    return x @ x.mT
+
+
+def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference between the batch's similarity matrix of activations and of targets.
+
+    ``h``: a unit's output (B, ...); ``targets``: (B, C), one-hot labels or real targets.
+    Source: Noekland and Eidnes, *Training Neural Networks with Local Error Signals* (2019), eq. 1.
+    """
+    return F.mse_loss(similarity_matrix(channel_statistics(h)), similarity_matrix(targets))
+
+
+def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:
+    """``1 - mean_i cos(p_i, b_i)``: pooled activation (B, d) against its feedback direction (B, d)."""
+    return 1.0 - F.cosine_similarity(pooled, directions, dim=-1).mean()
+
+
+def hoyer_sparsity(s: Tensor) -> Tensor:
+    """Hoyer's sparsity measure ``||s||_1 / ||s||_2``, in [1, sqrt(r)]: small where few values carry
+    the energy. Scale-free, so that it shapes the spectrum without shrinking the weight."""
+    return torch.linalg.vector_norm(s, 1) / torch.linalg.vector_norm(s).clamp_min(1e-12)

@@ -1,0 +1,17 @@
+"""Backpropagation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Rule
+
+__all__ = ["BP"]
+
+
+@dataclass(frozen=True)
+class BP(Rule):
+    """The exact gradient of the task loss, through the whole network."""
+
+    name: str = "bp"
+    horizon: int | None = None

@@ -1,0 +1,51 @@
+"""Direct feedback alignment and direct random target projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..feedback import Feedback, GaussianFeedback, pool, pooled_size
+from .base import ErrorSource, Rule, Teaching, TeachingUnit, task_loss
+
+__all__ = ["DFA", "DRTP"]
+
+
+@dataclass(frozen=True)
+class DFA(Rule):
+    """The output's error, brought to each unit by a fixed random matrix: ``delta = P^T B e``.
+
+    ``grid``: raster that feature maps are pooled to; None gives every position its own row of
+    ``B``, as in the source. Source: Noekland (2016), eq. 7.
+    """
+
+    name: str = "dfa"
+    error: ErrorSource = "output"
+    grid: int | None = None
+
+    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+        d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
+        return GaussianFeedback(d, classes(unit.output_shape), generator=generator)
+
+    def loss(self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching) -> Tensor:
+        assert isinstance(feedback, Feedback)
+        return task_loss(self.error, feedback, pool(h, self.grid, teaching.output_shape), teaching)
+
+
+@dataclass(frozen=True)
+class DRTP(DFA):
+    """DFA with the target in place of the error, so that no unit waits for the output.
+
+    Source: Frenkel, Lefebvre and Bol, *Learning Without Feedback: Fixed Random Learning Signals
+    Allow for Feedforward Training of Deep Neural Networks* (2021).
+    """
+
+    name: str = "drtp"
+    error: ErrorSource = "target"
+
+
+def classes(output_shape: tuple[int, ...]) -> int:
+    """Width of the network's output: channels of (B, C, H, W), else the last dimension."""
+    return output_shape[1] if len(output_shape) == 4 else output_shape[-1]

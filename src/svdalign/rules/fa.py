@@ -1,0 +1,109 @@
+"""Feedback alignment: errors travel layer by layer, through fixed random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import FactoredLayer
+from ..factors.stiefel import qr_retract
+from .base import Rule
+
+__all__ = ["FA"]
+
+
+@dataclass(frozen=True)
+class FA(Rule):
+    """Backpropagation whose errors go back through fixed random weights of the forward weights'
+    shape and scale. A factored layer gets random factors. It holds the whole graph, as BP does.
+
+    Source: Lillicrap, Cownden, Tweed and Akerman, *Random synaptic feedback weights support error
+    backpropagation for deep learning* (2016).
+    """
+
+    name: str = "fa"
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.horizon is not None:
+            raise ValueError(f"rule 'fa' carries errors through every layer: horizon must be None, got {self.horizon}")
+
+    def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        mirrors = {}
+        for name, layer in _linear_maps(model).items():
+            mirror = copy.deepcopy(layer).requires_grad_(False)
+            _randomise(mirror, generator)
+            mirrors[name.replace(".", "/")] = mirror
+        return nn.ModuleDict(mirrors)
+
+    @contextlib.contextmanager
+    def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
+        handles = []
+        for name, mirror in transport.named_children():
+            layer = model.get_submodule(name.replace("/", "."))
+            handles.append(layer.register_forward_pre_hook(_detach_input))
+            handles.append(layer.register_forward_hook(_Bridge(mirror)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _linear_maps(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    with torch.no_grad():
+        if isinstance(layer, FactoredLayer):
+            layer.set_factors(qr_retract(normal(layer.U)), layer.s, qr_retract(normal(layer.V)))
+        else:
+            weight = layer.get_parameter("weight")
+            weight.copy_(normal(weight) * weight.std())
+
+
+def _detach_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # The input with its graph waits here for the forward hook, which bridges it to the output.
+    layer._fa_input = args[0]  # type: ignore[assignment]
+    return (args[0].detach(), *args[1:])
+
+
+class _Bridge:
+    """Forward hook that joins a layer's output to its detached input through ``mirror``."""
+
+    def __init__(self, mirror: nn.Module) -> None:
+        self.mirror = mirror
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = layer.__dict__.pop("_fa_input")
+        return _Transport.apply(output, x, self.mirror) if x.requires_grad else output  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Transport(torch.autograd.Function):
+    """``y`` forwards; backwards the error as it is to ``y``, and through ``mirror`` to ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, mirror: nn.Module) -> Tensor:
+        ctx.mirror, ctx.shape = mirror, x.shape
+        ctx.options = {"dtype": x.dtype, "device": x.device}
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            # The mirror is affine, so its vector-Jacobian product does not depend on where.
+            x = torch.zeros(ctx.shape, **ctx.options).requires_grad_()
+            (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad)
+        return grad, carried, None

@@ -1,0 +1,92 @@
+"""SVD-space alignment: the composite local loss on factored weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..feedback import Feedback, StructuredFeedback, pool, pooled_size
+from ..losses import (
+    cosine_alignment,
+    hoyer_sparsity,
+    orthogonality_penalty,
+    similarity_alignment,
+    subspace_share,
+)
+from .base import ErrorSource, Rule, Teaching, TeachingUnit, feedback_channels, task_loss, weights_of
+from .dfa import classes
+
+__all__ = ["SSA"]
+
+Alignment = Literal["similarity", "share", "cosine", "none"]
+
+
+@dataclass(frozen=True)
+class SSA(Rule):
+    """``L = L_task + alpha L_align + beta L_ortho``, the error brought by ``B_U diag(B_s) B_V^T``.
+
+    ``alignment``: the form of ``L_align`` (see :mod:`svdalign.losses`); similarity compares samples
+    and is left out where the network answers per token or per pixel. ``grid``: raster that feature
+    maps are pooled to. ``rank``: k of the feedback, None for ``min(d, C)``. ``learn``: the feedback
+    is trained by the unit's own loss. ``gamma``: weight of Hoyer sparsity on ``s``.
+    Source: arXiv 2510.25594; local error and horizon are this project's.
+    """
+
+    name: str = "ssa"
+    horizon: int | None = 1
+    error: ErrorSource = "local"
+    alpha: float = 4.0
+    beta: float = 0.0
+    gamma: float = 0.0
+    alignment: Alignment = "similarity"
+    grid: int | None = 2
+    rank: int | None = None
+    learn: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alignment not in get_args(Alignment):
+            raise ValueError(f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}")
+        for name in ("alpha", "beta", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        for name in ("grid", "rank"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1 or None, got {value!r}")
+
+    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+        d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
+        return StructuredFeedback(
+            d, classes(unit.output_shape), rank=self.rank, learn=self.learn, generator=generator
+        )
+
+    def loss(self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching) -> Tensor:
+        assert isinstance(feedback, Feedback)
+        pooled = pool(h, self.grid, teaching.output_shape)
+        loss = task_loss(self.error, feedback, pooled, teaching)
+        # A similarity matrix compares samples, so it needs one answer a sample.
+        if self.alpha and self.alignment == "similarity" and len(teaching.output_shape) == 2:
+            loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
+        elif self.alpha and self.alignment == "cosine":
+            directions = feedback.project(teaching.target_matrix())
+            loss = loss + self.alpha * cosine_alignment(pooled, directions)
+        return loss
+
+    def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
+        assert isinstance(feedback, Feedback | None)
+        terms = []
+        if self.beta and unit.layers:
+            terms.append(self.beta * orthogonality_penalty(*weights_of(unit.layers)))
+        if self.gamma:
+            terms += [self.gamma * hoyer_sparsity(layer.s) for layer in unit.layers]
+        if self.alpha and self.alignment == "share" and unit.layers and feedback is not None:
+            layer = unit.layers[-1]
+            directions = feedback_channels(unit, feedback, layer)
+            if directions is not None:
+                share = subspace_share(layer.output_directions(), directions.detach())
+                terms.append(self.alpha * share)
+        return torch.stack(terms).sum() if terms else None
