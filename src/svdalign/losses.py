@@ -1,4 +1,4 @@
-"""The terms of a unit's composite loss ``L = L_task + alpha L_align + beta L_ortho``: pure functions.
+"""The terms of a unit's loss ``L = L_task + alpha L_align + beta L_ortho``: pure functions.
 
 All return 0-dim tensors and are differentiable in every floating argument.
 """
@@ -21,11 +21,13 @@ __all__ = [
 
 
 def orthogonality_penalty(*factors: Tensor) -> Tensor:
-    """``sum ||X^T X - I||_F^2`` over ``factors``, each (m, r). Zero when every one is orthonormal."""
+    """``sum ||X^T X - I||_F^2`` over ``factors``, each (m, r). Zero when all are orthonormal."""
     total = factors[0].new_zeros(())
     for X in factors:
         gram = X.mT @ X
-        total = total + (gram - torch.eye(gram.shape[0], dtype=X.dtype, device=X.device)).square().sum()
+        total = (
+            total + (gram - torch.eye(gram.shape[0], dtype=X.dtype, device=X.device)).square().sum()
+        )
     return total
 
 
@@ -42,12 +44,14 @@ def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
         return output.new_zeros(())
     basis = torch.linalg.qr(output).Q
     Q = torch.linalg.qr(feedback[:, :N]).Q if feedback.shape[1] <= N else _leading_basis(feedback)
-    return 1.0 - (basis.mT @ Q).square().sum() / Q.shape[1]
+    received: Tensor = (basis.mT @ Q).square().sum() / Q.shape[1]
+    return 1.0 - received
 
 
 def _leading_basis(M: Tensor) -> Tensor:
     """Orthonormal basis (N, N) of the column space of a wide matrix."""
-    return torch.linalg.svd(M, full_matrices=False).U
+    U: Tensor = torch.linalg.svd(M, full_matrices=False).U
+    return U
 
 
 def channel_statistics(h: Tensor) -> Tensor:
@@ -80,11 +84,12 @@ def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
 
 
 def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:
-    """``1 - mean_i cos(p_i, b_i)``: pooled activation (B, d) against its feedback direction (B, d)."""
+    """``1 - mean_i cos(p_i, b_i)``: pooled activation against feedback direction, both (B, d)."""
     return 1.0 - F.cosine_similarity(pooled, directions, dim=-1).mean()
 
 
 def hoyer_sparsity(s: Tensor) -> Tensor:
     """Hoyer's sparsity measure ``||s||_1 / ||s||_2``, in [1, sqrt(r)]: small where few values carry
     the energy. Scale-free, so that it shapes the spectrum without shrinking the weight."""
-    return torch.linalg.vector_norm(s, 1) / torch.linalg.vector_norm(s).clamp_min(1e-12)
+    ratio: Tensor = torch.linalg.vector_norm(s, 1) / torch.linalg.vector_norm(s).clamp_min(1e-12)
+    return ratio

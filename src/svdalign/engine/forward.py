@@ -1,4 +1,4 @@
-"""Running a user's model: its inputs and outputs in any of the usual shapes, its state untouched."""
+"""Running a user's model: inputs and outputs in any of the usual shapes, its state untouched."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def first_tensor(out: Any) -> Tensor:
     for leaf in tree_leaves(out):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
-    raise TypeError(f"the model must return a floating-point tensor or a structure with one, got {type(out).__name__}")
+    raise TypeError(
+        "the model must return a floating-point tensor or a structure with one, "
+        f"got {type(out).__name__}"
+    )
 
 
 @contextlib.contextmanager

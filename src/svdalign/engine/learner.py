@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import rules
 from ..factors import FactoredLayer
-from ..factors.stiefel import RETRACTIONS, tangent_project
+from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Teaching, TeachingUnit
 from .forward import forward, preserved
@@ -51,13 +51,14 @@ class Learner:
     """Trains ``model`` by ``rule``, unit by unit.
 
     ``model``: any ``nn.Module``, factored or dense; it is trained in place and its ``forward`` is
-    used as it is. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`; ``horizon``
-    and ``error`` replace the rule's own. ``units``: where units end, see :func:`make_plan`.
-    ``optimizer``: called with the list of parameters to train, learned feedback included; returns
-    the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim tensor``, a mean over
-    the batch; cross-entropy by default. ``retraction``: "newton-schulz", "qr", "polar" or None, brings
-    ``U`` and ``V`` back onto the Stiefel manifold after every ``retract_every`` steps; their gradients
-    are then projected onto its tangent space. ``seed``: of the feedback's random matrices.
+    used as it is. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`;
+    ``horizon`` and ``error`` replace the rule's own. ``units``: where units end, see
+    :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
+    included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
+    tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "newton-schulz",
+    "qr", "polar" or None, brings ``U`` and ``V`` back onto the Stiefel manifold after every
+    ``retract_every`` steps; their gradients are then projected onto its tangent space. ``seed``: of
+    the feedback's random matrices.
 
     Raises TypeError or ValueError that name the argument when something does not fit.
     """
@@ -80,11 +81,21 @@ class Learner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if retraction is not None and retraction not in RETRACTIONS:
-            raise ValueError(f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}")
-        if isinstance(retract_every, bool) or not isinstance(retract_every, int) or retract_every < 1:
-            raise ValueError(f"retract_every must be a whole number of at least 1, got {retract_every!r}")
-        changes = {"horizon": horizon, "error": error}
-        self.rule = replace(rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT})
+            raise ValueError(
+                f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}"
+            )
+        if (
+            isinstance(retract_every, bool)
+            or not isinstance(retract_every, int)
+            or retract_every < 1
+        ):
+            raise ValueError(
+                f"retract_every must be a whole number of at least 1, got {retract_every!r}"
+            )
+        changes: dict[str, Any] = {"horizon": horizon, "error": error}
+        self.rule = replace(
+            rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT}
+        )
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model has no parameter to train (none requires a gradient)")
         self.model = model
@@ -95,7 +106,8 @@ class Learner:
         self.plan: Plan = make_plan(model, units, example)
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
-                f"these parameters do not reach the network's output and will not learn: {self.plan.unreached}",
+                "these parameters do not reach the network's output and will not learn: "
+                f"{self.plan.unreached}",
                 stacklevel=2,
             )
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +129,8 @@ class Learner:
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"optimizer must be called with parameters and return a torch.optim.Optimizer, got {self.optimizer!r}"
+                "optimizer must be called with parameters and return a torch.optim.Optimizer, "
+                f"got {self.optimizer!r}"
             )
 
     @property
@@ -144,7 +157,7 @@ class Learner:
         self.after_update()
 
     def after_update(self) -> None:
-        """Retract the factors if it is time to. For loops that call ``optimizer.step`` themselves."""
+        """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""
         self.steps += 1
         if self.retraction is not None and self.steps % self.retract_every == 0:
             retract = RETRACTIONS[self.retraction]
@@ -226,7 +239,9 @@ class Learner:
             else:
                 feedback = self._feedback(unit)
                 loss = self.rule.loss(self._teaching_units[unit.name], feedback, features, teaching)
-            learned = [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
+            learned = (
+                [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
+            )
             delta, *grads = torch.autograd.grad(loss, [features, *learned], allow_unused=True)
             for parameter, grad in zip(learned, grads, strict=True):
                 _accumulate(parameter, grad)
@@ -234,7 +249,9 @@ class Learner:
             return torch.zeros_like(features) if delta is None else delta
 
         def retire(unit: Unit, outputs: list[Tensor], signals: list[Tensor]) -> None:
-            parameters = [p for name in unit.parameters if (p := self.model.get_parameter(name)).requires_grad]
+            parameters = [
+                p for name in unit.parameters if (p := self.model.get_parameter(name)).requires_grad
+            ]
             if parameters:
                 grads = torch.autograd.grad(outputs, parameters, signals, allow_unused=True)
                 for parameter, grad in zip(parameters, grads, strict=True):
@@ -257,14 +274,16 @@ class Learner:
         feedback = self._feedback(unit)
         loss = self.rule.weights_loss(view, feedback)
         if loss is not None:
-            factors = [p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad]
+            factors = [
+                p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad
+            ]
             grads = torch.autograd.grad(loss, factors, allow_unused=True)
             for parameter, grad in zip(factors, grads, strict=True):
                 _accumulate(parameter, grad)
 
     def _feedback(self, unit: Unit) -> nn.Module | None:
         index = self._index[unit.name]
-        return self.feedback[index] if index in self.feedback else None
+        return self.feedback[index] if index in self.feedback else None  # noqa: SIM401 (no get)
 
     def _stiefel_factors(self) -> Iterable[nn.Parameter]:
         for module in (*self.model.modules(), *self.feedback.modules()):
@@ -283,20 +302,28 @@ class Learner:
             raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
         if self._checked:
             return
-        for value in x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,):
-            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+        for value in (
+            x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,)
+        ):
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and not torch.isfinite(value).all()
+            ):
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
             shape = self.plan.output_shape
             C = shape[1] if len(shape) == 4 else shape[-1]
             low, high = int(y.min()), int(y.max())
             if (low < 0 and low != -100) or high >= C:
-                raise ValueError(f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]")
+                raise ValueError(
+                    f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
+                )
         self._checked = True
 
 
 def accuracy(z: Tensor, y: Tensor) -> Tensor | None:
-    """Share of samples whose largest logit is the target, 0-dim; None for other kinds of targets."""
+    """Share of samples whose largest logit is the target, 0-dim; None for other targets."""
     if y.dtype != torch.int64 or z.shape[:-1] != y.shape:
         return None
     return (z.argmax(-1) == y).float().mean()
@@ -313,4 +340,4 @@ def _layers(model: nn.Module, unit: Unit) -> Iterable[FactoredLayer]:
     for owner in owners:
         module = model.get_submodule(owner)
         if isinstance(module, FactoredLayer):
-            yield cast(FactoredLayer, module)
+            yield module

@@ -1,9 +1,9 @@
 """The local step: a forward pass that teaches each unit as it goes, and forgets it.
 
-At a unit's exit its output ``h`` is replaced by a fresh leaf, its teaching signal ``delta`` at ``h``
-is found, carried at most ``horizon`` units upstream, and the unit that has then received everything
-it will receive gets its gradients. Its graph dies there. At any moment ``horizon + 1`` units hold
-activations.
+At a unit's exit its output ``h`` is replaced by a fresh leaf, its teaching signal ``delta`` at
+``h`` is found, carried at most ``horizon`` units upstream, and the unit that has then received
+everything it will receive gets its gradients. Its graph dies there. At any moment ``horizon + 1``
+units hold activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Retire = Callable[[Unit, list[Tensor], list[Tensor]], None]
 
 
 class _Segment:
-    """A unit inside the window: its outputs, the leaves handed on for them, and the signal so far."""
+    """A unit in the window: its outputs, the leaves handed on for them, and the signal so far."""
 
     def __init__(self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor]) -> None:
         self.unit, self.outputs, self.leaves = unit, outputs, leaves
@@ -61,9 +61,9 @@ class _Stream:
         unit = self.units.get((path, call))
         if unit is None:
             raise RuntimeError(
-                f"module {path!r} was called {call + 1} times in this pass, but {call} times on the "
-                "example batch: a model whose control flow depends on the data needs units around it, "
-                "for example units=callable naming the enclosing module"
+                f"module {path!r} was called {call + 1} times in this pass, but {call} times on "
+                "the example batch: a model whose control flow depends on the data needs units "
+                "around it, for example units=callable naming the enclosing module"
             )
         values, structure = tree_flatten(output)
         at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
@@ -112,7 +112,9 @@ class _Stream:
 
     def pop(self) -> None:
         segment = self.window.popleft()
-        taught = [(t, s) for t, s in zip(segment.outputs, segment.signals, strict=True) if s is not None]
+        taught = [
+            (t, s) for t, s in zip(segment.outputs, segment.signals, strict=True) if s is not None
+        ]
         self.retire(segment.unit, [t for t, _ in taught], [s for _, s in taught])
 
 
@@ -136,7 +138,9 @@ def stream(
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()
+    ]
     try:
         yield
     finally:

@@ -85,8 +85,8 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
         if trial.shared is not None:
             if trial.shared in exits or trial.shared not in known:
                 raise ValueError(
-                    f"units={units!r}: the inside of unit {trial.owner!r} is used again outside it; "
-                    "choose larger units, for example units='block'"
+                    f"units={units!r}: the inside of unit {trial.owner!r} is used again outside "
+                    "it; choose larger units, for example units='block'"
                 )
             exits = exits | {trial.shared}
             continue
@@ -96,7 +96,9 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
         if not idle:
             return _plan(model, trial, z)
         exits = exits - idle
-    raise ValueError(f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool")
+    raise ValueError(
+        f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
+    )
 
 
 def _plan(model: nn.Module, trial: _Trial, z: Tensor) -> Plan:
@@ -166,7 +168,9 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
                 raise ValueError(f"units must be at least 1 block, got {units}")
             bases = bases[units - 1 :: units]
     else:
-        raise ValueError(f"units must be 'layer', 'block', 'stage', a whole number or a callable, got {units!r}")
+        raise ValueError(
+            f"units must be 'layer', 'block', 'stage', a whole number or a callable, got {units!r}"
+        )
     ends = [_chain_end(path, calls) for path in bases]
     if units == "stage":
         shapes = [tuple(first_tensor(end.output).shape) for end in ends]
@@ -218,7 +222,9 @@ def _chain_end(path: str, calls: list[_Call]) -> _Call:
             continue
         leaf = next(call.module.children(), None) is None
         same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
-        readers = sum(c.input is end.output and next(c.module.children(), None) is None for c in calls)
+        readers = sum(
+            c.input is end.output and next(c.module.children(), None) is None for c in calls
+        )
         again = sum(c.path == call.path for c in calls) > 1
         if not leaf or not same or readers > 1 or again or _has_weight_matrix(call.module):
             break
@@ -271,7 +277,9 @@ class _Trial:
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+            tensors = [
+                t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None
+            ]
             if path not in self.exits:
                 for tensor in tensors:
                     assert tensor.grad_fn is not None
@@ -299,7 +307,11 @@ class _Trial:
                 if below is not None and below not in seen:
                     seen[below] = None
                     queue.append(below)
-        found = {self.names[id(v)] for n in seen if (v := getattr(n, "variable", None)) is not None and id(v) in self.names}
+        found = {
+            self.names[id(v)]
+            for n in seen
+            if (v := getattr(n, "variable", None)) is not None and id(v) in self.names
+        }
         for node in seen:
             if self.shared is None and node in self._owners and self._leads_to_parameter(node):
                 self.shared = self._producer_of(node)

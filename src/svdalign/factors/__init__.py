@@ -4,8 +4,8 @@ from .factorize import Factorization, LayerReport, factorize
 from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
 
 __all__ = [
-    "Factorization",
     "FactoredLayer",
+    "Factorization",
     "LayerReport",
     "SVDConv2d",
     "SVDLinear",

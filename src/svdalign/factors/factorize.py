@@ -9,11 +9,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layers import SCHEMES, FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank, kernel_matrix
+from .layers import (
+    SCHEMES,
+    FactoredLayer,
+    Scheme,
+    SVDConv2d,
+    SVDLinear,
+    break_even_rank,
+    kernel_matrix,
+)
 
 __all__ = ["Factorization", "LayerReport", "Rank", "factorize"]
 
-Rank = float | int | None  #: a fraction of full rank in (0, 1], an absolute rank, or None: leave dense
+Rank = (
+    float | int | None
+)  #: a fraction of full rank in (0, 1], an absolute rank, or None: leave dense
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,14 @@ class Factorization:
     def __str__(self) -> str:
         rows = [("layer", "kind", "rank", "of", "parameters", "dense", "note")]
         rows += [
-            (l.name, l.kind, "dense" if l.rank is None else str(l.rank), str(l.full_rank),
-             f"{l.parameters:,}", f"{l.dense_parameters:,}", l.note)
-            for l in self.layers
+            (row.name, row.kind, "dense" if row.rank is None else str(row.rank), str(row.full_rank),
+             f"{row.parameters:,}", f"{row.dense_parameters:,}", row.note)
+            for row in self.layers
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+        )
 
 
 def factorize(
@@ -83,7 +95,10 @@ def factorize(
     model = copy.deepcopy(net)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     if isinstance(rank, Mapping) and (unknown := sorted(set(rank) - set(layers))):
-        raise ValueError(f"rank names {unknown}, which are not linear or convolution layers; there are {list(layers)}")
+        raise ValueError(
+            f"rank names {unknown}, which are not linear or convolution layers; "
+            f"there are {list(layers)}"
+        )
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -127,19 +142,28 @@ def factorize(
             else:
                 model = factored
             parameters = r * (sum(matrix_shape) + 1)
-        reports.append(LayerReport(name, type(layer).__name__, full, r, parameters, dense_parameters, note))
+        reports.append(
+            LayerReport(name, type(layer).__name__, full, r, parameters, dense_parameters, note)
+        )
     if all(report.rank is None for report in reports):
         reasons = ", ".join(f"{report.name or 'net'}: {report.note}" for report in reports)
         raise ValueError(
             "net has no layer that can be factored "
-            + (f"({reasons}); a mapping {{layer name: rank}} asks for a layer" if reports else "(no nn.Linear or nn.Conv2d)")
+            + (
+                f"({reasons}); a mapping {{layer name: rank}} asks for a layer"
+                if reports
+                else "(no nn.Linear or nn.Conv2d)"
+            )
         )
     model.factorization = Factorization(tuple(reports))  # type: ignore[assignment]
     return model
 
 
 def _check_rank(rank: object) -> None:
-    allowed = "a fraction in (0, 1], a whole number of at least 1, or a mapping from layer names to these or None"
+    allowed = (
+        "a fraction in (0, 1], a whole number of at least 1, "
+        "or a mapping from layer names to these or None"
+    )
     if rank is None:
         return
     if isinstance(rank, bool) or not isinstance(rank, int | float):

@@ -1,9 +1,9 @@
-"""Factored layers: the weight lives as ``W = U diag(s) V^T`` and the dense ``W`` is never formed."""
+"""Factored layers: the weight lives as ``W = U diag(s) V^T``; the dense ``W`` is never formed."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,9 @@ class FactoredLayer(nn.Module):
     def __init__(self, U: Tensor, s: Tensor, V: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.set_factors(U, s, V)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
+        )
 
     def set_factors(self, U: Tensor, s: Tensor, V: Tensor) -> None:
         """Replace the factors' values, of a new rank if ``s`` is of another length.
@@ -131,7 +133,10 @@ class SVDLinear(FactoredLayer):
         return F.linear(x @ self.V, self.U * self.s, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
 
 
 class SVDConv2d(FactoredLayer):
@@ -144,7 +149,14 @@ class SVDConv2d(FactoredLayer):
     """
 
     def __init__(
-        self, U: Tensor, s: Tensor, V: Tensor, bias: Tensor | None, *, like: nn.Conv2d, scheme: Scheme
+        self,
+        U: Tensor,
+        s: Tensor,
+        V: Tensor,
+        bias: Tensor | None,
+        *,
+        like: nn.Conv2d,
+        scheme: Scheme,
     ) -> None:
         super().__init__(U, s, V, bias)
         self.scheme = scheme
@@ -165,7 +177,9 @@ class SVDConv2d(FactoredLayer):
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
         if layer.groups != 1:
-            raise ValueError(f"a convolution with groups={layer.groups} cannot be factored, only groups=1")
+            raise ValueError(
+                f"a convolution with groups={layer.groups} cannot be factored, only groups=1"
+            )
         if layer.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode={layer.padding_mode!r} cannot be factored, only padding_mode='zeros'"
@@ -180,7 +194,9 @@ class SVDConv2d(FactoredLayer):
             return self.V.mT.reshape(r, C, H, 1), self.U.reshape(N, W, 1, r).permute(0, 3, 2, 1)
         return self.V.mT.reshape(r, C, H, W), self.U.reshape(N, r, 1, 1)
 
-    def split(self, value: tuple[int, int], neutral: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def split(
+        self, value: tuple[int, int], neutral: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """A per-axis setting, shared out between the first and the second convolution."""
         if self.scheme == "spatial":
             return (value[0], neutral), (neutral, value[1])
@@ -194,7 +210,10 @@ class SVDConv2d(FactoredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.kernels()
-        (stride1, stride2), (dilation1, dilation2) = self.split(self.stride, 1), self.split(self.dilation, 1)
+        (stride1, stride2), (dilation1, dilation2) = (
+            self.split(self.stride, 1),
+            self.split(self.dilation, 1),
+        )
         padding1, padding2 = self.paddings()
         # diag(s) is folded into the smaller of the two operands of the second convolution, its
         # kernel: r N W products instead of one per pixel, and no scaled copy of the map to hold.
@@ -212,15 +231,17 @@ class SVDConv2d(FactoredLayer):
 
     def dense(self) -> nn.Conv2d:
         layer = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.in_channels, self.out_channels, self.kernel_size, self.stride,
+            cast(Any, self.padding), self.dilation,
             bias=self.bias is not None, device=self.U.device, dtype=self.U.dtype,
         )  # fmt: skip
         return cast(nn.Conv2d, _copy_into(layer, self))
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, rank={self.rank}, "
+            f"scheme={self.scheme}, bias={self.bias is not None}"
         )
 
 
@@ -233,7 +254,7 @@ def kernel_matrix(K: Tensor, scheme: Scheme) -> Tensor:
 
 
 def break_even_rank(m: int, n: int) -> int:
-    """The largest rank whose factors hold fewer numbers than the dense (m, n): r (m + n + 1) < m n."""
+    """The largest rank whose factors hold fewer numbers than the dense matrix: r (m+n+1) < m n."""
     return math.ceil(m * n / (m + n + 1)) - 1
 
 

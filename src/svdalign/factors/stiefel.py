@@ -1,7 +1,8 @@
 """The Stiefel manifold St(m, r) = {X in R^(m x r) : X^T X = I}: pure functions on plain tensors.
 
 Every function takes matrices of shape ``(..., m, r)`` with ``m >= r`` and returns new tensors.
-Reference: Absil, Mahony and Sepulchre, *Optimization Algorithms on Matrix Manifolds* (2008), chapter 4.
+Reference: Absil, Mahony and Sepulchre, *Optimization Algorithms on Matrix Manifolds* (2008),
+chapter 4.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ def _check_tall(X: Tensor) -> None:
 
 
 def qr_retract(X: Tensor) -> Tensor:
-    """Q of the QR decomposition of ``X`` with the diagonal of R made positive, shape ``(..., m, r)``.
+    """Q of the QR decomposition of ``X`` with the diagonal of R made positive, ``(..., m, r)``.
 
     The sign convention makes the result unique and continuous: a matrix with orthonormal columns
     is returned as it is.
     """
     _check_tall(X)
     Q, R = torch.linalg.qr(X)
-    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
-    return Q * signs.unsqueeze(-2)
+    signs: Tensor = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
+    result: Tensor = Q * signs.unsqueeze(-2)
+    return result
 
 
 def polar_retract(X: Tensor) -> Tensor:
@@ -45,11 +47,12 @@ def polar_retract(X: Tensor) -> Tensor:
     """
     _check_tall(X)
     A, _, Bt = torch.linalg.svd(X, full_matrices=False)
-    return A @ Bt
+    result: Tensor = A @ Bt
+    return result
 
 
 def newton_schulz_retract(X: Tensor, steps: int = 2) -> Tensor:
-    """The polar factor by Newton-Schulz iteration ``X <- X (3I - X^T X) / 2``: matrix products only.
+    """The polar factor by Newton-Schulz iteration ``X <- X (3I - X^T X) / 2``: products only.
 
     Converges quadratically from ``||X^T X - I||_2 < 1``, where an error of ``eps`` becomes
     ``3/4 eps^2`` per step. That is where a small update leaves an orthonormal matrix; from
@@ -64,7 +67,7 @@ def newton_schulz_retract(X: Tensor, steps: int = 2) -> Tensor:
 
 
 def tangent_project(X: Tensor, G: Tensor) -> Tensor:
-    """Orthogonal projection of ``G`` onto the tangent space of St(m, r) at ``X``: ``G - X sym(X^T G)``.
+    """Orthogonal projection onto the tangent space of St(m, r) at ``X``: ``G - X sym(X^T G)``.
 
     Being an orthogonal projection it never points uphill: ``<G, PG> = ||PG||^2 >= 0``.
     """
@@ -78,7 +81,8 @@ def orthogonality_error(X: Tensor) -> Tensor:
     _check_tall(X)
     gram = X.mT @ X
     eye = torch.eye(gram.shape[-1], dtype=X.dtype, device=X.device)
-    return torch.linalg.matrix_norm(gram - eye)
+    error: Tensor = torch.linalg.matrix_norm(gram - eye)
+    return error
 
 
 RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""How an error comes back to a unit: feedback matrices and the pooling that shrinks a feature map."""
+"""How an error comes back to a unit: feedback matrices, and pooling that shrinks a feature map."""
 
 from .matrices import Feedback, GaussianFeedback, StructuredFeedback
 from .pooling import pool, pooled_size

@@ -1,4 +1,4 @@
-"""Feedback matrices ``B`` (d, C): from the space of the network's output to a unit's pooled features."""
+"""Feedback matrices ``B`` (d, C): from the network's output space to a unit's pooled features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Feedback(nn.Module):
     """A (d, C) matrix ``B``, read in both directions.
 
     Bringing an error ``e`` back is ``B e``; reading logits off features ``p`` is ``B^T p``. Each is
-    the other's gradient, so one method suffices: the gradient of ``<readout(p), e>`` in ``p`` is ``B e``.
+    the other's gradient, so one method suffices: the gradient of ``<readout(p), e>`` in ``p`` is
+    ``B e``.
     """
 
     def readout(self, p: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class GaussianFeedback(Feedback):
 
 
 class StructuredFeedback(Feedback):
-    """``B = B_U diag(B_s) B_V^T`` with orthonormal ``B_U`` (d, k) and ``B_V`` (C, k), ``k <= min(d, C)``.
+    """``B = B_U diag(B_s) B_V^T`` with orthonormal ``B_U`` (d, k), ``B_V`` (C, k), k <= min(d, C).
 
     ``learn`` makes the factors parameters, trained by the gradient of the unit's own loss.
     """

@@ -9,14 +9,15 @@ __all__ = ["pool", "pooled_size"]
 
 
 def pool(h: Tensor, grid: int | None, output_shape: tuple[int, ...]) -> Tensor:
-    """``P(h)``: features as rows that a feedback matrix can read, aligned with the network's output.
+    """``P(h)``: features as rows that a feedback matrix can read, aligned to the network's output.
 
     ``output_shape`` is the shape of the network's output, classes included: (B, C) for one answer a
     sample, (B, T, C) for one a token, (B, C, H, W) for one a pixel.
 
     - (B, d): as it is.
-    - (B, C, h, w) and one answer a sample: averaged onto a ``grid`` x ``grid`` raster (``None`` keeps
-      every position), flattened to (B, C g g). One answer a pixel: channels last, (B, h, w, C).
+    - (B, C, h, w) and one answer a sample: averaged onto a ``grid`` x ``grid`` raster (``None``
+      keeps every position), flattened to (B, C g g). One answer a pixel: channels last,
+      (B, h, w, C).
     - (B, T, d): per token if the output is per token, else averaged over tokens, (B, d).
     """
     if h.ndim == 4:

@@ -8,7 +8,19 @@ from .dfa import DFA, DRTP
 from .fa import FA
 from .ssa import SSA
 
-__all__ = ["BP", "DFA", "DRTP", "FA", "SSA", "ErrorSource", "Rule", "Teaching", "TeachingUnit", "available", "get"]
+__all__ = [
+    "BP",
+    "DFA",
+    "DRTP",
+    "FA",
+    "SSA",
+    "ErrorSource",
+    "Rule",
+    "Teaching",
+    "TeachingUnit",
+    "available",
+    "get",
+]
 
 _RULES: dict[str, Rule] = {
     rule.name: rule
@@ -19,7 +31,15 @@ _RULES: dict[str, Rule] = {
         DRTP(),
         SSA(),
         SSA(name="ssa-local", horizon=0),
-        SSA(name="ssa-paper", horizon=0, error="output", learn=False, alignment="share", alpha=1.0, beta=0.1),
+        SSA(
+            name="ssa-paper",
+            horizon=0,
+            error="output",
+            learn=False,
+            alignment="share",
+            alpha=1.0,
+            beta=0.1,
+        ),
     )
 }
 

@@ -75,13 +75,17 @@ class Rule:
             raise ValueError(f"error must be one of {ERROR_SOURCES}, got {self.error!r}")
         h = self.horizon
         if h is not None and (isinstance(h, bool) or not isinstance(h, int) or h < 0):
-            raise ValueError(f"horizon must be a whole number of at least 0 or None (backpropagation), got {h!r}")
+            raise ValueError(
+                f"horizon must be a whole number of at least 0 or None (backpropagation), got {h!r}"
+            )
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> nn.Module | None:
         """The module that holds the unit's feedback, or None if the rule needs none."""
         return None
 
-    def loss(self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(
+        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+    ) -> Tensor:
         """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
         its gradient in the feedback's parameters teaches the feedback."""
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
@@ -125,7 +129,9 @@ def _like_output(z: Tensor, output_shape: tuple[int, ...]) -> Tensor:
     return z
 
 
-def feedback_channels(unit: TeachingUnit, feedback: Feedback, layer: FactoredLayer) -> Tensor | None:
+def feedback_channels(
+    unit: TeachingUnit, feedback: Feedback, layer: FactoredLayer
+) -> Tensor | None:
     """The feedback's directions in the output channel space of ``layer``, (N, f), or None where the
     pooled features are not laid out by that layer's channels."""
     N, directions = layer.output_directions().shape[0], feedback.directions()

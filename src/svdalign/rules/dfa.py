@@ -29,7 +29,9 @@ class DFA(Rule):
         d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
         return GaussianFeedback(d, classes(unit.output_shape), generator=generator)
 
-    def loss(self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(
+        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+    ) -> Tensor:
         assert isinstance(feedback, Feedback)
         return task_loss(self.error, feedback, pool(h, self.grid, teaching.output_shape), teaching)
 

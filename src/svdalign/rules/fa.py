@@ -33,7 +33,10 @@ class FA(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.horizon is not None:
-            raise ValueError(f"rule 'fa' carries errors through every layer: horizon must be None, got {self.horizon}")
+            raise ValueError(
+                "rule 'fa' carries errors through every layer: horizon must be None, "
+                f"got {self.horizon}"
+            )
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         mirrors = {}
@@ -76,7 +79,7 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
 
 def _detach_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # The input with its graph waits here for the forward hook, which bridges it to the output.
-    layer._fa_input = args[0]  # type: ignore[assignment]
+    layer._fa_input = args[0]
     return (args[0].detach(), *args[1:])
 
 
@@ -88,7 +91,7 @@ class _Bridge:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = layer.__dict__.pop("_fa_input")
-        return _Transport.apply(output, x, self.mirror) if x.requires_grad else output  # type: ignore[no-any-return,no-untyped-call]
+        return _Transport.apply(output, x, self.mirror) if x.requires_grad else output  # type: ignore[no-untyped-call]
 
 
 class _Transport(torch.autograd.Function):
@@ -101,7 +104,7 @@ class _Transport(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         with torch.enable_grad():
             # The mirror is affine, so its vector-Jacobian product does not depend on where.
             x = torch.zeros(ctx.shape, **ctx.options).requires_grad_()

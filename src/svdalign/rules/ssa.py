@@ -16,7 +16,15 @@ from ..losses import (
     similarity_alignment,
     subspace_share,
 )
-from .base import ErrorSource, Rule, Teaching, TeachingUnit, feedback_channels, task_loss, weights_of
+from .base import (
+    ErrorSource,
+    Rule,
+    Teaching,
+    TeachingUnit,
+    feedback_channels,
+    task_loss,
+    weights_of,
+)
 from .dfa import classes
 
 __all__ = ["SSA"]
@@ -49,14 +57,18 @@ class SSA(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alignment not in get_args(Alignment):
-            raise ValueError(f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}")
+            raise ValueError(
+                f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
+            )
         for name in ("alpha", "beta", "gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         for name in ("grid", "rank"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1 or None, got {value!r}")
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1 or None, got {value!r}"
+                )
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
         d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
@@ -64,7 +76,9 @@ class SSA(Rule):
             d, classes(unit.output_shape), rank=self.rank, learn=self.learn, generator=generator
         )
 
-    def loss(self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(
+        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+    ) -> Tensor:
         assert isinstance(feedback, Feedback)
         pooled = pool(h, self.grid, teaching.output_shape)
         loss = task_loss(self.error, feedback, pooled, teaching)
