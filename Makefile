@@ -28,6 +28,7 @@ test: $(stamp)  ## lint, format check, type check, tests
 	$(bin)/pytest -n 2 $(ARGS)
 
 $(stamp): pyproject.toml constraints.txt
+	@echo 'Setting up $(VENV): a minute or two'
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
