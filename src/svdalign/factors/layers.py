@@ -64,6 +64,11 @@ class FactoredLayer(nn.Module):
             )
         if r > min(len(U), len(V)):
             raise ValueError(f"rank {r} is more than min(m, n) = {min(len(U), len(V))}")
+        if "U" in self._parameters and (len(U), len(V)) != (len(self.U), len(self.V)):
+            raise ValueError(
+                f"factors must keep m = {len(self.U)} and n = {len(self.V)}, got "
+                f"U {tuple(U.shape)}, V {tuple(V.shape)}"
+            )
         for name, value in (("U", U), ("s", s), ("V", V)):
             value = value.detach().clone()
             parameter = self._parameters.get(name)
