@@ -103,6 +103,9 @@ def factorize(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    places: dict[int, list[str]] = {}  # one module may stand under several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     classifier = _classifier(layers)
     reports = []
     for name, layer in layers.items():
@@ -138,7 +141,8 @@ def factorize(
             factored.train(layer.training)
             _carry_requires_grad(layer, factored)
             if name:
-                model.set_submodule(name, factored)
+                for place in places[id(layer)]:
+                    model.set_submodule(place, factored)
             else:
                 model = factored
             parameters = r * (sum(matrix_shape) + 1)
