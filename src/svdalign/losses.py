@@ -35,8 +35,8 @@ def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
     """``1 - ||P Q||_F^2 / k``: the share of the feedback that the layer's output cannot receive.
 
     ``output``: (N, q), columns spanning the layer's reachable output directions, ``P`` the
-    projector onto them. ``feedback``: (N, f), columns spanning the feedback's directions in the
-    same space, ``Q`` (N, k) an orthonormal basis of them. In [0, 1]; 0 where ``span Q`` lies in
+    projector onto them. ``feedback``: (N, f) of full rank, columns spanning the feedback's
+    directions in the same space, ``Q`` (N, k) an orthonormal basis of them. In [0, 1]; 0 where ``span Q`` lies in
     the layer's output space, so always where ``q >= N``.
     """
     N, q = output.shape
