@@ -1,0 +1,353 @@
+"""The command line: ``svdalign COMMAND --option value``.
+
+A command is a function registered with :func:`command`. It is given a parser to declare its options
+on only when it is the one called, and imports what it needs then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .training.record import Record
+
+__all__ = ["main"]
+
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+
+class UsageError(Exception):
+    """Something the user can put right; its text is all they need to see."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """``declare`` adds options to a parser; ``run`` takes what was parsed, returns an exit code."""
+
+    help: str
+    declare: Callable[[_Parser], None]
+    run: Callable[[dict[str, Any]], int]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str, help: str, declare: Callable[[_Parser], None]
+) -> Callable[[Callable[[dict[str, Any]], int]], Callable[[dict[str, Any]], int]]:
+    """Register the decorated function as ``svdalign NAME``."""
+
+    def register(run: Callable[[dict[str, Any]], int]) -> Callable[[dict[str, Any]], int]:
+        COMMANDS[name] = Command(help, declare, run)
+        return run
+
+    return register
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (``sys.argv`` without the program) name; an exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from . import __version__
+
+        print(f"svdalign {__version__}")
+        return 0
+    name, *rest = words
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+        return COMMANDS[name].run(_parse(name, rest))
+    except UsageError as error:
+        prefix = f"svdalign {name}" if name in COMMANDS else "svdalign"
+        print(f"{prefix}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"svdalign {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def _declare_train(parser: _Parser) -> None:
+    from .training.config import RunConfig
+
+    parser.add_config(RunConfig)
+    parser.add_folder("train")
+
+
+@command("train", "one rule on one network and data set", _declare_train)
+def _train(options: dict[str, Any]) -> int:
+    from .experiments.report import run_page
+    from .training.build import build_learner, load_data, prepare_machine
+    from .training.config import RunConfig
+    from .training.interrupt import Interrupt
+    from .training.progress import progress_for
+    from .training.record import Record, new_folder
+    from .training.run import train
+    from .training.trainer import Trainer
+
+    folder, overwrite = options.pop("out"), options.pop("overwrite")
+    with _usage_errors():
+        config = RunConfig(**options)
+        prepare_machine(config)
+        if folder is not None:
+            _check_free(Record(folder), overwrite)
+        data = load_data(config)
+        trainer = Trainer(config, data, build_learner(config, data))
+        record = Record(folder or new_folder("runs", "train"))
+    console = _console()
+    with Interrupt() as interrupt, progress_for(console) as progress:
+        results = train(trainer, record, progress=progress, stop=lambda: interrupt.requested)
+    record.report_path.write_text(run_page(results, f"Rule {config.rule}"), encoding="utf-8")
+    if results["accuracy"] is not None:
+        console.print(f"test accuracy {results['accuracy']:.2%}", highlight=False)
+    console.print(f"report: {record.report_path}", highlight=False, soft_wrap=True)
+    return _exit_code(results["status"])
+
+
+def _declare_compare(parser: _Parser) -> None:
+    from .experiments.compare import CompareConfig
+
+    parser.add_config(CompareConfig)
+    parser.add_folder("compare")
+
+
+@command("compare", "several rules on the same data and budget; table and report", _declare_compare)
+def _compare(options: dict[str, Any]) -> int:
+    from .experiments.compare import CompareConfig, Comparison
+    from .experiments.report import console_table
+    from .training.interrupt import Interrupt
+    from .training.progress import progress_for
+
+    folder, overwrite = options.pop("out"), options.pop("overwrite")
+    with _usage_errors():
+        comparison = Comparison(CompareConfig(**options), folder, overwrite=overwrite)
+    console = _console()
+    with Interrupt() as interrupt:
+        with console.status("measuring what a step costs"):
+            comparison.measure_costs()
+        with progress_for(console, comparison.pending) as progress:
+            results = comparison.run(progress=progress, stop=lambda: interrupt.requested)
+    console.print(console_table(results))
+    console.print(f"report: {comparison.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if results["status"] == "interrupted":
+        console.print(
+            f"go on with the same command and --out {comparison.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return _exit_code(results["status"])
+
+
+def _declare_data(parser: _Parser) -> None:
+    from .training.config import DataConfig
+
+    parser.add_config(DataConfig)
+
+
+@command("data", "load a data set and say what is in it", _declare_data)
+def _data(options: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from .training.build import load_data
+    from .training.config import JobConfig
+
+    with _usage_errors():
+        data = load_data(JobConfig(**options))
+    console = _console()
+    shape = " × ".join(map(str, data.train.images.shape[1:]))
+    mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (data.mean, data.std))
+    console.print(
+        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}\n"
+        f"pixels from 0 to 1 have mean {mean} and deviation {std}",
+        highlight=False,
+    )
+    table = Table("class", "training images", "test images")
+    counts = [
+        s.labels.bincount(minlength=data.num_classes).tolist() for s in (data.train, data.test)
+    ]
+    for row in zip(data.classes, *counts, strict=True):
+        table.add_row(*map(str, row))
+    console.print(table)
+    return 0
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+class _Parser(ArgumentParser):
+    """A parser that takes its options from a config dataclass.
+
+    ``types``: of each option. Lists may be given as ``--rules bp dfa`` or ``--rules bp,dfa``.
+    """
+
+    types: dict[str, Any]
+
+    def add_config(self, config: type[Any]) -> None:
+        """An option for each field, in groups by the dataclass that declares it."""
+        self.add_argument("--config", action="config", help="YAML file with any of these options")
+        self.types = typing.get_type_hints(config)
+        parts = [c for c in config.__mro__ if dataclasses.is_dataclass(c)]
+        groups: dict[type[Any], Any] = {}
+        for field in dataclasses.fields(config):
+            part = next(c for c in parts if field.name in inspect.get_annotations(c))
+            if part not in groups:
+                groups[part] = self.add_argument_group((part.__doc__ or "").strip())
+            default = field.default
+            if callable(field.default_factory):
+                default = field.default_factory()
+            groups[part].add_argument(
+                _flag(field.name),
+                type=self.types[field.name],
+                default=default,
+                help=field.metadata["help"],
+            )
+
+    def add_folder(self, stem: str) -> None:
+        """Where results go."""
+        group = self.add_argument_group("results")
+        group.add_argument(
+            "--out", type=str | None, default=None, help=f"run folder (a new runs/{stem}-NNN)"
+        )
+        group.add_argument(
+            "--overwrite", action="store_true", help="replace the results that the folder holds"
+        )
+
+    def options(self, words: list[str]) -> dict[str, Any]:
+        """Parsed ``words``; ValueError for what cannot be."""
+        try:
+            options = self.parse_args(self._join_lists(words)).as_dict()
+        except ArgumentError as error:
+            raise ValueError(self._explain(str(error))) from None
+        options.pop("config", None)
+        return options
+
+    def _join_lists(self, words: list[str]) -> list[str]:
+        lists = {
+            _flag(name): t
+            for name, t in self.types.items()
+            if any(kind.startswith("list") for kind in _kinds(t))
+        }
+        joined: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            joined.append(word)
+            values: list[str] = []
+            while word in lists and rest and not rest[0].startswith("--"):
+                values += [value for value in rest.pop(0).strip("[]").split(",") if value.strip()]
+            if len(values) == 1 and len(_kinds(lists[word])) > 1:
+                joined += values
+            elif values:
+                joined[-1] = f"{word}=[{', '.join(values)}]"
+        return joined
+
+    def _explain(self, message: str) -> str:
+        """A message about a value's type in the words of the command line."""
+        found = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
+        if found is None or found[1] not in self.types:
+            return message
+        allowed = ", ".join(_kinds(self.types[found[1]]))
+        return f"{_flag(found[1])} takes {allowed}; got {found[2]}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """What a type allows, as words: ``int``, ``null``, ``list of int``, the values of a literal."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return [str(value) for value in typing.get_args(annotation)]
+    if origin in (types.UnionType, typing.Union):
+        return [kind for part in typing.get_args(annotation) for kind in _kinds(part)]
+    if origin is list:
+        return [f"list of {', '.join(_kinds(*typing.get_args(annotation)))}"]
+    kind = origin or annotation
+    return ["null" if kind is type(None) else kind.__name__]
+
+
+def _parse(name: str, words: list[str]) -> dict[str, Any]:
+    parser = _Parser(
+        prog=f"svdalign {name}",
+        usage=f"svdalign {name} [--config FILE.yaml] [--option value ...]",
+        description=COMMANDS[name].help,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    with _usage_errors():
+        COMMANDS[name].declare(parser)
+        return parser.options(words)
+
+
+# --- what all commands share --------------------------------------------------------------------
+
+
+def _check_free(record: Record, overwrite: bool) -> None:
+    record.check()
+    if not overwrite and record.results() is not None:
+        raise ValueError(
+            f"run folder {record.folder} holds the results of a run; give another --out, "
+            "or --overwrite"
+        )
+
+
+def _exit_code(status: str) -> int:
+    return {"finished": 0, "interrupted": INTERRUPTED}.get(status, 1)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What goes wrong in here, before any training, is the user's to put right."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(_one_line(str(error))) from error
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {entry.help}" for name, entry in COMMANDS.items()]
+    return "\n".join(
+        [
+            "svdalign: train networks without a global backward pass, in the SVD space of weights",
+            "",
+            "usage: svdalign COMMAND [--option value ...]",
+            "",
+            *lines,
+            "",
+            "svdalign COMMAND --help shows its options; --version, the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Several methods, each with several seeds, on the same data, network and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training.build import build_learner, load_data, prepare_machine
+from ..training.config import JobConfig, RunConfig, option, to_yaml
+from ..training.progress import Progress, Silent
+from ..training.record import Record, new_folder, provenance, read_json
+from ..training.run import train
+from ..training.trainer import Trainer
+from . import costs
+from .methods import DEFAULT, METHODS, method_config
+from .report import comparison_page, run_page
+
+__all__ = ["CompareConfig", "Comparison", "summarise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(JobConfig):
+    """comparison"""
+
+    rules: list[str] = option(DEFAULT, f"methods to compare, of {', '.join(METHODS)}")
+    seeds: int | list[int] = option(1, "how many seeds, or which: 3 is the same as [0, 1, 2]")
+    lr: float | None = option(None, "one peak learning rate for all, in place of each's tuned one")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rules", "seeds"):
+            values = getattr(self, name)
+            if values in ([], 0) or (isinstance(values, list) and len(set(values)) < len(values)):
+                raise ValueError(f"{name} must be at least one, each once, got {values}")
+        list(self.runs())  # names every mistake in a method's own settings
+
+    def runs(self) -> Iterator[tuple[str, RunConfig]]:
+        """(method, config of its run), seed by seed, so that every method has its first early."""
+        for seed in self.seeds if isinstance(self.seeds, list) else range(self.seeds):
+            for name in self.rules:
+                yield name, method_config(name, self, seed=seed, lr=self.lr)
+
+
+class Comparison:
+    """A comparison in a folder: ``METHOD-seedN`` for each run, ``results.json``, ``report.html``.
+
+    Creating one checks everything that can be wrong before training starts, and raises ValueError
+    then. Runs that the folder holds finished, with the same config, are not run again;
+    ``overwrite`` starts over.
+    """
+
+    def __init__(
+        self, config: CompareConfig, folder: str | Path | None = None, *, overwrite: bool = False
+    ) -> None:
+        self.config = config
+        self._costs: dict[str, Any] = {}
+        self._costs_of: dict[str, Any] = {}
+        self._runs = list(config.runs())
+        prepare_machine(config)
+        if folder is not None:
+            self._open(Path(folder), overwrite)
+        self.data = load_data(config)
+        for name in config.rules:
+            build_learner(method_config(name, config, seed=0, lr=config.lr), self.data)
+        if folder is None:
+            self._open(new_folder("runs", "compare"), overwrite)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self._record.folder
+
+    @property
+    def pending(self) -> int:
+        """How many runs are still to be done."""
+        return len(self._runs) - len(self._done)
+
+    def measure_costs(self) -> None:
+        """Costs of each method, unless the folder has them for these very methods."""
+        first = dict(reversed(self._runs))
+        configs = {name: first[name] for name in self.config.rules}
+        self._costs_of = {name: _plain(config) for name, config in configs.items()}
+        stored = (None if self._fresh else read_json(self._record.results_path)) or {}
+        if stored.get("costs_of") == self._costs_of:
+            self._costs = stored["costs"]
+            return
+        reference = method_config("bp-dense", self.config, seed=0, lr=self.config.lr)
+        self._costs = costs.measure(configs, self.data, reference=reference)
+
+    def run(
+        self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Do what is pending; return what ``results.json`` holds. ``stop`` as in :func:`train`."""
+        self._record.start(to_yaml(self.config))
+        results = dict(self._done)
+        for name, config in self._runs:
+            if (name, config.seed) in results:
+                continue
+            if stop():
+                break
+            trainer = Trainer(config, self.data, build_learner(config, self.data))
+            record = self._run_record(name, config)
+            label = METHODS[name].label
+            result = train(
+                trainer,
+                record,
+                name=f"{label}, seed {config.seed}" if self.config.seeds != 1 else label,
+                progress=progress or Silent(),
+                stop=stop,
+            )
+            record.report_path.write_text(run_page(result, label), encoding="utf-8")
+            results[name, config.seed] = result
+        return self._write(results)
+
+    def _open(self, folder: Path, overwrite: bool) -> None:
+        self._record = Record(folder, "compare")
+        self._record.check()
+        self._fresh = overwrite
+        self._done: dict[tuple[str, int], dict[str, Any]] = {}
+        for name, config in self._runs:
+            record = self._run_record(name, config)
+            record.check()
+            result = None if overwrite else record.results()
+            if result is None or result["status"] == "interrupted":
+                continue
+            if changed := _difference(result["config"], _plain(config)):
+                raise ValueError(
+                    f"{record.folder} holds a run with another config ({changed}); "
+                    "give another --out, or --overwrite"
+                )
+            self._done[name, config.seed] = result
+
+    def _run_record(self, name: str, config: RunConfig) -> Record:
+        return Record(self.folder / f"{name}-seed{config.seed}")
+
+    def _write(self, results: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+        complete = len(results) == len(self._runs) and all(
+            result["status"] != "interrupted" for result in results.values()
+        )
+        runs = [
+            {"method": name, **{key: result[key] for key in _RUN_KEYS}}
+            for (name, _), result in results.items()
+        ]
+        content = {
+            "status": "finished" if complete else "interrupted",
+            "config": dataclasses.asdict(self.config),
+            "data": {
+                "name": self.data.name,
+                "train": len(self.data.train),
+                "test": len(self.data.test),
+                "classes": self.data.num_classes,
+                "shape": list(self.data.train.images.shape[1:]),
+            },
+            "summary": summarise(self.config.rules, runs, self._costs),
+            "runs": runs,
+            "costs": self._costs,
+            "costs_of": self._costs_of,
+            **provenance(self.config.device),
+        }
+        self._record.write_results(content)
+        self._record.report_path.write_text(comparison_page(content), encoding="utf-8")
+        return content
+
+
+_RUN_KEYS = ("seed", "status", "accuracy", "history", "unfinished_epoch", "config", "wall_seconds")
+
+
+def summarise(
+    names: list[str], runs: list[dict[str, Any]], costs: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row a method: accuracy over its complete runs (mean, and standard deviation of the sample
+    from two on), or of an interrupted one so far where there is no complete one, and its costs."""
+    rows = []
+    for name in names:
+        mine = [run for run in runs if run["method"] == name]
+        whole = [run["accuracy"] for run in mine if run["status"] != "interrupted"]
+        part = [run["accuracy"] for run in mine if run["status"] == "interrupted"]
+        accuracies = [a for a in (whole or part) if a is not None]
+        rows.append(
+            {
+                "method": name,
+                "label": METHODS[name].label,
+                "runs": len(whole),
+                "complete": bool(whole),
+                "accuracy": statistics.mean(accuracies) if accuracies else None,
+                "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                **costs.get(name, {}),
+            }
+        )
+    return rows
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The config as it reads back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {old.get(key)} there, {new.get(key)} here"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    )

@@ -1,0 +1,17 @@
+"""What a network and its training cost, measured: size, arithmetic, memory, time."""
+
+from .compute import inference_macs, macs_by_module, parameter_count
+from .latency import Timing, alternate
+from .memory import LiveTensors, Memory, step_memory, storage_bytes
+
+__all__ = [
+    "LiveTensors",
+    "Memory",
+    "Timing",
+    "alternate",
+    "inference_macs",
+    "macs_by_module",
+    "parameter_count",
+    "step_memory",
+    "storage_bytes",
+]

@@ -1,0 +1,142 @@
+"""Peak memory of a training step, and what it is made of.
+
+On CUDA the allocator knows. On the CPU every tensor made while :class:`LiveTensors` is active is
+followed by its storage: from the operation that made it to the moment its last reference, that of
+autograd included, is gone. Scratch space inside an operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["LiveTensors", "Memory", "step_memory", "storage_bytes"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes alive at the moment of the peak. ``activations`` is all that is not in the other three:
+    activations held for the backward pass, the batch, temporaries."""
+
+    peak: int
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the peak that are no parameter, gradient or optimizer state."""
+        return self.peak - self.parameters - self.gradients - self.optimizer
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind ``tensors``, a storage that several share counted once."""
+    storages = {id(storage): storage for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors while active: ``live`` now, ``peak`` so far.
+
+    ``existing`` tensors count from the start; others from the operation that returns them.
+    ``on_peak`` is called with every new peak, the first being what exists.
+    """
+
+    def __init__(
+        self, existing: Iterable[Tensor] = (), on_peak: Callable[[int], None] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._on_peak: Callable[[int], None] | None = None
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in existing:
+            self._follow(tensor)
+        if on_peak is not None:
+            on_peak(self.peak)
+            self._on_peak = on_peak
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: object) -> None:
+            del self._seen[key]
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.live += size
+        if self.live > self.peak:
+            self.peak = self.live
+            if self._on_peak is not None:
+                self._on_peak(self.peak)
+
+
+def step_memory(
+    step: Callable[[], object],
+    modules: Iterable[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    batch: Iterable[Tensor] = (),
+) -> Memory:
+    """Run ``step`` once and return what it held at its peak.
+
+    Args:
+        step: one training step; it does change the model.
+        modules: whose parameters and buffers are at stake: the model, and the feedback if any.
+        optimizer: of these parameters; run a step before, so that its state exists.
+        batch: input and labels, part of the peak.
+    """
+    owned = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    batch = list(batch)
+
+    def gradients() -> list[Tensor]:
+        return [t.grad for t in owned if t.grad is not None]
+
+    def state() -> list[Tensor]:
+        return [t for t in tree_iter(dict(optimizer.state)) if isinstance(t, Tensor) and t.dim()]
+
+    cuda = bool(owned) and owned[0].is_cuda
+
+    split = Memory(0, 0, 0, 0)
+
+    def note(peak: int) -> None:
+        nonlocal split
+        split = Memory(
+            peak, storage_bytes(owned), storage_bytes(gradients()), storage_bytes(state())
+        )
+
+    before = [*owned, *gradients(), *state(), *batch]
+    tracker = LiveTensors(before, note)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - storage_bytes(before)
+    with tracker:
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - others
+        return Memory(peak, split.parameters, split.gradients, split.optimizer)
+    return split

@@ -1,0 +1,197 @@
+"""What a training run is, as frozen dataclasses: flat, a field being a flag and a YAML key too."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+
+__all__ = [
+    "Augmentation",
+    "DataConfig",
+    "JobConfig",
+    "MachineConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "from_dict",
+    "option",
+    "to_yaml",
+]
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+Augmentation = Literal["crop", "flip", "cutout"]
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with a default and the line that ``--help`` shows for it."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """data"""
+
+    data: str = option("embedded", "embedded, fashion_mnist, cifar10, cifar100 or folder")
+    data_dir: str | None = option(
+        None, "folder of Parquet files, or of images with one directory a class"
+    )
+    train_limit: int | None = option(None, "use only this many training images")
+    test_limit: int | None = option(None, "use only this many test images")
+    image_size: int | None = option(None, "resize images to this height and width in pixels")
+    augment: list[Augmentation] = option([], "any of crop, flip, cutout, on training batches")
+
+    def __post_init__(self) -> None:
+        for name in ("train_limit", "test_limit", "image_size"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in self.augment:
+            if name not in get_args(Augmentation):
+                raise ValueError(
+                    f"augment must be any of {', '.join(get_args(Augmentation))}, got {name!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """model"""
+
+    model: str = option("smallconv", "mlp, smallconv, vgg8, vgg13, resnet20 or resnet32")
+    width: float = option(1.0, "factor on the number of channels of every hidden layer")
+    rank: int | float | None = option(
+        0.5, "rank of the factors: a fraction in (0, 1], a whole number, or null for dense weights"
+    )
+    scheme: Literal["spatial", "channel"] = option("spatial", "how a kernel becomes a matrix")
+
+    def __post_init__(self) -> None:
+        _positive(self, "width")
+        if isinstance(self.rank, float):
+            if not 0 < self.rank <= 1:
+                raise ValueError(
+                    "rank must be a fraction in (0, 1], a whole number of at least 1, or null, "
+                    f"got {self.rank}"
+                )
+        elif self.rank is not None:
+            _at_least(self, "rank", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """training"""
+
+    epochs: int = option(6, "passes over the training images")
+    batch_size: int = option(128, "images a step")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "update rule of the weights")
+    weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
+    momentum: float = option(0.9, "of sgd; the first of adamw's two betas")
+    beta2: float = option(0.999, "the second of adamw's two betas")
+    schedule: Literal["one-cycle", "cosine", "constant"] = option(
+        "one-cycle",
+        "learning rate over the steps: linear up, then linear to 0, cosine to 0, or flat",
+    )
+    warmup: float = option(0.2, "share of all steps in which the learning rate rises")
+    label_smoothing: float = option(0.0, "share of the label spread over all classes, in [0, 1)")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16 runs under autocast")
+
+    def __post_init__(self) -> None:
+        _at_least(self, "epochs", 1)
+        _at_least(self, "batch_size", 1)
+        for name in ("weight_decay", "momentum", "beta2", "warmup", "label_smoothing"):
+            _at_least(self, name, 0.0)
+        for name in ("momentum", "beta2", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if self.warmup > 1:
+            raise ValueError(f"warmup is a share of all steps, at most 1, got {self.warmup}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """machine"""
+
+    device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads (torch's own choice)")
+    channels_last: bool = option(True, "hold images and kernels channels last; faster convolutions")
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            _at_least(self, "threads", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(DataConfig, ModelConfig, OptimConfig, MachineConfig):
+    """What all methods of a comparison share: data, network, budget, machine."""
+
+    def __post_init__(self) -> None:
+        for part in (DataConfig, ModelConfig, OptimConfig, MachineConfig):
+            part.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(JobConfig):
+    """method"""
+
+    rule: str = option("ssa", "how the units learn: bp, fa, dfa, drtp, ssa, ssa-local, ssa-paper")
+    horizon: int | Literal["rule", "all"] = option(
+        "rule",
+        "units that a task gradient travels upstream; all: backpropagation; rule: its own",
+    )
+    error: Literal["rule", "output", "local", "target"] = option(
+        "rule", "where a unit's error comes from; rule: the rule's own"
+    )
+    options: dict[str, Any] = option({}, "fields of the rule to change: --options.alpha 0.5")
+    units: str | int = option(
+        "layer", "what learns on its own: layer, block, stage, or a number of blocks"
+    )
+    lr: float = option(2e-3, "peak learning rate")
+    seed: int = option(0, "of the initial weights, the feedback and the order of the data")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "lr")
+        _at_least(self, "seed", 0)
+        if not isinstance(self.horizon, str):
+            _at_least(self, "horizon", 0)
+        object.__setattr__(self, "options", _plain(self.options))
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+    """``kind(**values)`` with an error that names the keys it does not have."""
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    return kind(**values)
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML that ``--config`` takes back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Strings of the command line as the YAML scalars they stand for, at any depth."""
+    if isinstance(value, str):
+        return yaml.safe_load(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _at_least(config: object, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def _positive(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")

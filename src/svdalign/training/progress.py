@@ -1,0 +1,159 @@
+"""What a user sees while training: a live display on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from rich import progress as bars
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+__all__ = ["LiveProgress", "PlainProgress", "Progress", "Silent", "progress_for"]
+
+REFRESH_SECONDS = (
+    0.25  #: between two readings of the running loss, each of which waits for the device
+)
+
+
+class Progress(Protocol):
+    """Told about each run's start, steps, epochs and end."""
+
+    def start(self, name: str, trainer: Trainer) -> None: ...
+    def step(self, trainer: Trainer) -> None: ...
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def end(self, trainer: Trainer, status: str) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, name: str, trainer: Trainer) -> None: ...
+    def step(self, trainer: Trainer) -> None: ...
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
+    def end(self, trainer: Trainer, status: str) -> None: ...
+
+
+class PlainProgress(AbstractContextManager["PlainProgress"]):
+    """One line an epoch. ``runs``: how many runs there will be, for the time left."""
+
+    def __init__(self, console: Console, runs: int = 1) -> None:
+        self._print = console.print
+        self._width = 0
+        self._runs_left = runs
+        self._name = ""
+        self._started = time.perf_counter()
+        self._steps = 0
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def start(self, name: str, trainer: Trainer) -> None:
+        self._name = name
+        self._runs_left -= 1
+
+    def step(self, trainer: Trainer) -> None:
+        self._steps += 1
+
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        total = trainer.total_steps
+        left = total - trainer.global_step + self._runs_left * total
+        seconds = (time.perf_counter() - self._started) / max(self._steps, 1) * left
+        self._print(
+            f"{self._name}  epoch {row['epoch']}/{trainer.config.epochs}  {_measured(row)}  "
+            f"{row['images_per_second']:,.0f} images/s  {_clock(seconds)} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def end(self, trainer: Trainer, status: str) -> None:
+        if status != "finished":
+            self._print(f"{self._name}  {status} after {trainer.global_step} steps", soft_wrap=True)
+
+
+class LiveProgress(AbstractContextManager["LiveProgress"]):
+    """A bar for the run with its running loss, accuracy and speed, and one for all ``runs``."""
+
+    def __init__(self, console: Console, runs: int = 1) -> None:
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=None),
+            bars.TextColumn("{task.fields[note]}"),
+            bars.TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=60.0,
+            expand=True,
+        )
+        self._runs = runs
+        self._all: bars.TaskID | None = None
+        self._run: bars.TaskID | None = None
+        self._steps = 0
+        self._shown = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, name: str, trainer: Trainer) -> None:
+        total = trainer.total_steps
+        if self._all is None and self._runs > 1:
+            self._all = self._bars.add_task("all runs", total=total * self._runs, note="")
+        self._run = self._bars.add_task(name, total=total, completed=trainer.global_step, note="")
+        self._name = name
+
+    def step(self, trainer: Trainer) -> None:
+        self._steps += 1
+        now = time.perf_counter()
+        if now - self._shown >= REFRESH_SECONDS:
+            self._shown = now
+            self._update(trainer)
+
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self._update(trainer, _measured(row))
+
+    def end(self, trainer: Trainer, status: str) -> None:
+        if self._run is not None:
+            self._bars.remove_task(self._run)
+        last = _measured(trainer.history[-1]) if trainer.history else "nothing measured yet"
+        mark = "[green]✓[/]" if status == "finished" else f"[yellow]{status}[/]"
+        self._bars.print(f"{mark} {self._name}  {last}  {_clock(trainer.seconds)}", highlight=False)
+
+    def _update(self, trainer: Trainer, note: str | None = None) -> None:
+        if note is None:
+            running = trainer.running()
+            note = (
+                f"epoch {trainer.epoch + 1}/{trainer.config.epochs}  loss {running.loss:.3f}  "
+                f"accuracy {running.accuracy:.1%}  {trainer.images_per_second:,.0f} images/s"
+            )
+        assert self._run is not None
+        self._bars.update(self._run, completed=trainer.global_step, note=note)
+        if self._all is not None:
+            self._bars.update(self._all, completed=self._steps)
+
+
+def progress_for(console: Console, runs: int = 1) -> LiveProgress | PlainProgress:
+    """Live on a terminal, plain lines anywhere else."""
+    return (LiveProgress if console.is_terminal else PlainProgress)(console, runs)
+
+
+def _measured(row: dict[str, Any]) -> str:
+    train, test = row["train_accuracy"], row["test_accuracy"]
+    return f"loss {row['loss']:.3f}  train {train:.1%}  test {test:.1%}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
