@@ -2,14 +2,17 @@
 
 from .factorize import Factorization, LayerReport, factorize
 from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
+from .rank import RankCut, reduce_rank
 
 __all__ = [
     "FactoredLayer",
     "Factorization",
     "LayerReport",
+    "RankCut",
     "SVDConv2d",
     "SVDLinear",
     "Scheme",
     "break_even_rank",
     "factorize",
+    "reduce_rank",
 ]

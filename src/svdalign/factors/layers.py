@@ -70,12 +70,16 @@ class FactoredLayer(nn.Module):
                 f"U {tuple(U.shape)}, V {tuple(V.shape)}"
             )
         for name, value in (("U", U), ("s", s), ("V", V)):
-            value = value.detach().clone()
+            value = value.detach().clone(memory_format=torch.contiguous_format)
             parameter = self._parameters.get(name)
             if parameter is None:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 parameter.grad = None
+                # A graph that is still alive holds autograd's accumulator for this parameter, which
+                # remembers the old shape. Only a change of dtype makes torch let go of it.
+                other = torch.float32 if value.dtype == torch.float64 else torch.float64
+                parameter.data = torch.empty(0, dtype=other, device=value.device)
                 parameter.data = value
 
     @property
