@@ -43,14 +43,19 @@ def first_tensor(out: Any) -> Tensor:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Run the model inside without a trace: buffers (batch-norm statistics) and random state come
     back as they were, so that a second run repeats the first and counts once."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index for d in devices]):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, saved in buffers:
+                for module, name, buffer, saved in buffers:
                     buffer.copy_(saved)
+                    module._buffers[name] = buffer  # the model may have put another one there
             # Autocast caches low-precision copies of weights; those made without grad stay without.
             torch.clear_autocast_cache()

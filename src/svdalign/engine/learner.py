@@ -122,7 +122,7 @@ class Learner:
             if unit.name != OUTPUT and self.horizon is not None:
                 feedback = self.rule.feedback(view, generator)
                 if feedback is not None:
-                    self.feedback[str(i)] = feedback.to(first.device)
+                    self.feedback[str(i)] = feedback.to(first.device, first.dtype)
         self.transport = self.rule.transport(model, generator)
         self._index = {unit.name: str(i) for i, unit in enumerate(self.plan.units)}
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -253,12 +253,12 @@ class Learner:
                 p for name in unit.parameters if (p := self.model.get_parameter(name)).requires_grad
             ]
             if parameters:
-                grads = torch.autograd.grad(outputs, parameters, signals, allow_unused=True)
-                for parameter, grad in zip(parameters, grads, strict=True):
-                    _accumulate(parameter, grad)
+                torch.autograd.backward(outputs, signals, inputs=parameters)
             self._finish(unit)
 
         z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
+        if OUTPUT not in losses:  # its unit has been frozen
+            losses[OUTPUT] = self.loss(z, y).detach()
         return z, losses
 
     def _output_error(self, x: Any, y: Tensor) -> Tensor:
