@@ -15,3 +15,11 @@ class BP(Rule):
 
     name: str = "bp"
     horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.horizon is not None:
+            raise ValueError(
+                "rule 'bp' carries errors through every layer: horizon must be None, "
+                f"got {self.horizon}"
+            )

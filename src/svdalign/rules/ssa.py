@@ -86,7 +86,7 @@ class SSA(Rule):
         if self.alpha and self.alignment == "similarity" and len(teaching.output_shape) == 2:
             loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
         elif self.alpha and self.alignment == "cosine":
-            directions = feedback.project(teaching.target_matrix())
+            directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
             loss = loss + self.alpha * cosine_alignment(pooled, directions)
         return loss
 
