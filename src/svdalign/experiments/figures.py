@@ -118,7 +118,7 @@ def _draw(axes: Axes, curves: Curves, label: str, scale: float) -> None:
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.03)
-    if len(curves) > 1:
+    if len(axes.lines) > 1:
         axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
 
 

@@ -70,6 +70,9 @@ class ModelConfig:
         0.5, "rank of the factors: a fraction in (0, 1], a whole number, or null for dense weights"
     )
     scheme: Literal["spatial", "channel"] = option("spatial", "how a kernel becomes a matrix")
+    units: int | str = option(
+        "layer", "what learns on its own: layer, block, stage, or a number of blocks"
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "width")
@@ -148,9 +151,6 @@ class RunConfig(JobConfig):
         "rule", "where a unit's error comes from; rule: the rule's own"
     )
     options: dict[str, Any] = option({}, "fields of the rule to change: --options.alpha 0.5")
-    units: str | int = option(
-        "layer", "what learns on its own: layer, block, stage, or a number of blocks"
-    )
     lr: float = option(2e-3, "peak learning rate")
     seed: int = option(0, "of the initial weights, the feedback and the order of the data")
 

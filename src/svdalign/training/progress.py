@@ -86,6 +86,7 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
             bars.TimeRemainingColumn(),
             console=console,
             speed_estimate_period=60.0,
+            auto_refresh=False,
             expand=True,
         )
         self._runs = runs
@@ -138,9 +139,9 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
                 f"accuracy {running.accuracy:.1%}  {trainer.images_per_second:,.0f} images/s"
             )
         assert self._run is not None
-        self._bars.update(self._run, completed=trainer.global_step, note=note)
         if self._all is not None:
             self._bars.update(self._all, completed=self._steps)
+        self._bars.update(self._run, completed=trainer.global_step, note=note, refresh=True)
 
 
 def progress_for(console: Console, runs: int = 1) -> LiveProgress | PlainProgress:
