@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from .. import rules
 from ..factors import FactoredLayer
+from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Teaching, TeachingUnit
-from .forward import forward, preserved
+from .forward import forward, outside_autocast, preserved
 from .streaming import stream
-from .units import OUTPUT, Plan, Unit, Units, make_plan
+from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
 
 __all__ = ["Learner", "StepReport"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Scale = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Learner:
         model: nn.Module,
         rule: str | Rule = "ssa",
         *,
-        units: Units = "layer",
+        units: Units = "block",
         horizon: int | None = _DEFAULT,
         error: rules.ErrorSource = _DEFAULT,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
@@ -106,12 +108,13 @@ class Learner:
         self.plan: Plan = make_plan(model, units, example)
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
-                "these parameters do not reach the network's output and will not learn: "
-                f"{self.plan.unreached}",
+                "these parameters do not reach the network's output for the example, and learn "
+                f"only from batches for which they do: {self.plan.unreached}",
                 stacklevel=2,
             )
         generator = torch.Generator().manual_seed(seed)
-        first = next(model.parameters())
+        first = next(p for p in model.parameters() if p.requires_grad)
+        self._dtype = first.dtype
         self.feedback = nn.ModuleDict()
         self._teaching_units: dict[str, TeachingUnit] = {}
         for i, unit in enumerate(self.plan.units):
@@ -152,7 +155,7 @@ class Learner:
 
     def update(self) -> None:
         """The second half of :meth:`step`: the optimizer's step on the present gradients, and the
-        retraction. Between :meth:`backward` and this is the place to clip or unscale gradients."""
+        retraction. Between :meth:`backward` and this is the place to clip gradients."""
         self.optimizer.step()
         self.after_update()
 
@@ -161,16 +164,22 @@ class Learner:
         self.steps += 1
         if self.retraction is not None and self.steps % self.retract_every == 0:
             retract = RETRACTIONS[self.retraction]
-            with torch.no_grad():
+            with torch.no_grad(), outside_autocast():
                 for X in self._stiefel_factors():
                     X.copy_(retract(X))
 
-    def backward(self, x: Any, y: Tensor) -> StepReport:
-        """Add this batch's gradients to the parameters' ``.grad``, without an update."""
+    def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:
+        """Add this batch's gradients to the parameters' ``.grad``, without an update.
+
+        ``scale``: applied to every loss before its gradient is taken, such as
+        ``lambda loss: loss / 4`` to accumulate four batches, or ``GradScaler.scale``; what is
+        reported is not scaled.
+        """
         self._check(x, y)
+        scale = _unscaled if scale is None else scale
         if self.horizon is None:
-            return self._backpropagate(x, y)
-        z, losses = self._stream(x, y)
+            return self._backpropagate(x, y, scale)
+        z, losses = self._stream(x, y, scale)
         return StepReport(losses[OUTPUT], accuracy(z, y), losses)
 
     def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
@@ -199,17 +208,19 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`; the model's ranks must be the saved ones."""
+        """Undo :meth:`state_dict`; factored layers take the ranks that were saved."""
+        match_ranks(self.model, state["model"])
         self.model.load_state_dict(state["model"])
         self.feedback.load_state_dict(state["feedback"])
         if self.transport is not None:
+            match_ranks(self.transport, state["transport"])
             self.transport.load_state_dict(state["transport"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
 
     # --- one batch ------------------------------------------------------------------------------
 
-    def _backpropagate(self, x: Any, y: Tensor) -> StepReport:
+    def _backpropagate(self, x: Any, y: Tensor, scale: Scale) -> StepReport:
         carried = (
             contextlib.nullcontext()
             if self.transport is None
@@ -218,13 +229,14 @@ class Learner:
         with carried:
             z = forward(self.model, x)
             loss = self.loss(z, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with outside_autocast():
+                scale(loss).backward()  # type: ignore[no-untyped-call]
         for unit in self.plan.units:
-            self._finish(unit)
+            self._finish(unit, scale)
         loss = loss.detach()
         return StepReport(loss, accuracy(z.detach(), y), {OUTPUT: loss})
 
-    def _stream(self, x: Any, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _stream(self, x: Any, y: Tensor, scale: Scale) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.horizon is not None
         needs_error = self.rule.error == "output" and len(self.feedback) > 0
         teaching = Teaching(
@@ -238,23 +250,30 @@ class Learner:
                 feedback, loss = None, self.loss(features, y)
             else:
                 feedback = self._feedback(unit)
-                loss = self.rule.loss(self._teaching_units[unit.name], feedback, features, teaching)
+                # In the weights' precision: what autocast hands on is too coarse for sums.
+                view = unit.layout(features).to(self._dtype)
+                loss = self.rule.loss(self._teaching_units[unit.name], feedback, view, teaching)
             learned = (
                 [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
             )
-            delta, *grads = torch.autograd.grad(loss, [features, *learned], allow_unused=True)
+            with outside_autocast():
+                delta, *grads = torch.autograd.grad(
+                    scale(loss), [features, *learned], allow_unused=True
+                )
             for parameter, grad in zip(learned, grads, strict=True):
                 _accumulate(parameter, grad)
             losses[unit.name] = loss.detach()
             return torch.zeros_like(features) if delta is None else delta
 
-        def retire(unit: Unit, outputs: list[Tensor], signals: list[Tensor]) -> None:
-            parameters = [
-                p for name in unit.parameters if (p := self.model.get_parameter(name)).requires_grad
-            ]
+        def retire(unit: Unit, outputs: list[Tensor], signals: list[Tensor], planned: bool) -> None:
+            if planned and not self.plan.unreached:
+                parameters = [self.model.get_parameter(name) for name in unit.parameters]
+            else:
+                parameters = reached(outputs, list(self.model.parameters()))
+            parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 torch.autograd.backward(outputs, signals, inputs=parameters)
-            self._finish(unit)
+            self._finish(unit, scale)
 
         z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
         if OUTPUT not in losses:  # its unit has been frozen
@@ -265,19 +284,20 @@ class Learner:
         """``dL/dz``, from a first pass that leaves no trace."""
         with preserved(self.model), torch.no_grad():
             z = forward(self.model, x)
-        z = z.detach().requires_grad_()
+        # In the weights' precision: float16 would round entries of the size of 1 / batch away.
+        z = z.detach().to(self._dtype).requires_grad_()
         return torch.autograd.grad(self.loss(z, y), z)[0]
 
-    def _finish(self, unit: Unit) -> None:
-        """Add the unit's weight terms and project its factors' gradients onto the tangent space."""
+    def _finish(self, unit: Unit, scale: Scale) -> None:
+        """Add the gradients of the unit's weight terms."""
         view = self._teaching_units[unit.name]
-        feedback = self._feedback(unit)
-        loss = self.rule.weights_loss(view, feedback)
-        if loss is not None:
+        with outside_autocast():
+            loss = self.rule.weights_loss(view, self._feedback(unit))
+        if loss is not None and loss.requires_grad:
             factors = [
                 p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad
             ]
-            grads = torch.autograd.grad(loss, factors, allow_unused=True)
+            grads = torch.autograd.grad(scale(loss), factors, allow_unused=True)
             for parameter, grad in zip(factors, grads, strict=True):
                 _accumulate(parameter, grad)
 
@@ -320,6 +340,10 @@ class Learner:
                     f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
                 )
         self._checked = True
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
 
 
 def accuracy(z: Tensor, y: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .forward import first_tensor, forward
+from .forward import first_tensor, forward, outside_autocast
 from .units import Plan, Unit
 
 __all__ = ["Retire", "Teach", "stream"]
@@ -25,15 +25,19 @@ __all__ = ["Retire", "Teach", "stream"]
 Teach = Callable[[Unit, Tensor], Tensor]
 """``(unit, h) -> delta``: the teaching signal at the unit's output, of its shape."""
 
-Retire = Callable[[Unit, list[Tensor], list[Tensor]], None]
-"""``(unit, outputs, signals)``: everything that will reach the unit has: take its gradients."""
+Retire = Callable[[Unit, list[Tensor], list[Tensor], bool], None]
+"""``(unit, outputs, signals, planned)``: everything that will reach the unit has: take its
+gradients. ``planned``: the exits before it came in the plan's order, so that it is made of what the
+plan says; else control flow went another way than for the example."""
 
 
 class _Segment:
     """A unit in the window: its outputs, the leaves handed on for them, and the signal so far."""
 
-    def __init__(self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor]) -> None:
-        self.unit, self.outputs, self.leaves = unit, outputs, leaves
+    def __init__(
+        self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor], planned: bool
+    ) -> None:
+        self.unit, self.outputs, self.leaves, self.planned = unit, outputs, leaves, planned
         self.signals: list[Tensor | None] = [None] * len(outputs)
 
     def receive(self, signals: list[Tensor | None]) -> None:
@@ -42,7 +46,8 @@ class _Segment:
 
 class _Stream:
     def __init__(self, plan: Plan, horizon: int, teach: Teach, retire: Retire) -> None:
-        self.units = {(unit.exit, unit.call): unit for unit in plan.units[:-1]}
+        self.units = {(unit.exit, unit.call): i for i, unit in enumerate(plan.units[:-1])}
+        self.plan, self.next = plan, 0
         self.horizon, self.teach, self.retire = horizon, teach, retire
         self.window: deque[_Segment] = deque()
         self.calls: dict[str, int] = {}
@@ -58,8 +63,8 @@ class _Stream:
     def exit(self, path: str, output: Any) -> Any:
         call = self.calls.get(path, 0)
         self.calls[path] = call + 1
-        unit = self.units.get((path, call))
-        if unit is None:
+        index = self.units.get((path, call))
+        if index is None:
             raise RuntimeError(
                 f"module {path!r} was called {call + 1} times in this pass, but {call} times on "
                 "the example batch: a model whose control flow depends on the data needs units "
@@ -68,26 +73,35 @@ class _Stream:
         values, structure = tree_flatten(output)
         at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
         if not at:  # frozen, and so is all before it
+            self.advance(index)
             return output
         outputs = [values[i] for i in at]
         leaves = [t.detach().requires_grad_(self.horizon > 0) for t in outputs]
         feature = next((i for i, t in enumerate(outputs) if t is first_tensor(output)), 0)
-        self.learn(unit, outputs, leaves, feature)
+        self.learn(index, outputs, leaves, feature)
+        inplace = self.plan.units[index].inplace and self.horizon > 0
         for i, leaf in zip(at, leaves, strict=True):
-            values[i] = leaf.clone() if unit.inplace and self.horizon > 0 else leaf
+            values[i] = leaf.clone() if inplace else leaf
         return tree_unflatten(values, structure)
 
-    def learn(self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
+    def advance(self, index: int) -> bool:
+        """Note that unit ``index`` ends; whether it was this one's turn."""
+        planned, self.next = index == self.next, index + 1
+        return planned
+
+    def learn(self, index: int, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
         self.active = False
+        unit = self.plan.units[index]
         delta = self.teach(unit, outputs[feature])
-        segment = _Segment(unit, outputs, leaves)
+        segment = _Segment(unit, outputs, leaves, self.advance(index))
         own: list[Tensor | None] = [None] * len(outputs)
         own[feature] = delta
         segment.receive(own)
         self.window.append(segment)
-        self.carry(own)
-        if len(self.window) > self.horizon:
-            self.pop()
+        with outside_autocast():
+            self.carry(own)
+            if len(self.window) > self.horizon:
+                self.pop()
         self.active = True
 
     def carry(self, own: list[Tensor | None]) -> None:
@@ -115,7 +129,7 @@ class _Stream:
         taught = [
             (t, s) for t, s in zip(segment.outputs, segment.signals, strict=True) if s is not None
         ]
-        self.retire(segment.unit, [t for t, _ in taught], [s for _, s in taught])
+        self.retire(segment.unit, [t for t, _ in taught], [s for _, s in taught], segment.planned)
 
 
 def stream(
@@ -130,9 +144,10 @@ def stream(
     with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
         z = forward(model, x)
     if z.requires_grad:
-        state.learn(plan.units[-1], [z], [], 0)
-    while state.window:
-        state.pop()
+        state.learn(len(plan.units) - 1, [z], [], 0)
+    with outside_autocast():
+        while state.window:
+            state.pop()
     return z.detach()
 
 

@@ -8,7 +8,8 @@ the autograd graph of a trial run, not off names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .forward import first_tensor, forward, preserved
+from .layout import AS_IT_IS, Layout, layout_of
 
-__all__ = ["OUTPUT", "Plan", "Unit", "Units", "make_plan"]
+__all__ = ["OUTPUT", "Plan", "Unit", "Units", "make_plan", "reached"]
 
 Units = str | int | Callable[[str, nn.Module], bool]
 
@@ -31,9 +33,10 @@ class Unit:
     """One piece of the network that learns on its own.
 
     ``exit``: path of the module whose output ends the unit, at its ``call``-th call (from 0) in a
-    forward pass. ``parameters``: names of the trainable parameters that its output depends on.
-    ``features_shape``: shape of that output for the example. ``inplace``: the model goes on to
-    change the output in place, so that a copy has to be handed on.
+    forward pass. ``parameters``: names of the parameters that its output depends on, frozen ones
+    too. ``features_shape``: shape of that output for the example, as ``layout`` presents it to
+    rules. ``inplace``: the model goes on to change the output in place, so that a copy has to be
+    handed on.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Unit:
     call: int
     parameters: tuple[str, ...]
     features_shape: tuple[int, ...]
+    layout: Layout = AS_IT_IS
     inplace: bool = False
 
 
@@ -48,7 +52,7 @@ class Unit:
 class Plan:
     """The units in order of execution; the last one is :data:`OUTPUT`, taught by the task itself.
 
-    ``unreached``: trainable parameters that no unit's output depends on.
+    ``unreached``: trainable parameters that no unit's output depends on for the example.
     """
 
     units: tuple[Unit, ...]
@@ -62,7 +66,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
-    """Cut ``model`` into units and assign its trainable parameters.
+    """Cut ``model`` into units and assign its parameters.
 
     ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
     activation and pooling modules that follow it; ``"block"`` after every residual or transformer
@@ -71,13 +75,17 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
     says so. ``example``: a batch the model can run on.
 
     The layers that lead to the output belong to the output's own unit, which learns from the task.
-    Raises ValueError for a specification that names no place to cut and for a model whose units
-    share a piece of their graphs that cannot be told apart.
+    Raises ValueError for a specification that names no place to cut, for a model whose units
+    share a piece of their graphs that cannot be told apart, for a callable that ends a unit where
+    the batch is not an axis of its own, and for checkpointing that hides a unit's graph.
     """
     if isinstance(example, Tensor):
         example = example[:2]
     calls = _trace(model, example)
     exits = _exits(model, units, calls)
+    outputs = [
+        (c.path, c.module, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)
+    ]
     known = {call.path for call in calls}
     for _ in range(2 * len(known) + 2):
         trial = _Trial(model, exits)
@@ -93,19 +101,38 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
         idle = {p for p in exits if not any(s.parameters for s in trial.segments if s.exit == p)}
         if not idle and exits and not trial.output_parameters:
             idle = {trial.segments[-1].exit}
-        if not idle:
-            return _plan(model, trial, z)
-        exits = exits - idle
+        layouts = [
+            layout_of(s.exit, s.features_shape, tuple(z.shape), outputs) for s in trial.segments
+        ]
+        odd = {
+            s.exit: s for s, layout in zip(trial.segments, layouts, strict=True) if layout is None
+        }
+        if odd and callable(units):
+            path, segment = next(iter(odd.items()))
+            raise ValueError(
+                f"units ends a unit at {path!r}, whose output of shape {segment.features_shape} "
+                f"does not keep the batch of the network's output, {tuple(z.shape)}, as an axis"
+            )
+        if not idle and not odd:
+            return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z)
+        exits = exits - idle - odd.keys()
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
     )
 
 
-def _plan(model: nn.Module, trial: _Trial, z: Tensor) -> Plan:
+def _plan(model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor) -> Plan:
     last = Unit(OUTPUT, "", 0, trial.output_parameters, tuple(z.shape))
     found = {name for unit in (*trial.segments, last) for name in unit.parameters}
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
-    return Plan((*trial.finished(), last), tuple(z.shape), tuple(unreached))
+    return Plan((*trial.finished(layouts), last), tuple(z.shape), tuple(unreached))
+
+
+def reached(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of ``parameters`` that the graph of ``outputs`` leads to."""
+    queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    found = {id(getattr(node, "variable", None)) for node in _below(*queue)}
+    return [p for p in parameters if id(p) in found]
 
 
 # --- where to cut -------------------------------------------------------------------------------
@@ -150,8 +177,8 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
     layers = {call.path for call in calls if _has_weight_matrix(call.module)}
-    # A weight inside another layer's module is that layer's business (attention's projections).
-    layers = {p for p in layers if not any(_inside(p, other) for other in layers)}
+    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
+    layers = {p for p in layers if not any(_inside(other, p) for other in layers)}
     order = list(dict.fromkeys(call.path for call in calls))
     if callable(units):
         chosen = [p for p in order if units(p, model.get_submodule(p))]
@@ -171,7 +198,8 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
         raise ValueError(
             f"units must be 'layer', 'block', 'stage', a whole number or a callable, got {units!r}"
         )
-    ends = [_chain_end(path, calls) for path in bases]
+    # A norm after a block most often is the next block's own first step: only layers have chains.
+    ends = [_chain_end(p, calls) if p in layers else _last_call(p, calls) for p in bases]
     if units == "stage":
         shapes = [tuple(first_tensor(end.output).shape) for end in ends]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
@@ -207,6 +235,10 @@ def _blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
                 yield path
 
     return descend("", model)
+
+
+def _last_call(path: str, calls: list[_Call]) -> _Call:
+    return next(call for call in reversed(calls) if call.path == path)
 
 
 def _chain_end(path: str, calls: list[_Call]) -> _Call:
@@ -250,7 +282,7 @@ class _Trial:
         self._counts: dict[str, int] = {}
         self._owners: dict[Node, str] = {}
         self._producers: dict[Node, str] = {}
-        self._handed_on: list[Tensor] = []
+        self._handed_on: list[list[Tensor]] = []
         self._alive: list[Any] = []
 
     def run(self, example: Any) -> Tensor:
@@ -260,7 +292,7 @@ class _Trial:
             if path
         ]
         try:
-            with preserved(self.model), torch.enable_grad():
+            with preserved(self.model), _unfrozen(self.model), torch.enable_grad():
                 z = forward(self.model, example)
         finally:
             for handle in handles:
@@ -268,15 +300,20 @@ class _Trial:
         self.output_parameters = self._parameters([z], OUTPUT)
         return z
 
-    def finished(self) -> list[Unit]:
+    def finished(self, layouts: Sequence[Layout]) -> list[Unit]:
         """The units, now that the rest of the pass has shown who changes their outputs in place."""
         return [
-            Unit(u.name, u.exit, u.call, u.parameters, u.features_shape, inplace=t._version > 0)
-            for u, t in zip(self.segments, self._handed_on, strict=True)
-        ]
+            Unit(
+                u.name, u.exit, u.call, u.parameters,
+                layout.shape(u.features_shape), layout, inplace=any(t._version > 0 for t in ts),
+            )
+            for u, ts, layout in zip(self.segments, self._handed_on, layouts, strict=True)
+        ]  # fmt: skip
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():  # the streaming pass does not see such calls either
+                return None
             tensors = [
                 t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None
             ]
@@ -293,20 +330,20 @@ class _Trial:
             feature = first_tensor(output)
             self.segments.append(Unit(name, path, call, parameters, tuple(feature.shape)))
             handed_on = tree_map(_copy_of_leaf, output)
-            self._handed_on.append(first_tensor(handed_on))
+            leaves = (t for t in tree_leaves(handed_on) if isinstance(t, Tensor))
+            self._handed_on.append([t for t in leaves if t.requires_grad])
             return handed_on
 
         return hook
 
     def _parameters(self, outputs: list[Tensor], unit: str) -> tuple[str, ...]:
         """Names of the trainable parameters that ``outputs`` depend on; notes shared pieces."""
-        queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
-        seen: dict[Node, None] = dict.fromkeys(queue)
-        for node in queue:
-            for below, _ in node.next_functions:
-                if below is not None and below not in seen:
-                    seen[below] = None
-                    queue.append(below)
+        seen = _below(*(t.grad_fn for t in outputs if t.grad_fn is not None))
+        if any(node.name().startswith("CheckpointFunction") for node in seen):
+            raise ValueError(
+                "model uses torch.utils.checkpoint with use_reentrant=True, which hides what a "
+                "unit depends on; pass use_reentrant=False"
+            )
         found = {
             self.names[id(v)]
             for n in seen
@@ -329,8 +366,23 @@ class _Trial:
         return next((self._producers[n] for n in _below(node) if n in self._producers), "")
 
 
-def _below(node: Node) -> list[Node]:
-    queue, seen = [node], {node}
+@contextlib.contextmanager
+def _unfrozen(model: nn.Module) -> Iterator[None]:
+    """Units do not depend on what is frozen at the moment, so that it can be thawed later."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _below(*nodes: Node) -> list[Node]:
+    """``nodes`` and all that they lead to, nearest first."""
+    queue = list(dict.fromkeys(nodes))
+    seen = set(queue)
     for current in queue:
         for below, _ in current.next_functions:
             if below is not None and below not in seen:

@@ -1,0 +1,88 @@
+"""Which axis of a unit's output is which: rules see one convention, whatever the model uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..factors import SVDConv2d, SVDLinear
+
+__all__ = ["AS_IT_IS", "Layout", "layout_of"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an output becomes (B, d), (B, T, d) or (B, C, h, w), B as in the network's output.
+
+    ``axes``: permutation of its axes, None for none. ``fold``: the first two are samples and tokens
+    of a network whose output has them in one axis, (B T, classes). Further axes of space are
+    folded into h.
+    """
+
+    axes: tuple[int, ...] | None = None
+    fold: bool = False
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The output ``h`` as rules see it."""
+        if self.axes is not None:
+            h = h.permute(self.axes)
+        if self.fold:
+            h = h.flatten(0, 1)
+        return h.flatten(2, -2) if h.ndim > 4 else h
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that an output of ``shape`` is given."""
+        return tuple(self(torch.empty(shape, device="meta")).shape)
+
+
+AS_IT_IS = Layout()
+
+_CHANNELS_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, SVDConv2d,
+)  # fmt: skip
+_CHANNELS_LAST = (nn.Linear, SVDLinear)
+
+
+def layout_of(
+    path: str,
+    shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    calls: Iterable[tuple[str, nn.Module, tuple[int, ...]]],
+) -> Layout | None:
+    """The layout of the output, of ``shape``, of module ``path``; None if its batch is no axis.
+
+    ``calls``: (path, module, shape of its output) of every module call in order. Where channels
+    stand is what the last layer up to ``path`` that gave this shape is known for; else they come
+    last of three axes and second of more.
+    """
+    channels_last: bool | None = None
+    for other, module, other_shape in calls:
+        if other_shape == shape:
+            if isinstance(module, _CHANNELS_FIRST):
+                channels_last = False
+            elif isinstance(module, _CHANNELS_LAST) or type(module) is nn.LayerNorm:
+                channels_last = True
+        if other == path:
+            break
+    axes = list(range(len(shape)))
+    if len(shape) == 3 and channels_last is False:
+        axes = [0, 2, 1]
+    elif len(shape) > 3 and channels_last:
+        axes = [0, len(shape) - 1, *range(1, len(shape) - 1)]
+    B = output_shape[0] if output_shape else 1
+    tokens = len(shape) == 3 and len(output_shape) == 2
+    fold = False
+    if len(shape) < 2:
+        return None
+    if shape[axes[0]] != B:
+        if tokens and shape[axes[0]] * shape[axes[1]] == B:
+            fold = True
+        elif len(shape) == 3 and shape[axes[1]] == B:
+            axes[:2] = axes[1::-1]
+        else:
+            return None
+    return Layout(None if axes == sorted(axes) else tuple(axes), fold)
