@@ -1,8 +1,20 @@
 """Train neural networks without a global backward pass, in the SVD space of their weights."""
 
 from .engine import Learner, StepReport
-from .factors import SVDConv2d, SVDLinear, factorize
+from .factors import RankCut, SVDConv2d, SVDLinear, factorize, reduce_rank
+from .storage import load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Learner", "SVDConv2d", "SVDLinear", "StepReport", "__version__", "factorize"]
+__all__ = [
+    "Learner",
+    "RankCut",
+    "SVDConv2d",
+    "SVDLinear",
+    "StepReport",
+    "__version__",
+    "factorize",
+    "load",
+    "reduce_rank",
+    "save",
+]

@@ -1,0 +1,262 @@
+"""State on disk: one safetensors file a checkpoint, read without pickle, written all or nothing.
+
+A file holds nested dicts, lists, tuples, tensors, numbers, strings and None. The tensors are the
+file's tensors; how they nest is JSON in its header (``state``), beside the format's version
+(``svdalign``) and the rank of every factored layer (``ranks``). Other tools read the tensors by
+path, such as ``model.0.U``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .factors import FactoredLayer
+
+if TYPE_CHECKING:
+    from .engine import Learner
+
+__all__ = [
+    "load",
+    "random_state",
+    "ranks",
+    "read",
+    "replace_file",
+    "restore_random_state",
+    "save",
+    "write",
+]
+
+VERSION = 1
+
+
+def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
+    """Write all that ``learner`` needs to go on to ``path``, and torch's random state.
+
+    ``extra``: anything of your loop's own made of dicts, lists, numbers, strings and tensors, such
+    as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file at ``path`` is replaced in one
+    go: at every moment, power cuts included, it is the old one or the new one.
+
+    Raises TypeError for a value that cannot be written, OSError where the disk refuses.
+    """
+    state = {**learner.state_dict(), "random": random_state(), "extra": extra}
+    write(path, state, ranks=ranks(learner.model))
+
+
+def load(path: str | Path, into: Learner | None = None) -> dict[str, Any]:
+    """The state that :func:`save` wrote, as nested dicts of tensors on the CPU.
+
+    ``into``: a learner built as the saved one was (same model but for its ranks, same rule, same
+    kind of optimizer). It is made to go on where the saved one stopped, bit for bit, and torch's
+    random state with it. Without it nothing but the file is read; ``learner.load_state_dict`` takes
+    the result. A model cannot be rebuilt from the file alone: that would mean running code from it.
+
+    Raises FileNotFoundError, and ValueError for a file that is truncated, foreign or of a newer
+    format, or does not fit ``into``; ``into`` is then left as it was.
+    """
+    state = read(path)
+    if missing := {"model", "feedback", "transport", "optimizer", "steps"} - state.keys():
+        raise ValueError(f"{path} holds no learner: {', '.join(sorted(missing))} missing")
+    if into is not None:
+        _check_fits(into, state, path)
+        into.load_state_dict(state)
+        restore_random_state(state["random"])
+    return state
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Present rank of every factored layer by its name."""
+    return {n: m.rank for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, of the CPU and of every CUDA device in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo :func:`random_state`; devices that are not there are left out."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(value, device)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
+    """Write a nested ``state``; ``header`` is JSON that goes beside it."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, (), tensors)
+    storages: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages:
+            tensors[name] = tensor.clone()
+        storages.add(storage)
+    metadata = {"svdalign": str(VERSION), "state": json.dumps(skeleton)}
+    metadata |= {key: json.dumps(value) for key, value in header.items()}
+    replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The state in a file of :func:`write`; ValueError if it is not a whole one."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("svdalign", "")
+            if not version.isdecimal() or "state" not in metadata:
+                raise ValueError(f"{path} was not written by svdalign")
+            if int(version) > VERSION:
+                raise ValueError(
+                    f"{path} has format {version}, of a newer svdalign; this one reads format "
+                    f"{VERSION} at most"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    try:
+        state = _unflatten(json.loads(metadata["state"]), tensors)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: its header does not fit its tensors") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: its header holds no dict")
+    return state
+
+
+def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Make ``path`` what ``write`` puts into the temporary file that it is given, all or nothing.
+
+    What was at ``path`` stays until the new content is on the disk, for good if ``write`` fails.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        write(part)
+        part.chmod(mode)  # safetensors makes files that nobody else can read, whatever the umask
+        _sync(part)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- nested state as JSON and tensors -----------------------------------------------------------
+
+KIND = "$"  #: marks a JSON object that stands for something else than a dict of strings
+
+
+def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return _flatten_tensor(value, path, tensors)
+    if isinstance(value, Mapping):
+        items = [(k, _flatten(v, (*path, str(k)), tensors)) for k, v in value.items()]
+        if all(isinstance(key, str) and key != KIND for key, _ in items):
+            return dict(items)
+        return {KIND: "dict", "items": [[_flatten(k, path, tensors), v] for k, v in items]}
+    if isinstance(value, list | tuple):
+        listed = [_flatten(v, (*path, str(i)), tensors) for i, v in enumerate(value)]
+        return listed if isinstance(value, list) else {KIND: "tuple", "items": listed}
+    raise TypeError(
+        f"{'.'.join(path)} is a {type(value).__name__}; only dicts, lists, tuples, tensors, "
+        "numbers, strings and None can be written"
+    )
+
+
+def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    value = value.detach()
+    name = ".".join(path)
+    while name in tensors:  # {"a": {"b": x}, "a.b": y}
+        name += "'"
+    # The order of a tensor's dimensions in memory decides which of torch's kernels works on it, and
+    # kernels differ in their last bit: a run that goes on bit for bit needs it back.
+    order = sorted(range(value.ndim), key=value.stride, reverse=True)
+    tensors[name] = value.contiguous()
+    entry: dict[str, Any] = {KIND: "tensor", "name": name}
+    if not value.is_contiguous() and value.permute(order).is_contiguous():
+        entry["order"] = order
+    return entry
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(KIND)
+    if kind is None:
+        return {key: _unflatten(item, tensors) for key, item in value.items()}
+    if kind == "dict":
+        return {_unflatten(k, tensors): _unflatten(v, tensors) for k, v in value["items"]}
+    if kind == "tuple":
+        return tuple(_unflatten(item, tensors) for item in value["items"])
+    tensor = tensors[value["name"]]
+    if (order := value.get("order")) is not None:
+        inverse = [order.index(d) for d in range(tensor.ndim)]
+        tensor = tensor.permute(order).contiguous().permute(inverse)
+    return tensor
+
+
+# --- does it fit --------------------------------------------------------------------------------
+
+
+def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:
+    """ValueError unless ``learner.load_state_dict(state)`` will go through."""
+    factors = {
+        f"{name}.{factor}" if name else factor
+        for name in ranks(learner.model)
+        for factor in ("U", "s", "V")
+    }
+    mine = learner.state_dict()
+    for part in ("model", "feedback", "transport"):
+        have, saved = mine[part], state[part]
+        if odd := sorted(have.keys() ^ saved.keys()):
+            raise ValueError(
+                f"{path} does not fit the learner: only one of them has {part} {odd[0]!r}"
+            )
+        for name, value in have.items():
+            wanted, found = tuple(value.shape), tuple(saved[name].shape)
+            if part == "model" and name in factors:  # their rank, the last dimension, may differ
+                wanted, found = (len(wanted), *wanted[:-1]), (len(found), *found[:-1])
+            if wanted != found:
+                raise ValueError(
+                    f"{path} does not fit the learner: {part} {name!r} has shape "
+                    f"{tuple(saved[name].shape)} there, {tuple(value.shape)} here"
+                )
+    sizes = [
+        [len(group["params"]) for group in s["optimizer"]["param_groups"]] for s in (mine, state)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{path} does not fit the learner: its optimizer has parameter groups of {sizes[1]} "
+            f"parameters, the learner's of {sizes[0]}"
+        )
