@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..factors import FactoredLayer
-from ..feedback import Feedback
+from ..feedback import Feedback, pool, pooled_size
 
 __all__ = ["ErrorSource", "Rule", "Teaching", "TeachingUnit"]
 
@@ -25,14 +26,37 @@ ERROR_SOURCES: tuple[str, ...] = get_args(ErrorSource)
 class TeachingUnit:
     """What a rule may know of a unit.
 
-    ``features_shape``: shape of its output for the example batch. ``output_shape``: the same for
-    the network's output. ``layers``: its factored layers in order of execution.
+    ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
+    (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
+    for the example. ``layers``: its factored layers in order of execution.
     """
 
     name: str
     features_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     layers: tuple[FactoredLayer, ...]
+
+    @property
+    def classes(self) -> int:
+        """Width of the network's output: 1 for (B,), C of (B, C, H, W), else its last axis."""
+        shape = self.output_shape
+        return 1 if len(shape) < 2 else shape[1] if len(shape) == 4 else shape[-1]
+
+    def pool(self, h: Tensor, grid: int | None) -> Tensor:
+        """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`."""
+        return pool(h, grid, self._rows(h.shape))
+
+    def pooled_size(self, grid: int | None) -> int:
+        """``d``: the last dimension of :meth:`pool`."""
+        return pooled_size(self.features_shape, grid, self._rows(self.features_shape))
+
+    def _rows(self, shape: Sequence[int]) -> tuple[int, ...]:
+        # Lengths differ between batches; the example settled whether answers are per token.
+        output = self.output_shape
+        if len(output) != 3:
+            return output
+        per_token = len(self.features_shape) == 3 and self.features_shape[1] == output[1]
+        return (shape[0], shape[1], output[2]) if per_token else (shape[0], output[2])
 
 
 @dataclass(frozen=True)
@@ -49,13 +73,46 @@ class Teaching:
     error: Tensor | None
     output_shape: tuple[int, ...]
 
+    @property
+    def class_indices(self) -> bool:
+        """Whether targets are class indices: whole numbers with one axis less than the output."""
+        return self.targets.dtype == torch.int64 and self.targets.ndim + 1 == len(self.output_shape)
+
     def target_matrix(self) -> Tensor:
-        """Targets as numbers of the output's shape: one-hot where they are class indices."""
-        if self.targets.dtype == torch.int64:
-            if len(self.output_shape) == 4:
-                return F.one_hot(self.targets, self.output_shape[1]).movedim(-1, 1).float()
-            return F.one_hot(self.targets, self.output_shape[-1]).float()
-        return self.targets.float()
+        """Targets as numbers of the output's layout: one-hot where they are class indices (zeros
+        where negative: an index to ignore)."""
+        t = self.targets
+        if self.class_indices:
+            axis = 1 if len(self.output_shape) == 4 else -1
+            index = t.unsqueeze(axis)
+            shape = list(index.shape)
+            shape[axis] = self.output_shape[axis]
+            hot = torch.zeros(shape, device=t.device)
+            return hot.scatter_(axis, index.clamp_min(0), (index >= 0).to(hot.dtype))
+        if t.ndim == len(self.output_shape):
+            return t.float()
+        if t[0].numel() != math.prod(self.output_shape[1:]):
+            raise ValueError(
+                f"targets of shape {tuple(t.shape)} are not of the layout of the network's output, "
+                f"{self.output_shape}, which a rule that reads targets as numbers needs"
+            )
+        return t.float().reshape(len(t), *self.output_shape[1:])
+
+    def like_output(self, z: Tensor) -> Tensor:
+        """A readout (..., classes) in the output's layout: pixels to (B, classes, H, W) at the
+        output's resolution; one answer a sample repeated for every token or pixel asked for."""
+        if len(self.output_shape) == 1:
+            return z.squeeze(-1)
+        if len(self.output_shape) == 2:
+            return z
+        wanted = (self.targets if self.error is None else self.error).shape
+        if len(self.output_shape) == 3:
+            return z if z.ndim == 3 else z.unsqueeze(1).expand(-1, wanted[1], -1)
+        z = z[:, :, None, None] if z.ndim == 2 else z.permute(0, 3, 1, 2)
+        size = wanted[-2:] if len(wanted) > 2 else self.output_shape[-2:]
+        if z.shape[2:] != size:
+            z = F.interpolate(z, size=size, mode="bilinear", align_corners=False)
+        return z
 
 
 @dataclass(frozen=True)
@@ -111,22 +168,13 @@ def task_loss(error: ErrorSource, feedback: Feedback, pooled: Tensor, teaching: 
     """
     z = feedback.readout(pooled)
     if error == "local":
-        return teaching.loss(_like_output(z, teaching.output_shape), teaching.targets)
+        return teaching.loss(teaching.like_output(z), teaching.targets)
     if error == "output":
         assert teaching.error is not None, "the engine brings the output's error"
         e = teaching.error
     else:
         e = -teaching.target_matrix() / len(teaching.targets)
-    return (_like_output(z, teaching.output_shape) * e).sum()
-
-
-def _like_output(z: Tensor, output_shape: tuple[int, ...]) -> Tensor:
-    """A readout as the network's output is laid out: pixels to (B, C, H, W), at its resolution."""
-    if len(output_shape) == 4:
-        z = z.permute(0, 3, 1, 2)
-        if z.shape[2:] != output_shape[2:]:
-            z = F.interpolate(z, size=output_shape[2:], mode="bilinear", align_corners=False)
-    return z
+    return (teaching.like_output(z) * e).sum()
 
 
 def feedback_channels(

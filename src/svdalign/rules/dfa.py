@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..feedback import Feedback, GaussianFeedback, pool, pooled_size
+from ..feedback import Feedback, GaussianFeedback
 from .base import ErrorSource, Rule, Teaching, TeachingUnit, task_loss
 
 __all__ = ["DFA", "DRTP"]
@@ -26,14 +26,13 @@ class DFA(Rule):
     grid: int | None = None
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
-        d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
-        return GaussianFeedback(d, classes(unit.output_shape), generator=generator)
+        return GaussianFeedback(unit.pooled_size(self.grid), unit.classes, generator=generator)
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
-        return task_loss(self.error, feedback, pool(h, self.grid, teaching.output_shape), teaching)
+        return task_loss(self.error, feedback, unit.pool(h, self.grid), teaching)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,3 @@ class DRTP(DFA):
 
     name: str = "drtp"
     error: ErrorSource = "target"
-
-
-def classes(output_shape: tuple[int, ...]) -> int:
-    """Width of the network's output: channels of (B, C, H, W), else the last dimension."""
-    return output_shape[1] if len(output_shape) == 4 else output_shape[-1]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..feedback import Feedback, StructuredFeedback, pool, pooled_size
+from ..feedback import Feedback, StructuredFeedback
 from ..losses import (
     cosine_alignment,
     hoyer_sparsity,
@@ -25,7 +25,6 @@ from .base import (
     task_loss,
     weights_of,
 )
-from .dfa import classes
 
 __all__ = ["SSA"]
 
@@ -71,21 +70,22 @@ class SSA(Rule):
                 )
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
-        d = pooled_size(unit.features_shape, self.grid, unit.output_shape)
+        d = unit.pooled_size(self.grid)
         return StructuredFeedback(
-            d, classes(unit.output_shape), rank=self.rank, learn=self.learn, generator=generator
+            d, unit.classes, rank=self.rank, learn=self.learn, generator=generator
         )
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
-        pooled = pool(h, self.grid, teaching.output_shape)
+        pooled = unit.pool(h, self.grid)
         loss = task_loss(self.error, feedback, pooled, teaching)
-        # A similarity matrix compares samples, so it needs one answer a sample.
-        if self.alpha and self.alignment == "similarity" and len(teaching.output_shape) == 2:
+        # These two compare samples or lay targets out as features: they need one answer a sample.
+        one_answer = len(teaching.output_shape) <= 2
+        if self.alpha and self.alignment == "similarity" and one_answer:
             loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
-        elif self.alpha and self.alignment == "cosine":
+        elif self.alpha and self.alignment == "cosine" and one_answer:
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
             loss = loss + self.alpha * cosine_alignment(pooled, directions)
         return loss
