@@ -49,7 +49,7 @@ class SSA(Rule):
     beta: float = 0.0
     gamma: float = 0.0
     alignment: Alignment = "similarity"
-    grid: int | None = 2
+    grid: int | None = 4
     rank: int | None = None
     learn: bool = True
 
