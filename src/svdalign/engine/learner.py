@@ -57,9 +57,9 @@ class Learner:
     ``horizon`` and ``error`` replace the rule's own. ``units``: where units end, see
     :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
-    tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "newton-schulz",
-    "qr", "polar" or None, brings ``U`` and ``V`` back onto the Stiefel manifold after every
-    ``retract_every`` steps; their gradients are then projected onto its tangent space. ``seed``: of
+    tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "qr", "polar",
+    "newton-schulz" (for small steps) or None, brings ``U`` and ``V`` back onto the manifold after
+    every ``retract_every`` steps; their gradients are then projected onto its tangent space. ``seed``: of
     the feedback's random matrices.
 
     Raises TypeError or ValueError that name the argument when something does not fit.
@@ -76,7 +76,7 @@ class Learner:
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         example: Any,
         loss: Loss | None = None,
-        retraction: str | None = "newton-schulz",
+        retraction: str | None = "qr",
         retract_every: int = 1,
         seed: int = 0,
     ) -> None:
