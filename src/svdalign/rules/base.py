@@ -78,6 +78,12 @@ class Teaching:
         """Whether targets are class indices: whole numbers with one axis less than the output."""
         return self.targets.dtype == torch.int64 and self.targets.ndim + 1 == len(self.output_shape)
 
+    @property
+    def one_class_a_sample(self) -> bool:
+        """Whether each sample is of one class, given as an index or as probabilities."""
+        cross_entropy = self.loss is F.cross_entropy
+        return len(self.output_shape) == 2 and (self.class_indices or cross_entropy)
+
     def target_matrix(self) -> Tensor:
         """Targets as numbers of the output's layout: one-hot where they are class indices (zeros
         where negative: an index to ignore)."""
@@ -146,6 +152,11 @@ class Rule:
         """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
         its gradient in the feedback's parameters teaches the feedback."""
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
+
+    def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor | None:
+        """``B^T P(h)``, (..., classes), whose Jacobian in ``h`` is the transpose of what brings an
+        error back; None if the rule's feedback is no such matrix. For measurements."""
+        return None
 
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
         """A loss on the unit's own factors, 0-dim, or None if the rule has none."""

@@ -34,6 +34,10 @@ class DFA(Rule):
         assert isinstance(feedback, Feedback)
         return task_loss(self.error, feedback, unit.pool(h, self.grid), teaching)
 
+    def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
+        assert isinstance(feedback, Feedback)
+        return feedback.readout(unit.pool(h, self.grid))
+
 
 @dataclass(frozen=True)
 class DRTP(DFA):

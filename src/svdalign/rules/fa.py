@@ -99,14 +99,15 @@ class _Transport(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, mirror: nn.Module) -> Tensor:
-        ctx.mirror, ctx.shape = mirror, x.shape
-        ctx.options = {"dtype": x.dtype, "device": x.device}
+        ctx.mirror, ctx.shape, ctx.dtype, ctx.device = mirror, x.shape, x.dtype, x.device
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         with torch.enable_grad():
             # The mirror is affine, so its vector-Jacobian product does not depend on where.
-            x = torch.zeros(ctx.shape, **ctx.options).requires_grad_()
-            (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad)
-        return grad, carried, None
+            # It keeps the weights' precision also where autocast has lowered the error's.
+            dtype = next(ctx.mirror.parameters()).dtype
+            x = torch.zeros(ctx.shape, dtype=dtype, device=ctx.device).requires_grad_()
+            (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad.to(dtype))
+        return grad, carried.to(ctx.dtype), None

@@ -35,10 +35,12 @@ Alignment = Literal["similarity", "share", "cosine", "none"]
 class SSA(Rule):
     """``L = L_task + alpha L_align + beta L_ortho``, the error brought by ``B_U diag(B_s) B_V^T``.
 
-    ``alignment``: the form of ``L_align`` (see :mod:`svdalign.losses`); similarity compares samples
-    and is left out where the network answers per token or per pixel. ``grid``: raster that feature
-    maps are pooled to. ``rank``: k of the feedback, None for ``min(d, C)``. ``learn``: the feedback
-    is trained by the unit's own loss. ``gamma``: weight of Hoyer sparsity on ``s``.
+    ``alignment``: the form of ``L_align`` (see :mod:`svdalign.losses`); similarity and cosine are
+    for one class a sample, and left out for other tasks (they did not help regression or several
+    labels a sample). ``grid``: raster that feature maps are pooled to. ``rank``: the most that k
+    of the feedback may be, None for ``min(d, C)``; it keeps ``B`` small for large vocabularies.
+    ``learn``: the feedback is trained by the unit's own loss. ``gamma``: weight of Hoyer sparsity
+    on ``s``.
     Source: arXiv 2510.25594; local error and horizon are this project's.
     """
 
@@ -50,7 +52,7 @@ class SSA(Rule):
     gamma: float = 0.0
     alignment: Alignment = "similarity"
     grid: int | None = 4
-    rank: int | None = None
+    rank: int | None = 256
     learn: bool = True
 
     def __post_init__(self) -> None:
@@ -81,14 +83,18 @@ class SSA(Rule):
         assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
         loss = task_loss(self.error, feedback, pooled, teaching)
-        # These two compare samples or lay targets out as features: they need one answer a sample.
-        one_answer = len(teaching.output_shape) <= 2
-        if self.alpha and self.alignment == "similarity" and one_answer:
+        if not self.alpha or not teaching.one_class_a_sample:
+            return loss
+        if self.alignment == "similarity":
             loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
-        elif self.alpha and self.alignment == "cosine" and one_answer:
+        elif self.alignment == "cosine":
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
             loss = loss + self.alpha * cosine_alignment(pooled, directions)
         return loss
+
+    def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
+        assert isinstance(feedback, Feedback)
+        return feedback.readout(unit.pool(h, self.grid))
 
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
         assert isinstance(feedback, Feedback | None)
