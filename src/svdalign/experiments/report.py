@@ -173,7 +173,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["accuracy_std"] is not None:
         accuracy += f" ± {100 * row['accuracy_std']:.2f}"
     if not row["complete"] and row["accuracy"] is not None:
-        accuracy += " (unfinished)"
+        accuracy += " so far"
     if "memory" not in row:
         return [row["label"], accuracy, *["–"] * 5]
     return [
