@@ -2,6 +2,7 @@
 
 from .engine import Learner, StepReport
 from .factors import RankCut, SVDConv2d, SVDLinear, factorize, reduce_rank
+from .metrics.angles import alignment
 from .storage import load, save
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "SVDLinear",
     "StepReport",
     "__version__",
+    "alignment",
     "factorize",
     "load",
     "reduce_rank",

@@ -59,8 +59,7 @@ class Learner:
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
     tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "qr", "polar",
     "newton-schulz" (for small steps) or None, brings ``U`` and ``V`` back onto the manifold after
-    every ``retract_every`` steps; their gradients are then projected onto its tangent space. ``seed``: of
-    the feedback's random matrices.
+    every ``retract_every`` steps. ``seed``: of the feedback's random matrices.
 
     Raises TypeError or ValueError that name the argument when something does not fit.
     """
@@ -145,6 +144,15 @@ class Learner:
     def units(self) -> tuple[Unit, ...]:
         """The units in order of execution; the last one leads to the network's output."""
         return self.plan.units
+
+    def feedback_of(self, unit: Unit) -> nn.Module | None:
+        """The module that brings errors to ``unit``, None where the rule has none."""
+        index = self._index[unit.name]
+        return self.feedback[index] if index in self.feedback else None  # noqa: SIM401 (no get)
+
+    def teaching_unit(self, unit: Unit) -> TeachingUnit:
+        """``unit`` as the rule sees it."""
+        return self._teaching_units[unit.name]
 
     def step(self, x: Any, y: Tensor) -> StepReport:
         """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync."""
@@ -249,10 +257,10 @@ class Learner:
             if unit.name == OUTPUT:
                 feedback, loss = None, self.loss(features, y)
             else:
-                feedback = self._feedback(unit)
+                feedback = self.feedback_of(unit)
                 # In the weights' precision: what autocast hands on is too coarse for sums.
                 view = unit.layout(features).to(self._dtype)
-                loss = self.rule.loss(self._teaching_units[unit.name], feedback, view, teaching)
+                loss = self.rule.loss(self.teaching_unit(unit), feedback, view, teaching)
             learned = (
                 [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
             )
@@ -290,9 +298,9 @@ class Learner:
 
     def _finish(self, unit: Unit, scale: Scale) -> None:
         """Add the gradients of the unit's weight terms."""
-        view = self._teaching_units[unit.name]
+        view = self.teaching_unit(unit)
         with outside_autocast():
-            loss = self.rule.weights_loss(view, self._feedback(unit))
+            loss = self.rule.weights_loss(view, self.feedback_of(unit))
         if loss is not None and loss.requires_grad:
             factors = [
                 p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad
@@ -300,10 +308,6 @@ class Learner:
             grads = torch.autograd.grad(scale(loss), factors, allow_unused=True)
             for parameter, grad in zip(factors, grads, strict=True):
                 _accumulate(parameter, grad)
-
-    def _feedback(self, unit: Unit) -> nn.Module | None:
-        index = self._index[unit.name]
-        return self.feedback[index] if index in self.feedback else None  # noqa: SIM401 (no get)
 
     def _stiefel_factors(self) -> Iterable[nn.Parameter]:
         for module in (*self.model.modules(), *self.feedback.modules()):

@@ -1,13 +1,18 @@
 """What a network and its training cost, measured: size, arithmetic, memory, time."""
 
+from .angles import Alignment, LayerAlignment, UnitAlignment, alignment
 from .compute import inference_macs, macs_by_module, parameter_count
 from .latency import Timing, alternate
 from .memory import LiveTensors, Memory, step_memory, storage_bytes
 
 __all__ = [
+    "Alignment",
+    "LayerAlignment",
     "LiveTensors",
     "Memory",
     "Timing",
+    "UnitAlignment",
+    "alignment",
     "alternate",
     "inference_macs",
     "macs_by_module",
