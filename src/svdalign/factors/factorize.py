@@ -79,9 +79,11 @@ def factorize(
     rank keeps the function to rounding and pretrained weights are kept as well as the rank allows.
 
     A layer whose factors would hold no fewer numbers than its weight, a grouped convolution, a
-    shared weight and the classifier (the last linear layer) stay dense; naming a layer in a mapping
-    overrides the first and the last of these. The returned module's ``factorization`` attribute
-    (:class:`Factorization`) tells what was left dense and why.
+    shared weight and the classifier (the last layer, if it is linear or a 1 x 1 convolution) stay
+    dense; naming a layer in a mapping overrides the first and the last of these. So does every
+    other module with a weight matrix of its own, such as ``nn.MultiheadAttention``, which packs its
+    projections into one. The returned module's ``factorization`` attribute (:class:`Factorization`)
+    tells what was left dense and why.
 
     Raises TypeError or ValueError for a rank or scheme that is not allowed, a mapping that names no
     layer, and a net without any layer that can be factored.
@@ -123,6 +125,8 @@ def factorize(
             note = f"grouped convolution (groups={layer.groups})"
         elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             note = f"padding_mode={layer.padding_mode!r}"
+        elif "weight" not in layer._parameters:
+            note = "its weight is computed from other parameters"
         elif uses[id(layer.weight)] > 1:
             note = "weight shared with another module"
         elif name == classifier and not explicit:
@@ -159,6 +163,7 @@ def factorize(
                 else "(no nn.Linear or nn.Conv2d)"
             )
         )
+    reports += _others(model, layers)
     model.factorization = Factorization(tuple(reports))  # type: ignore[assignment]
     return model
 
@@ -187,10 +192,34 @@ def _matrix_shape(layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> tuple[int, in
     return m, n
 
 
-def _classifier(layers: Mapping[str, nn.Module]) -> str | None:
-    """The last linear layer in the order of definition, unless it is the only layer there is."""
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    return linear[-1] if linear and linear[-1] == list(layers)[-1] and len(layers) > 1 else None
+def _classifier(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> str | None:
+    """The last layer in the order of definition, if it is linear or a 1 x 1 convolution and not the
+    only layer there is."""
+    name, layer = list(layers.items())[-1] if len(layers) > 1 else (None, None)
+    if isinstance(layer, nn.Conv2d):
+        return name if layer.kernel_size == (1, 1) else None
+    return name
+
+
+def _others(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
+    """What is said of modules that hold a weight matrix and are no linear or convolution layers."""
+    for name, module in model.named_modules():
+        if name in layers or isinstance(module, FactoredLayer):
+            continue
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        # Positions (1, T, d) and scales (C, 1, 1) are vectors and tables, not maps.
+        matrices = [p for p in matrices if p.shape[0] > 1 and p.shape[1] > 1]
+        if not matrices:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            note = "packs its projections into one weight and does not call them as layers"
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            note = "an embedding looks up, it does not multiply"
+        else:
+            note = "neither nn.Linear nor nn.Conv2d"
+        count = sum(p.numel() for p in matrices)
+        full = max(min(len(p), p.numel() // len(p)) for p in matrices)
+        yield LayerReport(name, type(module).__name__, full, None, count, count, note)
 
 
 def _carry_requires_grad(layer: nn.Linear | nn.Conv2d, factored: FactoredLayer) -> None:

@@ -100,6 +100,12 @@ class FactoredLayer(nn.Module):
         """The dense weight in the framework's own layout."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`merged_weight`, for code that reads a layer's weight instead of calling the layer
+        (``nn.TransformerEncoderLayer`` in evaluation, for one). It forms the dense weight anew."""
+        return self.merged_weight()
+
     def output_directions(self) -> Tensor:
         """Matrix (out, q) whose columns span the output channel directions this layer can reach."""
         raise NotImplementedError
