@@ -201,7 +201,8 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
     # A norm after a block most often is the next block's own first step: only layers have chains.
     ends = [_chain_end(p, calls) if p in layers else _last_call(p, calls) for p in bases]
     if units == "stage":
-        shapes = [tuple(first_tensor(end.output).shape) for end in ends]
+        # The layer's or block's own shape: the pooling that ends a stage belongs to it.
+        shapes = [tuple(first_tensor(_last_call(p, calls).output).shape) for p in bases]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
     return frozenset(end.path for end in ends)
 
