@@ -189,6 +189,17 @@ TOYS = {
         (("stem",), ("blocks.0",), ("blocks.1",), ("blocks.2",), ("head",)),
         (2, 5, 5),
     ),
+    # Units end inside the blocks; the sums and activations after them are functions between units.
+    "resnet, layers": Toy(
+        resnet,
+        ("stem", *(f"blocks.{i}.norm{j}" for i in range(3) for j in (1, 2))),
+        (
+            ("stem",),
+            *((f"blocks.{i}.conv{j}", f"blocks.{i}.norm{j}") for i in range(3) for j in (1, 2)),
+            ("head",),
+        ),
+        (2, 5, 5),
+    ),
     "long skips": Toy(
         LongSkips,
         tuple(f"stages.{i}" for i in range(5)),

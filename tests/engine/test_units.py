@@ -1,0 +1,162 @@
+"""Where units end, and what belongs to them: all that their output has come to depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.oracles.nets import TOYS, ResNet, Tokens
+from torch import Tensor, nn
+
+import svdalign as sva
+from svdalign.engine import make_plan
+from svdalign.engine.units import OUTPUT
+
+
+def plan_of(model: nn.Module, units, example: Tensor):
+    return make_plan(model, units, example)
+
+
+def owned(plan) -> list[set[str]]:
+    """Modules with parameters in each unit."""
+    return [{name.rpartition(".")[0] for name in unit.parameters} for unit in plan.units]
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128, 16), nn.LayerNorm(16), nn.GELU(),
+        nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+EXAMPLE = torch.randn(3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("units", ["layer", "block"])
+def test_a_layer_takes_the_norm_activation_and_pooling_that_follow_it(units: str) -> None:
+    plan = plan_of(sequential(), units, EXAMPLE)
+    assert [unit.exit for unit in plan.units] == ["3", "6", "10", ""]
+    assert owned(plan) == [{"0", "1"}, {"4"}, {"8", "9"}, {"11"}]
+    assert [unit.features_shape[1:] for unit in plan.units] == [(8, 8, 8), (8, 4, 4), (16,), (4,)]
+
+
+def test_factored_layers_are_layers() -> None:
+    model = sva.factorize(sequential(), {"0": 4, "8": 3})
+    plan = plan_of(model, "layer", EXAMPLE)
+    assert owned(plan) == [{"0", "1"}, {"4"}, {"8", "9"}, {"11"}]
+    assert {name for name in plan.units[0].parameters if name.startswith("0.")} == {
+        "0.U", "0.s", "0.V", "0.bias"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("units", ["layer", "block", "stage", 1, 2, 3])
+def test_every_parameter_belongs_to_one_unit_and_the_last_is_the_outputs(name: str, units) -> None:
+    toy = TOYS[name]
+    model = toy.model()
+    plan = plan_of(model, units, toy.batch()[0])
+    everything = [n for unit in plan.units for n in unit.parameters]
+    assert sorted(everything) == sorted(n for n, _ in model.named_parameters())
+    assert plan.unreached == ()
+    assert plan.units[-1].name == OUTPUT
+    assert plan.units[-1].parameters
+    assert len({unit.name for unit in plan.units}) == len(plan.units)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_callable_decides(name: str) -> None:
+    toy = TOYS[name]
+    model = toy.model()
+    plan = plan_of(model, toy.units, toy.batch()[0])
+    assert tuple(unit.exit for unit in plan.units[:-1]) == toy.exits
+    expected = [set(names) for names in toy.parameters(model)]
+    assert [set(unit.parameters) for unit in plan.units] == expected
+
+
+def test_embeddings_norms_and_free_parameters_belong_to_the_unit_that_uses_them() -> None:
+    model, x = Tokens(), torch.randint(0, 11, (3, 5))
+    plan = plan_of(model, lambda name, module: name in ("norm1", "norm2"), x)
+    assert owned(plan) == [{"embed", "", "norm0", "fc1", "norm1"}, {"fc2", "norm2"}, {"head"}]
+    assert "position" in plan.units[0].parameters
+    by_layer = plan_of(model, "layer", x)  # the activation is a function: fc1's chain is fc1
+    assert owned(by_layer) == [{"embed", "", "norm0", "fc1"}, {"norm1", "fc2"}, {"norm2", "head"}]
+
+
+def test_a_block_is_a_unit_with_its_skip() -> None:
+    plan = plan_of(ResNet(), "block", torch.randn(2, 2, 5, 5))
+    blocks = [
+        {f"blocks.{i}.{layer}" for layer in ("conv1", "norm1", "conv2", "norm2")} for i in range(3)
+    ]  # fmt: skip
+    assert owned(plan) == [{"stem.0", "stem.1"}, *blocks, {"head"}]
+
+
+def test_an_int_joins_so_many_blocks() -> None:
+    plan = plan_of(ResNet(), 2, torch.randn(2, 2, 5, 5))  # stem and block, two blocks, head
+    assert [unit.exit for unit in plan.units] == ["blocks.0", "blocks.2", ""]
+
+
+class Stages(nn.Module):
+    """Blocks at two resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(*(self.block(4) for _ in range(2)))
+        self.pool = nn.MaxPool2d(2)
+        self.high = nn.Sequential(*(self.block(4) for _ in range(3)))
+        self.head = nn.Linear(4, 3)
+
+    @staticmethod
+    def block(channels: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.high(self.pool(self.low(x))).mean((2, 3)))
+
+
+def test_a_stage_is_a_run_of_blocks_of_one_shape() -> None:
+    plan = plan_of(Stages(), "stage", torch.randn(2, 4, 6, 6))
+    assert [{n.split(".")[0] for n in unit.parameters} for unit in plan.units] == [
+        {"low"}, {"high"}, {"head"}
+    ]  # fmt: skip
+
+
+def test_a_single_layer_is_the_outputs_own_unit() -> None:
+    plan = plan_of(nn.Sequential(nn.Linear(4, 3)), "layer", torch.randn(2, 4))
+    assert [unit.name for unit in plan.units] == [OUTPUT]
+
+
+def test_unused_parameters_are_unreached() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    model.spare = nn.Linear(4, 4)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    plan = plan_of(model, "layer", torch.randn(2, 4))
+    assert plan.unreached == ("spare.weight", "spare.bias")
+
+
+@pytest.mark.parametrize("horizon", [0, 1])
+def test_models_with_functional_activations_learn(horizon: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3, padding=1)
+            self.fc1, self.fc2 = nn.Linear(8 * 16, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1)
+            return self.fc2(F.relu(self.fc1(x)))
+
+    torch.manual_seed(0)
+    model = sva.factorize(Net(), 0.3)
+    y = torch.arange(24) % 3
+    x = torch.randn(24, 1, 8, 8) + torch.randn(3, 1, 8, 8)[y]
+    learner = sva.Learner(
+        model, horizon=horizon, optimizer=lambda p: torch.optim.AdamW(p, 5e-3), example=x
+    )  # fmt: skip
+    losses = [float(learner.step(x, y).loss) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(learner.units) == 3

@@ -1,0 +1,38 @@
+"""What ``import svdalign`` costs and brings along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ("datasets", "matplotlib", "rich", "jsonargparse", "pyarrow", "pandas", "PIL", "yaml")
+
+PROBE = f"""
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import svdalign
+print(time.perf_counter() - start)
+print(*[name for name in {HEAVY!r} if name in set(sys.modules) - before])
+"""
+
+
+def test_import_adds_little_to_torchs_own() -> None:
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", PROBE], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        for _ in range(2)
+    ]
+    assert min(float(run[0]) for run in runs) < 0.3  # seconds; the first may have to compile
+    assert runs[-1][1] == ""
+
+
+def test_public_names() -> None:
+    import svdalign as sva
+
+    for name in ("Learner", "factorize", "SVDLinear", "SVDConv2d"):
+        assert name in sva.__all__
+    for name in sva.__all__:
+        assert hasattr(sva, name)
