@@ -133,6 +133,7 @@ def step_memory(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         others = torch.cuda.memory_allocated() - storage_bytes(before)
+    del before  # else gradients of the step before live on
     with tracker:
         step()
     if cuda:
