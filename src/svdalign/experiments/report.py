@@ -6,7 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from . import figures
 
@@ -48,10 +50,10 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--card); }
 td:first-child { font-weight: 600; }
 .figures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--card); border: 1px solid var(--rule);
   border-radius: .5rem; }
-figure svg { display: block; width: 100%; height: auto; }
+figure svg { display: block; width: 100%; max-width: 30rem; height: auto; margin: 0 auto; }
 svg text { font-family: inherit !important; }
 figcaption { font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem;
@@ -60,16 +62,14 @@ details { margin-top: 1rem; font-size: .9rem; } summary { cursor: pointer; color
 """
 
 
-def console_table(results: Mapping[str, Any]) -> Table:
+def console_table(results: Mapping[str, Any]) -> Group:
     """The summary of a comparison as a table for the terminal."""
-    table = Table(
-        title=_job(results), title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False)
     for i, heading in enumerate(NARROW):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in results["summary"]:
         table.add_row(*_cells(row))
-    return table
+    return Group(Text(_job(results), style="bold"), table)
 
 
 def comparison_page(results: Mapping[str, Any]) -> str:
