@@ -90,13 +90,21 @@ def _declare_train(parser: _Parser) -> None:
 
     parser.add_config(RunConfig)
     parser.add_folder("train")
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="go on with the run in this folder, with its own options",
+    )
 
 
 @command("train", "one rule on one network and data set", _declare_train)
 def _train(options: dict[str, Any]) -> int:
     from .experiments.report import run_page
     from .training.build import build_learner, load_data, prepare_machine
-    from .training.config import RunConfig
+    from .training.checkpoint import load_checkpoint
+    from .training.config import RunConfig, from_dict
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
     from .training.record import Record, new_folder
@@ -104,17 +112,33 @@ def _train(options: dict[str, Any]) -> int:
     from .training.trainer import Trainer
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
+    resume = options.pop("resume")
     with _usage_errors():
         config = RunConfig(**options)
-        prepare_machine(config)
-        if folder is not None:
+        if resume is not None:
+            if folder is not None or overwrite or config != RunConfig():
+                raise ValueError("--resume takes all options from its folder; give no others")
+            config = from_dict(RunConfig, Record(resume).config())
+            if (Record(resume).results() or {}).get("status") == "finished":
+                raise ValueError(f"the run in {resume} is finished")
+        elif folder is not None:
             _check_free(Record(folder), overwrite)
+        prepare_machine(config)
         data = load_data(config)
         trainer = Trainer(config, data, build_learner(config, data))
-        record = Record(folder or new_folder("runs", "train"))
+        record = Record(resume or folder or new_folder("runs", "train"))
+        # A run that was killed before its first checkpoint has only its config: it starts over.
+        if resume is not None and record.checkpoint_path.exists():
+            load_checkpoint(trainer, record.checkpoint_path)
     console = _console()
     with Interrupt() as interrupt, progress_for(console) as progress:
-        results = train(trainer, record, progress=progress, stop=lambda: interrupt.requested)
+        results = train(
+            trainer,
+            record,
+            progress=progress,
+            stop=lambda: interrupt.requested,
+            resume=resume is not None,
+        )
     record.report_path.write_text(run_page(results, f"Rule {config.rule}"), encoding="utf-8")
     if results["accuracy"] is not None:
         console.print(f"test accuracy {results['accuracy']:.2%}", highlight=False)

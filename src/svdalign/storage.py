@@ -107,7 +107,9 @@ def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
         storages.add(storage)
     metadata = {"svdalign": str(VERSION), "state": json.dumps(skeleton)}
     metadata |= {key: json.dumps(value) for key, value in header.items()}
-    replace_file(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
+    # Not save_file: it goes through a temporary file of its own, which a kill would leave behind.
+    content = safetensors.torch.save(tensors, metadata)
+    replace_file(path, lambda part: part.write_bytes(content))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -146,10 +148,7 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode
         write(part)
-        part.chmod(mode)  # safetensors makes files that nobody else can read, whatever the umask
         _sync(part)
         os.replace(part, path)
     except BaseException:

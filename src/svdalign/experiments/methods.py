@@ -53,7 +53,7 @@ def method_config(name: str, job: JobConfig, *, seed: int, lr: float | None = No
     method = METHODS[name]
     shared = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
     if not method.factored:
-        shared["rank"] = None
+        shared |= {"rank": None, "rank_energy": None}
     return RunConfig(
         **shared,
         rule=method.rule,

@@ -1,6 +1,7 @@
 """Training runs: what they are, how they go, and what they leave behind."""
 
 from .build import build_learner, build_model, evaluate, load_data, make_rule
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import JobConfig, RunConfig
 from .record import Record
 from .run import train
@@ -14,7 +15,9 @@ __all__ = [
     "build_learner",
     "build_model",
     "evaluate",
+    "load_checkpoint",
     "load_data",
     "make_rule",
+    "save_checkpoint",
     "train",
 ]

@@ -49,7 +49,7 @@ def prepare_machine(config: JobConfig) -> None:
 
 def load_data(config: JobConfig) -> ImageData:
     """The data of a job. It does not depend on the seed: all runs of a job see the same images."""
-    return datasets.load(
+    data = datasets.load(
         config.data,
         data_dir=config.data_dir,
         train_limit=config.train_limit,
@@ -57,6 +57,7 @@ def load_data(config: JobConfig) -> ImageData:
         image_size=config.image_size,
         device=config.device,
     )
+    return data if config.validation is None else datasets.hold_out(data, config.validation)
 
 
 def make_rule(config: RunConfig) -> Rule:

@@ -17,6 +17,7 @@ __all__ = [
     "MachineConfig",
     "ModelConfig",
     "OptimConfig",
+    "RankConfig",
     "RunConfig",
     "from_dict",
     "option",
@@ -46,11 +47,14 @@ class DataConfig:
     )
     train_limit: int | None = option(None, "use only this many training images")
     test_limit: int | None = option(None, "use only this many test images")
+    validation: int | None = option(
+        None, "hold out so many training images and evaluate on them, not on the test images"
+    )
     image_size: int | None = option(None, "resize images to this height and width in pixels")
     augment: list[Augmentation] = option([], "any of crop, flip, cutout, on training batches")
 
     def __post_init__(self) -> None:
-        for name in ("train_limit", "test_limit", "image_size"):
+        for name in ("train_limit", "test_limit", "validation", "image_size"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         for name in self.augment:
@@ -87,10 +91,45 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """rank reduction"""
+
+    rank_energy: float | None = option(
+        None, "share of each layer's energy that a cut keeps, in (0, 1]; null: ranks stay"
+    )
+    rank_warmup: int = option(1, "epochs before the first cut")
+    rank_period: int = option(1, "epochs from one cut to the next")
+    rank_freeze: int | None = option(None, "no cut after this many epochs")
+    rank_ratio: float = option(0.5, "a cut leaves at least this share of the present rank")
+    rank_min: int = option(4, "no cut goes below this rank")
+
+    def __post_init__(self) -> None:
+        if self.rank_energy is not None and not 0 < self.rank_energy <= 1:
+            raise ValueError(f"rank_energy must be in (0, 1], got {self.rank_energy}")
+        if not 0 <= self.rank_ratio <= 1:
+            raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
+        for name in ("rank_warmup", "rank_period", "rank_min"):
+            _at_least(self, name, 1)
+        if self.rank_freeze is not None:
+            _at_least(self, "rank_freeze", self.rank_warmup)
+
+    def cuts_rank_after(self, epoch: int) -> bool:
+        """Whether ranks are to be cut once ``epoch`` epochs are done."""
+        since = epoch - self.rank_warmup
+        frozen = self.rank_freeze is not None and epoch > self.rank_freeze
+        return (
+            self.rank_energy is not None
+            and since >= 0
+            and since % self.rank_period == 0
+            and not frozen
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """training"""
 
-    epochs: int = option(6, "passes over the training images")
+    epochs: int = option(4, "passes over the training images")
     batch_size: int = option(128, "images a step")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "update rule of the weights")
     weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
@@ -123,19 +162,23 @@ class MachineConfig:
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...")
     threads: int | None = option(None, "CPU threads (torch's own choice)")
     channels_last: bool = option(True, "hold images and kernels channels last; faster convolutions")
+    checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
+        _at_least(self, "checkpoint_seconds", 0.0)
         if self.threads is not None:
             _at_least(self, "threads", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig(DataConfig, ModelConfig, OptimConfig, MachineConfig):
+class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
     """What all methods of a comparison share: data, network, budget, machine."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, ModelConfig, OptimConfig, MachineConfig):
+        for part in (DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
             part.__post_init__(self)
+        if self.rank is None and self.rank_energy is not None:
+            raise ValueError("rank_energy needs factored weights, but rank is null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+
+from ..storage import replace_file
 
 __all__ = ["Record", "new_folder", "provenance", "read_json", "write_json"]
 
 
 class Record:
-    """A run folder: ``config.yaml``, ``metrics.jsonl``, ``results.json``, ``report.html``.
+    """A run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``,
+    ``results.json``, ``report.html``.
 
     The first line of its config says that it is ours and of what ``kind``, ``"train"`` or
     ``"compare"``. Opening one writes nothing; :meth:`start` makes it.
@@ -39,6 +43,10 @@ class Record:
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
 
     @property
     def results_path(self) -> Path:
@@ -66,12 +74,32 @@ class Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.FILES:
             (self.folder / name).unlink(missing_ok=True)
-        self.config_path.write_text(self._mark + config_yaml, encoding="utf-8")
+        # Whole or not there: what is left after a kill is what a resumed run starts from.
+        replace_file(
+            self.config_path,
+            lambda part: part.write_text(self._mark + config_yaml, encoding="utf-8"),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` holds; ValueError where there is none of ours."""
+        if not self._is_ours():
+            raise ValueError(f"{self.folder} was not made by {self._mark[2:].strip()}")
+        content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.config_path} holds no options")
+        return content
+
+    def restart(self, history: Iterable[dict[str, Any]]) -> None:
+        """Make the folder of a run that goes on hold ``history``, and no results yet."""
+        for path in (self.results_path, self.report_path):
+            path.unlink(missing_ok=True)
+        lines = "".join(_line(row) for row in history)
+        replace_file(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``, complete on disk when this returns."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            file.write(_line(row))
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json`` in one go: it is whole or not there."""
@@ -83,6 +111,10 @@ class Record:
                 return file.readline() == self._mark
         except (OSError, UnicodeDecodeError):
             return False
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
 
 
 def new_folder(parent: str | Path, stem: str) -> Path:

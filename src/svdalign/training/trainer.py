@@ -13,12 +13,24 @@ from torch import Tensor
 
 from ..data import ImageData, batches, num_batches
 from ..engine import Learner
+from ..factors import reduce_rank
+from ..storage import ranks
 from .build import augmentation, evaluate, memory_format, precision
 from .config import RunConfig
 from .progress import Progress, Silent
 from .schedule import learning_rate_factor
 
 __all__ = ["Running", "Trainer"]
+
+_STATE = (
+    "epoch",
+    "batch",
+    "seconds",
+    "epoch_seconds",
+    "history",
+    "loss_sum",
+    "accuracy_sum",
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +92,11 @@ class Trainer:
         *,
         name: str = "",
         progress: Progress | None = None,
+        on_step: Callable[[], None] = lambda: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> str:
-        """Train to the end; ``stop`` is asked after every step.
+        """Train to the end; after every step ``on_step`` is told and ``stop`` asked.
 
         Returns ``"finished"``, ``"interrupted"`` if ``stop`` said so, or ``"diverged"`` if an
         epoch's mean loss was not finite.
@@ -95,6 +108,7 @@ class Trainer:
             for x, y in self.batches():
                 self.step(x, y)
                 progress.step(self)
+                on_step()
                 if stop():
                     status = "interrupted"
                     break
@@ -138,10 +152,11 @@ class Trainer:
         self.epoch_seconds += time.perf_counter() - started
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Close the epoch: evaluate, add a row to ``history`` and return it."""
+        """Close the epoch: cut ranks if it is time to, evaluate, return a row of ``history``."""
         running, speed = self.running(), self.images_per_second
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
+        kept = self._cut_ranks() if self.config.cuts_rank_after(self.epoch + 1) else {}
         test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
         row = {
             "epoch": self.epoch + 1,
@@ -152,6 +167,8 @@ class Trainer:
             "lr": rate,
             "seconds": self.epoch_seconds,
             "images_per_second": speed,
+            "ranks": ranks(self.learner.model),
+            "kept_energy": kept,
         }
         self.history.append(row)
         self.epoch += 1
@@ -160,6 +177,28 @@ class Trainer:
         self.loss_sum.zero_()
         self.accuracy_sum.zero_()
         return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of the trainer's own state, beside the learner's."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        for name in _STATE:
+            value = state[name]
+            device = self.loss_sum.device
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+
+    def _cut_ranks(self) -> dict[str, float]:
+        """Cut the factored layers; share of the energy that was kept of each that was cut."""
+        cuts = reduce_rank(
+            self.learner.model,
+            self.learner.optimizer,
+            energy=self.config.rank_energy,
+            ratio=self.config.rank_ratio,
+            min_rank=self.config.rank_min,
+        )
+        return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
 
     def _set_learning_rate(self) -> None:
         rate = self.config.lr * learning_rate_factor(

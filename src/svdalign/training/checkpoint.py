@@ -1,0 +1,37 @@
+"""A run's checkpoint: everything that its trainer needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from .. import storage
+from .config import RunConfig, from_dict
+from .trainer import Trainer
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
+    """Write ``trainer`` to ``path``, all or nothing; :func:`svdalign.load` reads it too."""
+    extra = {"config": dataclasses.asdict(trainer.config), "trainer": trainer.state_dict()}
+    storage.save(trainer.learner, path, extra=extra)
+
+
+def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
+    """Make ``trainer``, just built from the same config, go on where the saved one stopped.
+
+    Raises FileNotFoundError, and ValueError for a file that is truncated, foreign, of a newer
+    format or of another config; ``trainer`` is then left as it was.
+    """
+    state = storage.load(path)
+    extra = state["extra"]
+    if not isinstance(extra, dict) or {"config", "trainer"} - extra.keys():
+        raise ValueError(f"{path} is a checkpoint of a learner, not of a training run")
+    saved = dataclasses.asdict(from_dict(RunConfig, extra["config"]))
+    mine = dataclasses.asdict(trainer.config)
+    if changed := [key for key in mine if mine[key] != saved[key]]:
+        values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in changed)
+        raise ValueError(f"{path} belongs to a run with another config ({values})")
+    storage.load(path, into=trainer.learner)
+    trainer.load_state_dict(extra["trainer"])
