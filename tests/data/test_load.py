@@ -366,3 +366,16 @@ def test_unknown_names_and_arguments() -> None:
         data.load(image_size=0)
     with pytest.raises(ValueError, match="'embedded' is inside the package and takes no data_dir"):
         data.load(data_dir=".")
+
+
+def test_held_out_images_are_training_images_that_are_no_longer_trained_on() -> None:
+    whole = data.load("embedded", train_limit=200, test_limit=10)
+    part = data.hold_out(whole, 50)
+    assert torch.equal(torch.bincount(part.test.labels), torch.full((10,), 5))
+    rows = {bytes(image.numpy()) for image in whole.train.images}
+    kept = {bytes(image.numpy()) for image in part.train.images}
+    held = {bytes(image.numpy()) for image in part.test.images}
+    assert kept | held == rows
+    assert not kept & held
+    with pytest.raises(ValueError, match="validation must be from 1 to 199, got 200"):
+        data.hold_out(whole, 200)

@@ -6,7 +6,16 @@ batches on the device, reproducibly from any batch of any epoch.
 
 from svdalign.data._augment import Augment
 from svdalign.data._batches import batches, num_batches
-from svdalign.data._load import available, load
+from svdalign.data._load import available, hold_out, load
 from svdalign.data._types import ImageData, Split
 
-__all__ = ["Augment", "ImageData", "Split", "available", "batches", "load", "num_batches"]
+__all__ = [
+    "Augment",
+    "ImageData",
+    "Split",
+    "available",
+    "batches",
+    "hold_out",
+    "load",
+    "num_batches",
+]

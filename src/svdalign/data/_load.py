@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,20 @@ def load(
         )
     mean, std = _statistics(train_split.images)
     return ImageData(name, train_split, test_split, classes, mean, std)
+
+
+def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
+    """``data`` with ``count`` of its training images, spread evenly over the classes, in place of
+    its test split, and the others left to train on: what settings are chosen by."""
+    if not 1 <= count < len(data.train):
+        raise ValueError(f"validation must be from 1 to {len(data.train) - 1}, got {count}")
+    labels = data.train.labels.cpu().numpy()
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[torch.from_numpy(_choose(labels, count, "validation", seed))] = True
+    held = held.to(data.train.labels.device)
+    rest, out = (Split(data.train.images[m], data.train.labels[m]) for m in (~held, held))
+    mean, std = _statistics(rest.images)
+    return dataclasses.replace(data, train=rest, test=out, mean=mean, std=std)
 
 
 def _read(name: str, folder: Path | None) -> tuple[Source, Source, tuple[str, ...]]:
