@@ -232,8 +232,11 @@ class SVDConv2d(FactoredLayer):
         padding1, padding2 = self.paddings()
         # diag(s) is folded into the smaller of the two operands of the second convolution, its
         # kernel: r N W products instead of one per pixel, and no scaled copy of the map to hold.
+        second = second * self.s[:, None, None]
+        if second.dtype == torch.float64:  # torch's own CPU kernel refuses this layout backward
+            second = second.contiguous()
         x = F.conv2d(x, first, None, stride1, padding1, dilation1)
-        return F.conv2d(x, second * self.s[:, None, None], self.bias, stride2, padding2, dilation2)
+        return F.conv2d(x, second, self.bias, stride2, padding2, dilation2)
 
     def merged_weight(self) -> Tensor:
         (H, W), C, N = self.kernel_size, self.in_channels, self.out_channels
