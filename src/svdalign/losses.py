@@ -5,6 +5,8 @@ All return 0-dim tensors and are differentiable in every floating argument.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,10 +71,11 @@ def channel_statistics(h: Tensor) -> Tensor:
 
 
 def _spread(h: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Standard deviation over ``dims``. Two means instead of ``torch.var``, which is several times
-    slower on CPU; the small constant keeps the root differentiable where a channel is constant."""
-    variance = h.square().mean(dims) - h.mean(dims).square()
-    return variance.clamp_min(0.0).add(1e-8).sqrt()
+    """Standard deviation over ``dims``. The norm of the centred map, several times faster on CPU
+    than ``torch.std``; its gradient where a channel is constant is 0."""
+    centred = h - h.mean(dims, keepdim=True)
+    positions = math.prod(h.shape[dim] for dim in dims)
+    return torch.linalg.vector_norm(centred, dim=dims) / math.sqrt(positions)
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
