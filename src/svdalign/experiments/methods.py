@@ -38,9 +38,12 @@ METHODS: dict[str, Method] = {
     "dfa-dense": Method("DFA, dense", "dfa", factored=False),
     "dfa": Method("DFA", "dfa"),
     "drtp": Method("DRTP", "drtp"),
-    "ssa-paper": Method("SSA, output error", "ssa-paper"),
+    "ssa-paper": Method("SSA, as published", "ssa-paper"),
+    "ssa-output": Method("SSA, output error", "ssa", options={"error": "output"}),
     "ssa-local": Method("SSA, horizon 0", "ssa-local"),
     "ssa": Method("SSA, horizon 1", "ssa"),
+    "ssa-2": Method("SSA, horizon 2", "ssa", options={"horizon": 2}),
+    "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False),
 }
 
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise

@@ -75,7 +75,7 @@ class ModelConfig:
     )
     scheme: Literal["spatial", "channel"] = option("spatial", "how a kernel becomes a matrix")
     units: int | str = option(
-        "layer", "what learns on its own: layer, block, stage, or a number of blocks"
+        "block", "what learns on its own: layer, block, stage, or a number of blocks"
     )
 
     def __post_init__(self) -> None:
