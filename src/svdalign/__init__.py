@@ -1,6 +1,7 @@
 """Train neural networks without a global backward pass, in the SVD space of their weights."""
 
 from .engine import Learner, StepReport
+from .export import compact
 from .factors import RankCut, SVDConv2d, SVDLinear, factorize, reduce_rank
 from .metrics.angles import alignment
 from .storage import load, save
@@ -15,6 +16,7 @@ __all__ = [
     "StepReport",
     "__version__",
     "alignment",
+    "compact",
     "factorize",
     "load",
     "reduce_rank",

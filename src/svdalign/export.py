@@ -1,0 +1,259 @@
+"""What is there to ship: a model of plain ``nn`` modules, files that run without this library."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .factors import FactoredLayer, SVDConv2d
+from .storage import replace_file
+
+__all__ = ["FORMATS", "compact", "write_onnx", "write_pt2", "write_safetensors"]
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, made of plain ``nn`` modules, in eval mode.
+
+    Every factored layer becomes what costs fewer multiply-accumulates: an ``nn.Sequential`` of two
+    layers, ``s`` merged into the second, or one dense layer. A batch norm that reads nothing but a
+    convolution's output, itself read by nothing else, is folded into that convolution and leaves an
+    ``nn.Identity``. This is read off the traced ``forward``; where that cannot be traced (control
+    flow that depends on the data) batch norms stay. The function is kept to rounding.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if hasattr(model, "factorization"):
+        del model.factorization
+    plain: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, FactoredLayer):
+            if module not in plain:
+                plain[module] = _plain(module).eval().requires_grad_(False)
+            if not name:
+                return plain[module]
+            model.set_submodule(name, plain[module])
+    _fold_batch_norms(model)
+    return model
+
+
+# --- factored layers ----------------------------------------------------------------------------
+
+
+def _plain(layer: FactoredLayer) -> nn.Module:
+    bias = None if layer.bias is None else layer.bias.detach()
+    U, V = (layer.U * layer.s).detach(), layer.V.detach()
+    if not isinstance(layer, SVDConv2d):
+        if layer.rank * (len(U) + len(V)) < len(U) * len(V):
+            return nn.Sequential(_linear(V.mT, None), _linear(U, bias))
+        return _linear(layer.merged_weight().detach(), bias)
+    first, second = layer.kernels()
+    # Products for each pixel of the output; a first convolution that does not stride along an axis
+    # makes as many pixels more.
+    unstrided = layer.stride[1] if layer.scheme == "spatial" else 1
+    pair = first.numel() * unstrided + second.numel()
+    weight = layer.merged_weight().detach()
+    if pair >= weight.numel():
+        padding = cast(str | tuple[int, int], layer.padding)
+        return _conv(weight, bias, layer.stride, padding, layer.dilation)
+    (stride1, stride2), (dilation1, dilation2) = (
+        layer.split(layer.stride, 1),
+        layer.split(layer.dilation, 1),
+    )
+    padding1, padding2 = layer.paddings()
+    scaled = (second * layer.s[:, None, None]).detach()
+    return nn.Sequential(
+        _conv(first.detach(), None, stride1, padding1, dilation1),
+        _conv(scaled, bias, stride2, padding2, dilation2),
+    )
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out, fan_in = weight.shape
+    layer = nn.Linear(fan_in, out, bias=bias is not None, device="meta")
+    _fill(layer, weight, bias)
+    return layer
+
+
+def _conv(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: str | tuple[int, int],
+    dilation: tuple[int, int],
+) -> nn.Conv2d:
+    out, fan_in, height, width = weight.shape
+    layer = nn.Conv2d(
+        fan_in,
+        out,
+        (height, width),
+        stride,
+        padding,
+        dilation,
+        bias=bias is not None,
+        device="meta",
+    )
+    _fill(layer, weight, bias)
+    return layer
+
+
+def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    # From the meta device: no initial values are drawn, and the random state stays as it is.
+    layer.weight = nn.Parameter(weight.contiguous().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+
+
+# --- batch norms --------------------------------------------------------------------------------
+
+FOLDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
+
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Fold in place every batch norm that :func:`compact` says can be."""
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module")
+    uses = Counter(id(p) for m in set(modules.values()) for p in m.parameters(recurse=False))
+    # Modules whose weights the forward reads by itself.
+    read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    alone = {
+        name
+        for name, module in modules.items()
+        if calls[id(module)] == 1
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
+        and name not in read
+    }
+    replaced: dict[nn.Module, nn.Module] = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        names = str(source.target), str(node.target)
+        conv, norm = modules[names[0]], modules[names[1]]
+        if FOLDS.get(type(conv)) is not type(norm) or not alone.issuperset(names):
+            continue
+        norm = cast(nn.BatchNorm2d, norm)
+        if norm.track_running_stats:
+            folded = fuse_conv_bn_eval(cast(nn.Conv2d, conv), norm)
+            replaced |= {conv: folded.requires_grad_(False), norm: nn.Identity()}
+    _replace(model, replaced)
+    try:
+        fx.Tracer().trace(model)
+    except Exception:  # the forward reaches a replaced module by another way than its name
+        _replace(model, {new: old for old, new in replaced.items()})
+
+
+def _replace(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replaced:
+            model.set_submodule(name, replaced[module])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> float:
+    """The weights of ``model``, for a program that builds the same modules. Returns as
+    :func:`write_onnx` does."""
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    content = safetensors.torch.save(tensors, {"format": "pt"})
+    replace_file(path, lambda part: part.write_bytes(content))
+    again = copy.deepcopy(model)
+    for value in (*again.parameters(), *again.buffers()):
+        value.data.zero_()
+    again.load_state_dict(safetensors.torch.load_file(path))
+    return _difference(model, again, example)
+
+
+def write_pt2(model: nn.Module, example: Tensor, path: str | Path) -> float:
+    """``model`` as a ``torch.export`` program, which torch alone loads (``torch.export.load``) and
+    runs on a batch of any size. Returns as :func:`write_onnx` does."""
+    with _quiet():
+        program = torch.export.export(model, (example,), dynamic_shapes=_any_batch())
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        replace_file(path, lambda part: part.write_bytes(content.getvalue()))
+        again = torch.export.load(path).module()
+    return _difference(model, again, example)
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> float:
+    """``model`` as ONNX, with input ``x`` and output ``y`` and a batch of any size.
+
+    ``example``: a batch of two or more. Returns the largest absolute difference between the outputs
+    of ``model`` and of the file, loaded again, on ``example``. Raises ImportError without the extra
+    ``onnx``.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ONNX needs the extra: pip install 'svdalign[onnx]'") from error
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=_any_batch(),
+            input_names=["x"],
+            output_names=["y"],
+            verbose=False,
+        )
+    assert program is not None
+    content = program.model_proto.SerializeToString()
+    replace_file(path, lambda part: part.write_bytes(content))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def again(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
+
+    return _difference(model, again, example)
+
+
+FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], float]] = {
+    "safetensors": write_safetensors,
+    "pt2": write_pt2,
+    "onnx": write_onnx,
+}  #: writers by the suffix of their files
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters have to say about themselves and absent torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, again: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    return float((model(x).cpu() - again(x).cpu()).abs().max())

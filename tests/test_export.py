@@ -1,0 +1,287 @@
+"""Compact models compute what the trained ones do, at no greater cost, from plain modules alone."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdalign import compact, data, export, factorize, models
+from svdalign.factors import SVDConv2d, SVDLinear
+from svdalign.metrics import inference_macs
+
+EQUAL = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def lived_in(model: nn.Module, x: Tensor) -> nn.Module:
+    """With weights, statistics and affine parameters of batch norms away from where they start."""
+    g = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            with torch.no_grad():
+                module.weight.copy_(1 + 0.5 * torch.randn(module.weight.shape, generator=g))
+                module.bias.copy_(0.5 * torch.randn(module.bias.shape, generator=g))
+    model.train()
+    with torch.no_grad():
+        for _ in range(4):
+            model(x)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [2, 30])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(rank: int, bias: bool) -> None:
+    layer = SVDLinear.from_dense(nn.Linear(40, 30, bias=bias), rank)
+    x = torch.randn(3, 5, 40)
+    small = compact(layer)
+    torch.testing.assert_close(small(x), layer(x), **EQUAL)
+    assert isinstance(small, nn.Sequential if rank == 2 else nn.Linear)
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("rank", [3, 11])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": 1},
+        {"padding": (0, 2), "bias": False},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 3), "dilation": (2, 1)},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid"},
+    ],
+)
+def test_convolution(scheme: str, rank: int, options: dict) -> None:
+    layer = SVDConv2d.from_dense(nn.Conv2d(8, 12, (3, 5), **options), rank, scheme)
+    x = torch.randn(2, 8, 15, 17)
+    small = compact(layer)
+    torch.testing.assert_close(small(x), layer(x), **EQUAL)
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_cheaper_of_two_forms_is_taken(scheme: str, stride: int) -> None:
+    """Against counted multiply-accumulates of both forms, at every rank. No padding and a large
+    map, so that borders do not decide."""
+    dense = nn.Conv2d(6, 8, 3, stride)
+    x = torch.randn(1, 6, 63, 63)
+    kinds = set()
+    for rank in range(1, 9 if scheme == "channel" else 19):
+        layer = SVDConv2d.from_dense(dense, rank, scheme)
+        small = compact(layer)
+        counted = {
+            nn.Sequential: inference_macs(nn.Sequential(layer), x),
+            nn.Conv2d: inference_macs(dense, x),
+        }
+        other = nn.Conv2d if type(small) is nn.Sequential else nn.Sequential
+        assert counted[type(small)] <= counted[other] * 1.05
+        kinds.add(type(small))
+    assert kinds == {nn.Sequential, nn.Conv2d}
+
+
+def test_a_shared_layer_stays_shared() -> None:
+    layer = nn.Linear(20, 20)
+    model = factorize(nn.Sequential(layer, nn.ReLU(), layer), {"0": 3})
+    small = compact(model)
+    x = torch.randn(2, 20)
+    torch.testing.assert_close(small(x), model(x), **EQUAL)
+    assert small[0] is small[2]
+
+
+# --- whole networks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+def test_networks(name: str, scheme: str) -> None:
+    images = data.load("embedded", train_limit=64, test_limit=20)
+    x = (images.train.images.float() / 255 - images.mean[0]) / images.std[0]
+    net = models.build(name, num_classes=10, in_channels=1, image_size=28, width=0.25)
+    model = lived_in(factorize(net, 0.3, scheme), x)
+    state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    small = compact(model)
+    torch.testing.assert_close(small(x), model(x), **EQUAL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert norms(small) == 0
+    assert not small.training
+    assert not any(p.requires_grad for p in small.parameters())
+    leaves = [m for m in small.modules() if not list(m.children())]
+    assert all(type(m).__module__.startswith("torch.nn") for m in leaves)
+    assert inference_macs(small, x) <= inference_macs(model, x)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_training_mode_of_the_model_is_left() -> None:
+    model = factorize(nn.Sequential(nn.Linear(9, 9), nn.Dropout(), nn.Linear(9, 2)), 0.3)
+    model.train()
+    small = compact(model)
+    assert model.training
+    x = torch.randn(3, 9)
+    torch.testing.assert_close(small(x), small(x))
+
+
+# --- where a batch norm may be folded, and where not --------------------------------------------
+
+
+class Net(nn.Module):
+    """A factored convolution, a batch norm, and a forward of the test's choice."""
+
+    def __init__(self, run: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def chain(n: Net, x: Tensor) -> Tensor:
+    return n.norm(n.conv(x))
+
+
+def _twice(n: Net, x: Tensor) -> Tensor:
+    return n.norm(n.conv(n.norm(n.conv(x))))
+
+
+def _also_read(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(x)
+    return n.norm(h) + h
+
+
+def _norm_elsewhere_too(n: Net, x: Tensor) -> Tensor:
+    return n.norm(n.conv(x)) + n.norm(x)
+
+
+def _between(n: Net, x: Tensor) -> Tensor:
+    return n.norm(F.relu(n.conv(x)))
+
+
+def _weight_read(n: Net, x: Tensor) -> Tensor:
+    return n.norm(n.other(x)) + n.other.weight.sum()
+
+
+def _data_dependent(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(x)
+    return n.norm(h) if h.sum() > -1e9 else h
+
+
+@pytest.mark.parametrize(
+    ("run", "left"),
+    [(chain, 0), (_twice, 1), (_also_read, 1), (_norm_elsewhere_too, 1), (_between, 1),
+     (_weight_read, 1), (_data_dependent, 1)],
+)  # fmt: skip
+def test_a_batch_norm_is_folded_where_it_can_be(
+    run: Callable[[Net, Tensor], Tensor], left: int
+) -> None:
+    x = torch.randn(8, 4, 6, 6)
+    model = lived_in(factorize(Net(run), {"conv": 2}), x)
+    small = compact(model)
+    torch.testing.assert_close(small(x), model(x), **EQUAL)
+    assert norms(small) == left
+
+
+@pytest.mark.parametrize("kind", ["hook", "no statistics", "tied", "aside"])
+def test_a_batch_norm_that_is_more_than_it_seems_stays(kind: str) -> None:
+    x = torch.randn(8, 4, 6, 6)
+    net = Net(chain)
+    if kind == "no statistics":
+        net.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    if kind == "tied":
+        net.conv, net.run = nn.Conv2d(4, 4, 1), lambda n, x: n.other(n.norm(n.conv(x)))
+        net.other.weight = net.conv.weight
+    model = factorize(net, {"other" if kind in ("hook", "aside") else "conv": 2}, "channel") \
+        if kind != "tied" else net  # fmt: skip
+    model = lived_in(model, x)
+    if kind == "hook":
+        model.conv.register_forward_hook(lambda module, args, out: 2 * out)
+    if kind == "aside":
+        model.aside = [model.conv]
+        model.run = lambda n, x: n.norm(n.aside[0](x))
+    small = compact(model)
+    torch.testing.assert_close(small(x), model(x), **EQUAL)
+    assert norms(small) == 1
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compact network, its files, an input and the trained model's own answer to it."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    net = models.build("smallconv", num_classes=10, in_channels=1, image_size=28, width=0.5)
+    images = data.load("embedded", train_limit=100, test_limit=20)
+    x = (images.test.images.float() / 255 - images.mean[0]) / images.std[0]
+    model = lived_in(factorize(net, 0.4), x)
+    small = compact(model)
+    for suffix, write in export.FORMATS.items():
+        if suffix == "onnx":
+            pytest.importorskip("onnxruntime")
+            pytest.importorskip("onnxscript")
+        assert write(small, x, folder / f"model.{suffix}") <= 1e-5
+    with torch.no_grad():
+        torch.save({"x": x, "y": model(x)}, folder / "expected.pt")
+    return folder
+
+
+CHECK = """
+import sys
+sys.modules["svdalign"] = None  # importing it fails
+import torch
+pair = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
+{load}
+for rows in (slice(0, 1), slice(0, 20), slice(3, 10)):
+    torch.testing.assert_close(run(pair["x"][rows]), pair["y"][rows], rtol=1e-5, atol=1e-5)
+"""
+
+LOAD = {
+    "pt2": 'run = torch.export.load(sys.argv[1] + "/model.pt2").module()',
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx")
+run = lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+""",
+}
+
+
+@pytest.mark.parametrize("suffix", LOAD)
+def test_files_run_without_the_library(shipped: Path, suffix: str) -> None:
+    code = CHECK.format(load=LOAD[suffix])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(shipped)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_difference_is_seen(shipped: Path, tmp_path: Path) -> None:
+    """The number that writers return is measured on the file, not taken for granted."""
+    small = nn.Linear(3, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        real = export.safetensors.torch.load_file
+        patch.setattr(
+            export.safetensors.torch,
+            "load_file",
+            lambda path: {k: v + 0.25 for k, v in real(path).items()},
+        )
+        x = torch.zeros(2, 3)
+        found = export.write_safetensors(small, x, tmp_path / "x.safetensors")
+    assert found == pytest.approx(0.25)
