@@ -13,6 +13,7 @@ from tests.oracles import losses as oracle
 from torch import Tensor
 
 from svdalign import losses
+from svdalign.metrics import LiveTensors
 
 seeds = st.integers(0, 2**20)
 small = st.integers(1, 7)
@@ -163,3 +164,15 @@ class TestHoyer:
     def test_gradient(self) -> None:
         s = randn(5).abs().add(0.1).requires_grad_()
         assert torch.autograd.gradcheck(losses.hoyer_sparsity, s)
+
+
+def test_similarity_makes_one_map_at_a_time() -> None:
+    """Its gradient is a map; on the way there one more is made at the most, and none held."""
+    h = torch.randn(4, 8, 16, 16, requires_grad=True)
+    with LiveTensors([h]) as memory:
+        loss = losses.similarity_alignment(h, torch.eye(4))
+        held = memory.live
+        loss.backward()
+    one = 4 * h.numel()
+    assert held < 1.1 * one
+    assert memory.peak < 3.1 * one

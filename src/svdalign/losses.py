@@ -6,10 +6,12 @@ All return 0-dim tensors and are differentiable in every floating argument.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "channel_statistics",
@@ -70,12 +72,33 @@ def channel_statistics(h: Tensor) -> Tensor:
     return h.flatten(1)
 
 
+class _Spread(torch.autograd.Function):
+    """Standard deviation over ``dims``: the norm of the centred map, several times faster on CPU
+    than ``torch.std``. Its gradient where a channel is constant is 0.
+
+    In closed form, because autograd would hold and make several maps of the size of ``h``, which
+    decides the peak of a unit that holds little else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, dims: tuple[int, ...]) -> Tensor:
+        mean = h.mean(dims, keepdim=True)
+        norm = torch.linalg.vector_norm(h - mean, dim=dims, keepdim=True)
+        spread = norm / math.sqrt(h.numel() // mean.numel())
+        ctx.save_for_backward(h, mean, spread)
+        return cast(Tensor, spread.squeeze(dims))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        h, mean, spread = ctx.saved_tensors
+        positions = h.numel() // mean.numel()
+        slope = (grad.reshape(spread.shape) / (positions * spread)).masked_fill(spread == 0, 0.0)
+        return (h - mean).mul_(slope), None
+
+
 def _spread(h: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Standard deviation over ``dims``. The norm of the centred map, several times faster on CPU
-    than ``torch.std``; its gradient where a channel is constant is 0."""
-    centred = h - h.mean(dims, keepdim=True)
-    positions = math.prod(h.shape[dim] for dim in dims)
-    return torch.linalg.vector_norm(centred, dim=dims) / math.sqrt(positions)
+    return cast(Tensor, _Spread.apply(h, dims))  # type: ignore[no-untyped-call]
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
