@@ -141,7 +141,8 @@ class MobileNetV1(nn.Module):
 
         self.model = nn.Sequential(
             *conv_bn(1, width, 3, 1), nn.ReLU(inplace=True),
-            separable(width, 2 * width, 2), separable(2 * width, 2 * width, 1), separable(2 * width, 4 * width, 2),
+            separable(width, 2 * width, 2), separable(2 * width, 2 * width, 1),
+            separable(2 * width, 4 * width, 2),
             nn.AdaptiveAvgPool2d(1),
         )  # fmt: skip
         self.fc = nn.Linear(4 * width, CLASSES)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.oracles.ownership import owners
+from tests.zoo.nets import GPT, NETS, UNet
 from torch import Tensor, nn
 
 import svdalign as sva
 from svdalign.engine.units import OUTPUT
 from svdalign.rules import Rule, Teaching, TeachingUnit
-from tests.oracles.ownership import owners
-from tests.zoo.nets import GPT, NETS, UNet
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

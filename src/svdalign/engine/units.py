@@ -253,13 +253,13 @@ def _chain_end(path: str, calls: list[_Call]) -> _Call:
     for call in calls[index + 1 :]:
         if not isinstance(end.output, Tensor) or call.input is not end.output:
             continue
-        leaf = next(call.module.children(), None) is None
+        plain = not any(_has_weight_matrix(module) for module in call.module.modules())
         same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
         readers = sum(
             c.input is end.output and next(c.module.children(), None) is None for c in calls
         )
         again = sum(c.path == call.path for c in calls) > 1
-        if not leaf or not same or readers > 1 or again or _has_weight_matrix(call.module):
+        if not plain or not same or readers > 1 or again:
             break
         if call.output.numel() * 4 < end.output.numel():
             break

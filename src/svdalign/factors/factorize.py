@@ -153,17 +153,13 @@ def factorize(
         reports.append(
             LayerReport(name, type(layer).__name__, full, r, parameters, dense_parameters, note)
         )
+    others = list(_others(model, layers))
     if all(report.rank is None for report in reports):
-        reasons = ", ".join(f"{report.name or 'net'}: {report.note}" for report in reports)
-        raise ValueError(
-            "net has no layer that can be factored "
-            + (
-                f"({reasons}); a mapping {{layer name: rank}} asks for a layer"
-                if reports
-                else "(no nn.Linear or nn.Conv2d)"
-            )
-        )
-    reports += _others(model, layers)
+        reasons = [f"{report.name or 'net'}: {report.note}" for report in (*reports, *others)]
+        asking = "a mapping {layer name: rank} asks for a layer"
+        why = "; ".join([*reasons, asking if layers else "no nn.Linear or nn.Conv2d"])
+        raise ValueError(f"net has no layer that can be factored ({why})")
+    reports += others
     model.factorization = Factorization(tuple(reports))  # type: ignore[assignment]
     return model
 
