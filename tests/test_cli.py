@@ -44,7 +44,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "svdalign: error: unknown command 'trian'; there are train, compare, data"),
+        ("trian", "svdalign: error: unknown command 'trian'; there are train, compare, export,"),
         ("train --epochs -3", "svdalign train: error: epochs must be at least 1, got -3"),
         ("train --epochs x", "svdalign train: error: --epochs takes int; got x"),
         ("train --epoch 3", "svdalign train: error: unrecognized arguments: --epoch 3"),

@@ -237,7 +237,8 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if suffix == "onnx":
             pytest.importorskip("onnxruntime")
             pytest.importorskip("onnxscript")
-        assert write(small, x, folder / f"model.{suffix}") <= 1e-5
+        loaded = write(small, x, folder / f"model.{suffix}")
+        torch.testing.assert_close(loaded(x), small(x), **EQUAL)
     with torch.no_grad():
         torch.save({"x": x, "y": model(x)}, folder / "expected.pt")
     return folder
@@ -270,18 +271,3 @@ def test_files_run_without_the_library(shipped: Path, suffix: str) -> None:
         [sys.executable, "-c", code, str(shipped)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_a_difference_is_seen(shipped: Path, tmp_path: Path) -> None:
-    """The number that writers return is measured on the file, not taken for granted."""
-    small = nn.Linear(3, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        real = export.safetensors.torch.load_file
-        patch.setattr(
-            export.safetensors.torch,
-            "load_file",
-            lambda path: {k: v + 0.25 for k, v in real(path).items()},
-        )
-        x = torch.zeros(2, 3)
-        found = export.write_safetensors(small, x, tmp_path / "x.safetensors")
-    assert found == pytest.approx(0.25)

@@ -180,6 +180,71 @@ def _compare(options: dict[str, Any]) -> int:
     return _exit_code(results["status"])
 
 
+def _declare_export(parser: _Parser) -> None:
+    from .export import FORMATS
+
+    parser.add_run()
+    parser.types["formats"] = list[str]
+    parser.add_argument(
+        "--formats",
+        type=list[str],
+        default=list(FORMATS),
+        help=f"files to write, of {', '.join(FORMATS)}; onnx needs the extra of that name",
+    )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder for the files (RUN/export)"
+    )
+
+
+@command("export", "compact model of a run in files that need no library", _declare_export)
+def _export(options: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from .experiments.card import ship
+    from .training.checkpoint import load_run
+
+    console = _console()
+    out = Path(options["out"] or Path(options["run"], "export"))
+    with _usage_errors(), console.status("exporting"):
+        try:
+            card = ship(load_run(options["run"]), out, options["formats"])
+        except ImportError as error:
+            raise UsageError(str(error)) from error
+    for file in card["files"]:
+        console.print(
+            f"{out / file['name']}: {file['bytes']:,} bytes, largest difference to the trained "
+            f"model {file['max_abs_difference']:.1e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    ratios = [
+        f"{row['ratio']:.2f} of its latency at batch {row['batch']}" for row in card["latency"]
+    ]
+    console.print(
+        f"{card['parameters']['ratio']:.1%} of the dense network's parameters, "
+        f"{card['macs']['ratio']:.1%} of its MACs, {', '.join(ratios)}; "
+        f"test accuracy {card['test_accuracy']:.2%}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"card: {out / 'card.md'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+@command("inspect", "ranks, spectra and orthogonality of a run's layers", lambda p: p.add_run())
+def _inspect(options: dict[str, Any]) -> int:
+    from .experiments.inspection import inspect_run, table, write
+
+    with _usage_errors():
+        layers = inspect_run(options["run"])
+        paths = write(options["run"], layers)
+    console = _console()
+    console.print(table(layers))
+    for path in paths:
+        console.print(path, highlight=False, soft_wrap=True)
+    return 0
+
+
 def _declare_data(parser: _Parser) -> None:
     from .training.config import DataConfig
 
@@ -243,6 +308,12 @@ class _Parser(ArgumentParser):
                 default=default,
                 help=field.metadata["help"],
             )
+
+    def add_run(self) -> None:
+        """A run folder, as the command's one argument."""
+        self.types = {}
+        self.usage = f"{self.prog} RUN [--option value ...]"
+        self.add_argument("run", type=str, metavar="RUN", help="folder of svdalign train")
 
     def add_folder(self, stem: str) -> None:
         """Where results go."""

@@ -171,9 +171,15 @@ def _replace(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
 # --- files --------------------------------------------------------------------------------------
 
 
-def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> float:
-    """The weights of ``model``, for a program that builds the same modules. Returns as
-    :func:`write_onnx` does."""
+Runner = Callable[[Tensor], Tensor]
+"""What a file computes."""
+
+
+def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
+    """Write the weights of ``model``, for a program that builds the same modules.
+
+    Like all writers it returns what the file, loaded again, computes.
+    """
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     content = safetensors.torch.save(tensors, {"format": "pt"})
     replace_file(path, lambda part: part.write_bytes(content))
@@ -181,27 +187,27 @@ def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> fl
     for value in (*again.parameters(), *again.buffers()):
         value.data.zero_()
     again.load_state_dict(safetensors.torch.load_file(path))
-    return _difference(model, again, example)
+    return again
 
 
-def write_pt2(model: nn.Module, example: Tensor, path: str | Path) -> float:
-    """``model`` as a ``torch.export`` program, which torch alone loads (``torch.export.load``) and
-    runs on a batch of any size. Returns as :func:`write_onnx` does."""
+def write_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
+    """Write ``model`` as a program that torch alone loads (``torch.export.load``) and runs.
+
+    ``example``: a batch of two or more; the program takes any size.
+    """
     with _quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=_any_batch())
         content = io.BytesIO()
         torch.export.save(program, content)
         replace_file(path, lambda part: part.write_bytes(content.getvalue()))
-        again = torch.export.load(path).module()
-    return _difference(model, again, example)
+        return torch.export.load(path).module()
 
 
-def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> float:
-    """``model`` as ONNX, with input ``x`` and output ``y`` and a batch of any size.
+def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
+    """Write ``model`` as ONNX, with input ``x`` and output ``y``.
 
-    ``example``: a batch of two or more. Returns the largest absolute difference between the outputs
-    of ``model`` and of the file, loaded again, on ``example``. Raises ImportError without the extra
-    ``onnx``.
+    ``example``: a batch of two or more; the graph takes any size. Raises ImportError without the
+    extra ``onnx``.
     """
     try:
         import onnxruntime
@@ -223,13 +229,10 @@ def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> float:
     replace_file(path, lambda part: part.write_bytes(content))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def again(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
-
-    return _difference(model, again, example)
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.cpu().numpy()})[0])
 
 
-FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], float]] = {
+FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], Runner]] = {
     "safetensors": write_safetensors,
     "pt2": write_pt2,
     "onnx": write_onnx,
@@ -252,8 +255,3 @@ def _quiet() -> Iterator[None]:
 
 def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
-
-
-@torch.no_grad()
-def _difference(model: nn.Module, again: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    return float((model(x).cpu() - again(x).cpu()).abs().max())

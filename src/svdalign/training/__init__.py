@@ -1,7 +1,7 @@
 """Training runs: what they are, how they go, and what they leave behind."""
 
 from .build import build_learner, build_model, evaluate, load_data, make_rule
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, load_run, save_checkpoint
 from .config import JobConfig, RunConfig
 from .record import Record
 from .run import train
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate",
     "load_checkpoint",
     "load_data",
+    "load_run",
     "make_rule",
     "save_checkpoint",
     "train",

@@ -6,10 +6,28 @@ import dataclasses
 from pathlib import Path
 
 from .. import storage
+from .build import build_learner, load_data, prepare_machine
 from .config import RunConfig, from_dict
+from .record import Record
 from .trainer import Trainer
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "load_run", "save_checkpoint"]
+
+
+def load_run(folder: str | Path) -> Trainer:
+    """The trainer of the run in ``folder``, as its last checkpoint has it, with its data.
+
+    Raises ValueError or FileNotFoundError for a folder without a run that has a checkpoint.
+    """
+    record = Record(folder)
+    config = from_dict(RunConfig, record.config())
+    if not record.checkpoint_path.exists():
+        raise ValueError(f"the run in {folder} has no checkpoint yet")
+    prepare_machine(config)
+    data = load_data(config)
+    trainer = Trainer(config, data, build_learner(config, data))
+    load_checkpoint(trainer, record.checkpoint_path)
+    return trainer
 
 
 def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
