@@ -47,6 +47,7 @@ class _Segment:
 class _Stream:
     def __init__(self, plan: Plan, horizon: int, teach: Teach, retire: Retire) -> None:
         self.units = {(unit.exit, unit.call): i for i, unit in enumerate(plan.units[:-1])}
+        self.inplace = {unit.exit for unit in plan.units if unit.inplace}
         self.plan, self.next = plan, 0
         self.horizon, self.teach, self.retire = horizon, teach, retire
         self.window: deque[_Segment] = deque()
@@ -55,10 +56,23 @@ class _Stream:
 
     def hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            # Recomputation (gradient checkpointing) runs modules again while a unit goes backward.
-            return self.exit(path, output) if self.active and torch.is_grad_enabled() else None
+            if not torch.is_grad_enabled():
+                return None
+            # Recomputation (gradient checkpointing) runs modules again while a unit goes backward:
+            # it has to meet the same cuts, and nothing else.
+            return self.exit(path, output) if self.active else self.cut(path, output)[0]
 
         return hook
+
+    def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+        """What is handed on for ``output``, its tensors that require grad, and their leaves."""
+        values, structure = tree_flatten(output)
+        at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
+        outputs = [values[i] for i in at]
+        leaves = [t.detach().requires_grad_(self.horizon > 0) for t in outputs]
+        for i, leaf in zip(at, leaves, strict=True):
+            values[i] = leaf.clone() if path in self.inplace and self.horizon > 0 else leaf
+        return tree_unflatten(values, structure), outputs, leaves
 
     def exit(self, path: str, output: Any) -> Any:
         call = self.calls.get(path, 0)
@@ -70,19 +84,13 @@ class _Stream:
                 "the example batch: a model whose control flow depends on the data needs units "
                 "around it, for example units=callable naming the enclosing module"
             )
-        values, structure = tree_flatten(output)
-        at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
-        if not at:  # frozen, and so is all before it
+        handed_on, outputs, leaves = self.cut(path, output)
+        if not outputs:  # frozen, and so is all before it
             self.advance(index)
             return output
-        outputs = [values[i] for i in at]
-        leaves = [t.detach().requires_grad_(self.horizon > 0) for t in outputs]
         feature = next((i for i, t in enumerate(outputs) if t is first_tensor(output)), 0)
         self.learn(index, outputs, leaves, feature)
-        inplace = self.plan.units[index].inplace and self.horizon > 0
-        for i, leaf in zip(at, leaves, strict=True):
-            values[i] = leaf.clone() if inplace else leaf
-        return tree_unflatten(values, structure)
+        return handed_on
 
     def advance(self, index: int) -> bool:
         """Note that unit ``index`` ends; whether it was this one's turn."""
@@ -92,7 +100,9 @@ class _Stream:
     def learn(self, index: int, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
         self.active = False
         unit = self.plan.units[index]
-        delta = self.teach(unit, outputs[feature])
+        # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            delta = self.teach(unit, outputs[feature])
         segment = _Segment(unit, outputs, leaves, self.advance(index))
         own: list[Tensor | None] = [None] * len(outputs)
         own[feature] = delta
@@ -143,11 +153,12 @@ def stream(
     state = _Stream(plan, horizon, teach, retire)
     with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
         z = forward(model, x)
-    if z.requires_grad:
-        state.learn(len(plan.units) - 1, [z], [], 0)
-    with outside_autocast():
-        while state.window:
-            state.pop()
+        if z.requires_grad:
+            state.learn(len(plan.units) - 1, [z], [], 0)
+        state.active = False
+        with outside_autocast():
+            while state.window:
+                state.pop()
     return z.detach()
 
 
@@ -161,6 +172,10 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

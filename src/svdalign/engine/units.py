@@ -9,6 +9,7 @@ the autograd graph of a trial run, not off names.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -248,22 +249,27 @@ def _chain_end(path: str, calls: list[_Call]) -> _Call:
     A chain link reads the output so far and nothing else does; it keeps the number of dimensions
     and shrinks the map at most like a 2 x 2 pooling, so that what is left is still features.
     """
-    index = next(i for i, call in enumerate(calls) if call.path == path)
-    end = calls[index]
-    for call in calls[index + 1 :]:
+    start = next(i for i, call in enumerate(calls) if call.path == path)
+    end = calls[start]
+    times = Counter(call.path for call in calls)
+    if times[path] > 1:  # every call is to end a unit, and what follows each of them differs
+        return end
+    for i, call in enumerate(calls[start + 1 :], start + 1):
         if not isinstance(end.output, Tensor) or call.input is not end.output:
             continue
         plain = not any(_has_weight_matrix(module) for module in call.module.modules())
         same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
+        # A link that works in place hands the same tensor on: what reads it later reads the link's.
+        until = i if call.output is end.output else len(calls)
         readers = sum(
-            c.input is end.output and next(c.module.children(), None) is None for c in calls
+            c.input is end.output and next(c.module.children(), None) is None
+            for c in calls[start + 1 : until + 1]
         )
-        again = sum(c.path == call.path for c in calls) > 1
-        if not plain or not same or readers > 1 or again:
+        if not plain or not same or readers > 1 or times[call.path] > 1:
             break
         if call.output.numel() * 4 < end.output.numel():
             break
-        end = call
+        start, end = i, call
     return end
 
 
