@@ -42,6 +42,15 @@ def test_a_layer_takes_the_norm_activation_and_pooling_that_follow_it(units: str
     assert [unit.features_shape[1:] for unit in plan.units] == [(8, 8, 8), (8, 4, 4), (16,), (4,)]
 
 
+def test_activations_in_place_change_no_unit() -> None:
+    model = sequential()
+    names = [unit.exit for unit in plan_of(model, "layer", EXAMPLE).units]
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    assert [unit.exit for unit in plan_of(model, "layer", EXAMPLE).units] == names
+
+
 def test_factored_layers_are_layers() -> None:
     model = sva.factorize(sequential(), {"0": 4, "8": 3})
     plan = plan_of(model, "layer", EXAMPLE)

@@ -66,7 +66,7 @@ def local_loss(feedback: Sequence[Tensor], grid: int | None, alpha: float) -> Un
         if not alpha:
             return own
         rows = h.flatten(2) if h.ndim > 2 else h
-        rows = (rows.var(2, correction=0) + 1e-8).sqrt() if h.ndim == 4 else rows
+        rows = rows.std(2, correction=0) if h.ndim == 4 else rows
         one_hot = torch.eye(z.shape[1], dtype=z.dtype)[y]
         return own + alpha * (_cosines(rows) - _cosines(one_hot)).square().mean()
 
