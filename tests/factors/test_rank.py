@@ -166,6 +166,7 @@ def test_truncated_convolution_keeps_the_share_it_says(scheme):
         ({"ratio": 0.5}, 3),
         ({"ratio": 0.51}, 4),
         ({"min_rank": 5}, 5),
+        ({"min_rank": 0.5}, math.ceil(0.5 * N)),
         ({"ratio": 0.5, "min_rank": 2}, 3),
         ({"min_rank": 50}, R),
         ({"ratio": 1.0}, R),

@@ -121,15 +121,16 @@ def reduce_rank(
     energy: float | None = None,
     rank: int | float | Mapping[str, int | float] | None = None,
     ratio: float = 0.0,
-    min_rank: int = 1,
+    min_rank: int | float = 1,
 ) -> tuple[RankCut, ...]:
     """Cut the factored layers of ``model`` to a smaller rank, in place, by truncating their SVD.
 
     ``energy`` in (0, 1]: keep the smallest rank whose share of ``sum s^2`` is at least this. Or
     ``rank``: an absolute rank, a fraction in (0, 1] of each layer's full rank, or a mapping
     ``{layer name: either}`` that leaves other layers alone. Never below ``ceil(ratio * r)``, ``r``
-    the present rank, nor below ``min_rank``. ``||W - W'||_F^2`` is the energy of what is dropped,
-    the least for any matrix of that rank; what is kept is not rescaled.
+    the present rank, nor below ``min_rank``, absolute or a fraction of full rank. ``||W - W'||_F^2``
+    is the energy of what is dropped, the least for any matrix of that rank; what is kept is not
+    rescaled.
 
     ``optimizer``: of the model's parameters, or several. Its state is carried with the basis and
     cut (see the module's text); of a kind not known here the state of the layers that are cut is
@@ -152,7 +153,8 @@ def reduce_rank(
         else:
             of_layer = rank.get(name) if isinstance(rank, Mapping) else rank
             wanted = r if of_layer is None else _absolute(of_layer, layer.full_rank)
-        after = min(r, max(wanted, min_rank, math.ceil(ratio * r - 1e-9)))
+        floor = max(_absolute(min_rank, layer.full_rank), math.ceil(ratio * r - 1e-9))
+        after = min(r, max(wanted, floor))
         # The largest, in the order they stand in: a column that stays keeps its place.
         keep = s.abs().argsort(descending=True, stable=True)[:after].sort().values
         whole, kept = s.square().sum().item(), s[keep].square().sum().item()
@@ -276,7 +278,7 @@ def _check(
     energy: float | None,
     rank: int | float | Mapping[str, int | float] | None,
     ratio: float,
-    min_rank: int,
+    min_rank: int | float,
 ) -> None:
     if not layers:
         raise ValueError("model has no factored layer; svdalign.factorize makes them")
@@ -289,14 +291,21 @@ def _check(
             f"rank names {unknown}, which are not factored layers; there are {list(layers)}"
         )
     for value in rank.values() if isinstance(rank, Mapping) else (rank,):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        fraction = isinstance(value, float) and 0 < value <= 1
-        if not (value is None or whole or fraction):
+        if not (value is None or _is_rank(value)):
             raise ValueError(
                 "rank must be a whole number of at least 1, a fraction in (0, 1] or a mapping from "
                 f"layer names to these, got {value!r}"
             )
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio!r}")
-    if isinstance(min_rank, bool) or not isinstance(min_rank, int) or min_rank < 1:
-        raise ValueError(f"min_rank must be a whole number of at least 1, got {min_rank!r}")
+    if not _is_rank(min_rank):
+        raise ValueError(
+            "min_rank must be a whole number of at least 1 or a fraction in (0, 1], "
+            f"got {min_rank!r}"
+        )
+
+
+def _is_rank(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 1 if isinstance(value, int) else 0 < value <= 1

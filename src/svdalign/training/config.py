@@ -103,15 +103,24 @@ class RankConfig:
     rank_period: int = option(1, "epochs from one cut to the next")
     rank_freeze: int | None = option(None, "no cut after this many epochs")
     rank_ratio: float = option(0.5, "a cut leaves at least this share of the present rank")
-    rank_min: int = option(4, "no cut goes below this rank")
+    rank_min: int | float = option(
+        4, "no cut goes below this rank: a whole number, or a fraction of full rank"
+    )
 
     def __post_init__(self) -> None:
         if self.rank_energy is not None and not 0 < self.rank_energy <= 1:
             raise ValueError(f"rank_energy must be in (0, 1], got {self.rank_energy}")
         if not 0 <= self.rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
-        for name in ("rank_warmup", "rank_period", "rank_min"):
+        for name in ("rank_warmup", "rank_period"):
             _at_least(self, name, 1)
+        if isinstance(self.rank_min, int):
+            _at_least(self, "rank_min", 1)
+        elif not 0 < self.rank_min <= 1:
+            raise ValueError(
+                "rank_min must be a whole number of at least 1, or a fraction in (0, 1], "
+                f"got {self.rank_min}"
+            )
         if self.rank_freeze is not None:
             _at_least(self, "rank_freeze", self.rank_warmup)
 
