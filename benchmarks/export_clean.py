@@ -2,9 +2,9 @@
 
     python benchmarks/export_clean.py RUN
 
-``RUN`` is a folder of ``svdalign train``. Makes two new virtual environments, one with torch alone for
-``model.pt2``, one with onnxruntime alone for ``model.onnx``, runs both files on 64 test images there
-and compares with the trained model here. Needs a package index; writes JSON.
+``RUN`` is a folder of ``svdalign train``. Makes two new virtual environments, one with torch alone
+for ``model.pt2``, one with onnxruntime alone for ``model.onnx``, runs both files on 64 test images
+there and compares with the trained model here. Needs a package index; writes JSON.
 """
 
 from __future__ import annotations
