@@ -1,6 +1,7 @@
 """The methods that can be compared, with the hyperparameters that each was tuned to.
 
-Every method got the same search on the default job. What is not named here is the same for all.
+Every method got the same search of its learning rate (``benchmarks/tune.py``), DFA one of its raster
+besides. What is not named here is the same for all.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ class Method:
 
     label: str
     rule: str
-    factored: bool = True
-    lr: float = 2e-3
-    options: Mapping[str, Any] = field(default_factory=dict)
+    factored: bool = field(default=True, kw_only=True)
+    lr: float = field(kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 METHODS: dict[str, Method] = {
-    "bp-dense": Method("BP, dense", "bp", factored=False),
-    "bp": Method("BP, factored", "bp"),
-    "fa": Method("FA", "fa"),
-    "dfa-dense": Method("DFA, dense", "dfa", factored=False),
-    "dfa": Method("DFA", "dfa"),
-    "drtp": Method("DRTP", "drtp"),
-    "ssa-paper": Method("SSA, as published", "ssa-paper"),
-    "ssa-output": Method("SSA, output error", "ssa", options={"error": "output"}),
-    "ssa-local": Method("SSA, horizon 0", "ssa-local"),
-    "ssa": Method("SSA, horizon 1", "ssa"),
-    "ssa-2": Method("SSA, horizon 2", "ssa", options={"horizon": 2}),
-    "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False),
+    "bp-dense": Method("BP, dense", "bp", factored=False, lr=5e-3),
+    "bp": Method("BP, factored", "bp", lr=1e-2),
+    "fa": Method("FA", "fa", lr=5e-3),
+    "dfa-dense": Method("DFA, dense", "dfa", factored=False, lr=5e-3, options={"grid": 2}),
+    "dfa": Method("DFA", "dfa", lr=5e-3, options={"grid": 2}),
+    "drtp": Method("DRTP", "drtp", lr=5e-3),
+    "ssa-paper": Method("SSA, as published", "ssa-paper", lr=5e-3),
+    "ssa-output": Method("SSA, output error", "ssa", lr=2e-2, options={"error": "output"}),
+    "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=2e-2),
+    "ssa": Method("SSA, horizon 1", "ssa", lr=2e-2),
+    "ssa-2": Method("SSA, horizon 2", "ssa", lr=2e-2, options={"horizon": 2}),
+    "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False, lr=2e-2),
 }
 
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise

@@ -205,7 +205,7 @@ class RunConfig(JobConfig):
         "rule", "where a unit's error comes from; rule: the rule's own"
     )
     options: dict[str, Any] = option({}, "fields of the rule to change: --options.alpha 0.5")
-    lr: float = option(2e-3, "peak learning rate")
+    lr: float = option(1e-2, "peak learning rate")
     seed: int = option(0, "of the initial weights, the feedback and the order of the data")
 
     def __post_init__(self) -> None:
