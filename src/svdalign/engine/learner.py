@@ -170,6 +170,7 @@ class Learner:
     def after_update(self) -> None:
         """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""
         self.steps += 1
+        torch.clear_autocast_cache()  # of copies of the weights before the update
         if self.retraction is not None and self.steps % self.retract_every == 0:
             retract = RETRACTIONS[self.retraction]
             with torch.no_grad(), outside_autocast():
