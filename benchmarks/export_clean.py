@@ -56,7 +56,7 @@ def run_clean(suffix: str, folder: Path) -> dict[str, Any]:
         python = Path(place, "bin", "python")
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, *PACKAGES[suffix]], check=True)
-        program = [python, "-c", PROGRAMS[suffix] + END, folder]
+        program = [python, "-I", "-c", PROGRAMS[suffix] + END, folder]
         subprocess.run(program, check=True, cwd=place)
         freeze = [python, "-m", "pip", "freeze"]
         installed = subprocess.run(freeze, check=True, capture_output=True, text=True)

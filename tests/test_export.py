@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -234,9 +235,8 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = lived_in(factorize(net, 0.4), x)
     small = compact(model)
     for suffix, write in export.FORMATS.items():
-        if suffix == "onnx":
-            pytest.importorskip("onnxruntime")
-            pytest.importorskip("onnxscript")
+        if suffix == "onnx" and not all(map(find_spec, ("onnxruntime", "onnxscript"))):
+            continue
         loaded = write(small, x, folder / f"model.{suffix}")
         torch.testing.assert_close(loaded(x), small(x), **EQUAL)
     with torch.no_grad():
@@ -266,6 +266,8 @@ run = lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 @pytest.mark.parametrize("suffix", LOAD)
 def test_files_run_without_the_library(shipped: Path, suffix: str) -> None:
+    if not (shipped / f"model.{suffix}").exists():
+        pytest.skip("the extra onnx is not installed")
     code = CHECK.format(load=LOAD[suffix])
     done = subprocess.run(
         [sys.executable, "-c", code, str(shipped)], capture_output=True, text=True, timeout=120

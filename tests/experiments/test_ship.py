@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(run: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.format(run=run).split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", str(run), "--formats", "onnx", "--out", str(tmp_path)]) == 2
+    assert "pip install 'svdalign[onnx]'" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_looked_into(run: Path, tmp_path: Path) -> None:
