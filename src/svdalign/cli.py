@@ -245,6 +245,30 @@ def _inspect(options: dict[str, Any]) -> int:
     return 0
 
 
+def _declare_profile(parser: _Parser) -> None:
+    from .experiments.profile import ProfileConfig
+
+    parser.add_config(ProfileConfig)
+    parser.add_folder("profile")
+
+
+@command("profile", "memory, arithmetic and time of a training step, by method", _declare_profile)
+def _profile(options: dict[str, Any]) -> int:
+    from .experiments.profile import Profile, ProfileConfig
+    from .experiments.report import profile_table
+
+    folder, overwrite = options.pop("out"), options.pop("overwrite")
+    with _usage_errors():
+        profile = Profile(ProfileConfig(**options), folder, overwrite=overwrite)
+    console = _console()
+    with console.status("running a step of each method"):
+        results = profile.run()
+    console.print(profile_table(results))
+    report = profile.folder / "report.html"
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def _declare_data(parser: _Parser) -> None:
     from .training.config import DataConfig
 

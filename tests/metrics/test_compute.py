@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from svdalign import factorize
-from svdalign.metrics import inference_macs, macs_by_module, parameter_count
+from svdalign.metrics import inference_macs, macs_by_module, parameter_count, step_macs
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -53,3 +53,19 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     inference_macs(net, torch.randn(2, 1, 5, 5))
     assert [m.training for m in net.modules()] == [True, True, True, False]
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_macs_of_a_training_step_are_three_inferences_less_the_gradient_of_the_input() -> None:
+    """Forward, gradient of the weight, gradient of the input: the first layer has no use for the
+    last. Source: the closed form of each is m n a sample."""
+    net = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
+    x = torch.randn(8, 40)
+    assert step_macs(lambda: net(x).sum().backward()) == 8 * (2 * 40 * 30 + 3 * 30 * 10)
+
+
+def test_macs_of_a_convolutions_training_step() -> None:
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    x = torch.randn(4, 3, 6, 6, requires_grad=True)
+    forward = 4 * 36 * 8 * 3 * 9
+    assert step_macs(lambda: conv(x).sum().backward()) == 3 * forward
+    assert step_macs(lambda: torch.autograd.grad(conv(x).sum(), conv.weight)) == 2 * forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -12,7 +12,7 @@ from rich.text import Text
 from . import figures
 from .page import count, figure_grid, number, page, table
 
-__all__ = ["comparison_page", "console_table", "run_page"]
+__all__ = ["comparison_page", "console_table", "profile_page", "profile_table", "run_page"]
 
 HEADINGS = (
     "method",
@@ -23,6 +23,21 @@ HEADINGS = (
     "time per step",
     "× BP dense",
 )
+PROFILE = (
+    "method",
+    "peak (MiB)",
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "MACs of a step",
+    "step (ms)",
+    "step × BP dense",
+    "inference × BP dense",
+)
+NARROW_PROFILE = (
+    "method", "MiB", "params", "grads", "optim", "activ", "MACs", "ms", "× BP", "infer ×"
+)  # fmt: skip
 NARROW = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
 
 
@@ -118,6 +133,62 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
             ]
         ),
     )
+
+
+def profile_table(results: Mapping[str, Any]) -> Table:
+    """A profile as a table for the terminal."""
+    rows = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(_profile_headings(results, NARROW_PROFILE)):
+        rows.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in _profile_rows(results):
+        rows.add_row(*row)
+    return rows
+
+
+def profile_page(results: Mapping[str, Any]) -> str:
+    """``report.html`` of a profile, from what its ``results.json`` holds."""
+    config, methods = results["config"], results["methods"]
+    bars = {
+        row["label"]: {part: row["memory"][part] / 2**20 for part in _MEMORY_PARTS}
+        for row in methods
+    }
+    grid = [
+        (
+            figures.bars(bars, "peak training memory (MiB)"),
+            "What one training step holds at its peak. Activations include the batch and "
+            "temporaries.",
+        )
+    ]
+    if "step_ratio" in methods[0]:
+        times = {row["label"]: {"step": row["step_ratio"]} for row in methods}
+        grid.append((figures.bars(times, "time per step (× BP dense)"), "Steps taken in turns."))
+    how = "worked out, nothing was run" if config["estimate"] else "measured"
+    return page(
+        f"What training {config['model']} costs",
+        f"Batches of {config['batch_size']} images, {config['channels']} × "
+        f"{config['image_size']} × {config['image_size']}; {how}",
+        results,
+        "<h2>Results</h2>",
+        table(_profile_headings(results, PROFILE), list(_profile_rows(results))),
+        '<p class="soft">MACs of matrix products and convolutions in one training step, forward '
+        "and backward. Inference: one image through the compact model.</p>",
+        "<h2>Figures</h2>",
+        figure_grid(grid),
+    )
+
+
+def _profile_headings(results: Mapping[str, Any], headings: Sequence[str]) -> Sequence[str]:
+    return headings if "step_ratio" in results["methods"][0] else headings[:-3]
+
+
+def _profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    for row in results["methods"]:
+        parts = [row["memory"][part] for part in ("peak", *_MEMORY_PARTS)]
+        cells = [row["label"], *(f"{part / 2**20:.1f}" for part in parts), count(row["step_macs"])]
+        if "step_ratio" in row:
+            cells += [f"{1e3 * row['step_seconds']:.0f}", f"{row['step_ratio']:.2f}"]
+            cells += [f"{row['latency_ratio']:.2f}"]
+        yield cells
 
 
 _MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")

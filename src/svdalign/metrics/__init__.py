@@ -1,7 +1,8 @@
 """What a network and its training cost, measured: size, arithmetic, memory, time."""
 
 from .angles import Alignment, LayerAlignment, UnitAlignment, alignment
-from .compute import inference_macs, macs_by_module, parameter_count
+from .compute import inference_macs, macs_by_module, parameter_count, step_macs
+from .estimate import pretending
 from .latency import Timing, alternate
 from .memory import LiveTensors, Memory, step_memory, storage_bytes
 
@@ -17,6 +18,8 @@ __all__ = [
     "inference_macs",
     "macs_by_module",
     "parameter_count",
+    "pretending",
+    "step_macs",
     "step_memory",
     "storage_bytes",
 ]

@@ -1,11 +1,16 @@
-"""Size and arithmetic of a network: parameters, multiply-accumulates (MACs) of one inference."""
+"""Size and arithmetic of a network: parameters, multiply-accumulates (MACs) of an inference, of a
+training step."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn, no_grad
-from torch.utils.flop_counter import FlopCounterMode
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-__all__ = ["inference_macs", "macs_by_module", "parameter_count"]
+from torch import Tensor, nn, no_grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+__all__ = ["inference_macs", "macs_by_module", "parameter_count", "step_macs"]
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -40,3 +45,33 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         if name.startswith(f"{root}."):
             macs[name.removeprefix(f"{root}.")] = sum(flops.values()) // 2
     return macs
+
+
+def step_macs(step: Callable[[], object]) -> int:
+    """MACs of everything that ``step`` runs, backward passes included; counted as above."""
+    flops = _Flops()
+    with flops:
+        step()
+    return flops.total // 2
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Torch's FLOP counts without its attribution to modules, which forbids ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)  # type: ignore[attr-defined]
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result

@@ -89,11 +89,12 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     return net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload,no-any-return]
 
 
-def build_learner(config: RunConfig, data: ImageData) -> Learner:
-    """The learner that the config describes, ready for its first step."""
+def build_learner(config: RunConfig, data: ImageData, model: nn.Module | None = None) -> Learner:
+    """The learner that the config describes, ready for its first step. ``model``: in place of its
+    own."""
     loss = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     return Learner(
-        build_model(config, data),
+        build_model(config, data) if model is None else model,
         make_rule(config),
         units=config.units,
         optimizer=partial(_optimizer, config),

@@ -1,0 +1,213 @@
+"""What training costs, by method: memory, arithmetic, time; on images of a given shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data import ImageData, Split
+from ..engine import Learner
+from ..export import compact
+from ..metrics import (
+    Memory,
+    alternate,
+    inference_macs,
+    parameter_count,
+    pretending,
+    step_macs,
+    step_memory,
+)
+from ..training.build import build_learner, build_model, example_batch, prepare_machine
+from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
+from ..training.record import Record, new_folder, provenance
+from .checkpointing import checkpointed, segment_sizes
+from .methods import METHODS, method_config
+from .report import profile_page
+
+__all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
+
+CHECKPOINTED = "bp-checkpointed"
+DEFAULT = ["bp-dense", CHECKPOINTED, "bp", "dfa", "ssa-local", "ssa", "ssa-2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """batch"""
+
+    batch_size: int = option(128, "images a step")
+    image_size: int = option(32, "height and width of the images in pixels")
+    channels: int = option(3, "channels of the images")
+    classes: int = option(10, "classes to tell apart")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "image_size", "channels", "classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
+    """profile"""
+
+    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, CHECKPOINTED))}")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
+    estimate: bool = option(False, "work memory and arithmetic out without running anything")
+    seconds: float = option(60.0, "for the timing of steps; at least three rounds")
+
+    def __post_init__(self) -> None:
+        for part in (BatchConfig, ModelConfig, MachineConfig):
+            part.__post_init__(self)
+        if len(set(self.methods)) < max(len(self.methods), 1):
+            raise ValueError(f"methods must be at least one, each once, got {self.methods}")
+        for name in self.methods:
+            self.run(name)
+
+    def run(self, name: str) -> RunConfig:
+        """The run whose step stands for method ``name``."""
+        shared = {f.name for f in dataclasses.fields(JobConfig)}
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
+        return method_config("bp-dense" if name == CHECKPOINTED else name, job, seed=0)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One training step, over and over, on one batch."""
+
+    learner: Learner
+    x: Tensor
+    y: Tensor
+
+    def __call__(self) -> None:
+        self.learner.step(self.x, self.y)
+
+    def memory(self) -> Memory:
+        learner = self.learner
+        self()  # the optimizer's state exists from now on
+        return step_memory(
+            self, [learner.model, learner.feedback], learner.optimizer, [self.x, self.y]
+        )
+
+
+class Profile:
+    """A profile in a folder: ``config.yaml``, ``results.json``, ``report.html``.
+
+    Creating one raises ValueError for what cannot be profiled.
+    """
+
+    def __init__(
+        self, config: ProfileConfig, folder: str | Path | None = None, *, overwrite: bool = False
+    ) -> None:
+        self.config = config
+        prepare_machine(config.run(config.methods[0]))
+        if folder is not None:
+            record = Record(folder, "profile")
+            record.check()
+            if not overwrite and record.results() is not None:
+                raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
+        self._segment_size = 1
+        self._estimates = {name: self._estimate(name) for name in config.methods}
+        self._record = Record(folder or new_folder("runs", "profile"), "profile")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self._record.folder
+
+    def run(self) -> dict[str, Any]:
+        """Measure, or estimate, every method; return what ``results.json`` holds."""
+        self._record.start(to_yaml(self.config))
+        rows = []
+        for name, row in self._estimates.items():
+            if not self.config.estimate:
+                row["estimated_memory"] = row["memory"]
+                row["memory"] = _plain(self._step(name, self.config.device).memory())
+            rows.append(row)
+        if not self.config.estimate:
+            self._add_times(rows)
+        content = {
+            "status": "finished",
+            "config": dataclasses.asdict(self.config),
+            "methods": rows,
+            **provenance(self.config.device),
+        }
+        self._record.write_results(content)
+        self._record.report_path.write_text(profile_page(content), encoding="utf-8")
+        return content
+
+    def _estimate(self, name: str) -> dict[str, Any]:
+        with pretending():
+            if name == CHECKPOINTED:
+                self._segment_size = self._best_segment_size()
+            step = self._step(name, "meta")
+            memory = step.memory()
+            return {
+                "method": name,
+                "label": label(name),
+                "parameters": parameter_count(step.learner.model),
+                "macs": inference_macs(step.learner.model, step.x),
+                "step_macs": step_macs(step),
+                "memory": _plain(memory),
+            }
+
+    def _add_times(self, rows: list[dict[str, Any]]) -> None:
+        names = dict.fromkeys(["bp-dense", *self.config.methods])
+        steps = {name: self._step(name, self.config.device) for name in names}
+        models = {name: compact(step.learner.model) for name, step in steps.items()}
+        image = steps["bp-dense"].x[:1]
+        inference = {name: partial(_infer, model, image) for name, model in models.items()}
+        seconds = self.config.seconds
+        times = alternate(steps, rounds=15, warmup=1, seconds=0.8 * seconds)
+        latencies = alternate(inference, rounds=51, warmup=5, seconds=0.2 * seconds)
+        for row in rows:
+            for key, measured in (("step", times), ("latency", latencies)):
+                mine, dense = measured[row["method"]], measured["bp-dense"]
+                row[f"{key}_seconds"], row[f"{key}_ratio"] = mine.median, mine.ratio(dense)
+
+    def _step(self, name: str, device: str) -> _Step:
+        config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
+        net = build_model(config, data)
+        if name == CHECKPOINTED:
+            net = checkpointed(net, self._segment_size)
+        x = example_batch(config, data, config.batch_size)
+        return _Step(build_learner(config, data, net), x, data.train.labels)
+
+    def _best_segment_size(self) -> int:
+        """Of the two segmentations, the one with the lower peak."""
+        config = dataclasses.replace(self.config.run(CHECKPOINTED), device="meta")
+        net = build_model(config, self._data("meta"))
+
+        def peak(size: int) -> int:
+            self._segment_size = size
+            return self._step(CHECKPOINTED, "meta").memory().peak
+
+        return min(segment_sizes(net), key=peak)
+
+    def _data(self, device: str) -> ImageData:
+        """Noise of the batch's shape."""
+        config = self.config
+        shape = (config.batch_size, config.channels, config.image_size, config.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        split = Split(images, torch.arange(config.batch_size, device=device) % config.classes)
+        half = (0.5,) * config.channels
+        return ImageData("noise", split, split, tuple(map(str, range(config.classes))), half, half)
+
+
+def label(name: str) -> str:
+    """What tables and figures call a method."""
+    return "BP, dense, checkpointed" if name == CHECKPOINTED else METHODS[name].label
+
+
+def _plain(memory: Memory) -> dict[str, int]:
+    return {**dataclasses.asdict(memory), "activations": memory.activations}
+
+
+@torch.no_grad()
+def _infer(model: nn.Module, image: Tensor) -> None:
+    model(image)

@@ -1,0 +1,41 @@
+"""What a step would hold and compute, without running it: for models too large for the machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["pretending"]
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """Inside, new tensors have shapes and sizes but no numbers, and take no memory.
+
+    Whatever is made and run inside goes through the same operations as for real, so that
+    :func:`step_memory` and the FLOP counter say what it would take. Where a value is read (a check
+    of the data, the step count of an optimizer) it is 1.
+    """
+    with torch.device("meta"), _NoNumbers():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Meta tensors, where a program asks for more than their shape."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        # There is no random generator of the meta device, and no need for one.
+        kwargs = kwargs or {}
+        return func(*args, **{k: None if k == "generator" else v for k, v in kwargs.items()})

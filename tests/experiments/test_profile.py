@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from svdalign.experiments.profile import CHECKPOINTED, Profile, ProfileConfig
+from svdalign.experiments.report import profile_table
+
+TINY: dict[str, Any] = {
+    "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,
+}  # fmt: skip
+PARTS = ("parameters", "gradients", "optimizer", "activations")
+
+
+def test_a_profile_end_to_end(tmp_path: Path) -> None:
+    methods = ["bp-dense", CHECKPOINTED, "bp", "ssa-local", "ssa-2"]
+    results = Profile(ProfileConfig(**TINY, methods=methods), tmp_path).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = {row["method"]: row for row in results["methods"]}
+    assert list(rows) == methods
+    for row in rows.values():
+        assert row["memory"]["peak"] == sum(row["memory"][part] for part in PARTS)
+        assert row["estimated_memory"]["peak"] == pytest.approx(row["memory"]["peak"], rel=0.05)
+        assert row["step_seconds"] > 0
+        assert row["latency_ratio"] > 0
+    dense, checkpointed, local = rows["bp-dense"], rows[CHECKPOINTED], rows["ssa-local"]
+    assert (dense["step_ratio"], dense["latency_ratio"]) == (1.0, 1.0)
+    assert checkpointed["memory"]["activations"] < dense["memory"]["activations"]
+    once_more = dense["step_macs"] + 16 * dense["macs"]
+    assert dense["step_macs"] < checkpointed["step_macs"] < once_more
+    assert local["memory"]["activations"] < rows["ssa-2"]["memory"]["activations"]
+    assert local["step_macs"] < rows["bp"]["step_macs"] < dense["step_macs"]
+    table = io.StringIO()
+    Console(file=table, width=80).print(profile_table(results))
+    assert all(row["label"] in table.getvalue() for row in rows.values())
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "peak (MiB)" in page
+
+
+def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
+    big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 4096, "estimate": True}
+    results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa-local"]), tmp_path).run()
+    dense, local = results["methods"]
+    assert dense["memory"]["peak"] > 2**39
+    assert local["memory"]["activations"] < dense["memory"]["activations"]
+    assert "step_ratio" not in dense
+    assert "nothing was run" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["bp", "backprop"]}, "unknown method 'backprop'"),
+        ({"methods": []}, "methods must be at least one"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"model": "transformer"}, "unknown model 'transformer'"),
+        ({"image_size": 4}, "image_size must be at least 8"),
+        ({"device": "tpu"}, "device 'tpu' cannot be used"),
+    ],
+)
+def test_mistakes_are_found_first(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Profile(ProfileConfig(**{**TINY, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    config = ProfileConfig(**TINY, methods=["bp-dense"], estimate=True)
+    Profile(config, tmp_path).run()
+    with pytest.raises(ValueError, match="holds a profile"):
+        Profile(config, tmp_path)
+    Profile(config, tmp_path, overwrite=True).run()
