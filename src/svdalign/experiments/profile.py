@@ -201,7 +201,7 @@ class Profile:
 
 def label(name: str) -> str:
     """What tables and figures call a method."""
-    return "BP, dense, checkpointed" if name == CHECKPOINTED else METHODS[name].label
+    return "BP, checkpointed" if name == CHECKPOINTED else METHODS[name].label
 
 
 def _plain(memory: Memory) -> dict[str, int]:
