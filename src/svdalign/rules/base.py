@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..factors import FactoredLayer
 from ..feedback import Feedback, pool, pooled_size
+from ..losses import hoyer_sparsity, orthogonality_penalty
 
 __all__ = ["ErrorSource", "Rule", "Teaching", "TeachingUnit"]
 
@@ -127,11 +128,15 @@ class Rule:
 
     ``horizon``: how many units upstream a unit's gradient travels; None is backpropagation.
     ``error``: where the error comes from (``"output"`` makes the engine run a first pass for it).
+    ``beta``, ``gamma``: weights of the orthogonality penalty and of Hoyer sparsity on the unit's
+    factors, which any rule can have.
     """
 
     name: str = field(kw_only=True)
     horizon: int | None = field(default=0, kw_only=True)
     error: ErrorSource = field(default="output", kw_only=True)
+    beta: float = field(default=0.0, kw_only=True)
+    gamma: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.error not in ERROR_SOURCES:
@@ -141,6 +146,7 @@ class Rule:
             raise ValueError(
                 f"horizon must be a whole number of at least 0 or None (backpropagation), got {h!r}"
             )
+        check_weights(beta=self.beta, gamma=self.gamma)
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> nn.Module | None:
         """The module that holds the unit's feedback, or None if the rule needs none."""
@@ -160,7 +166,13 @@ class Rule:
 
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
         """A loss on the unit's own factors, 0-dim, or None if the rule has none."""
-        return None
+        terms = []
+        if self.beta and unit.layers:
+            factors = [X for layer in unit.layers for X in (layer.U, layer.V)]
+            terms.append(self.beta * orthogonality_penalty(*factors))
+        if self.gamma:
+            terms += [self.gamma * hoyer_sparsity(layer.s) for layer in unit.layers]
+        return torch.stack(terms).sum() if terms else None
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module | None:
         """A module of weights that carry errors backwards in place of the model's, or None."""
@@ -199,6 +211,8 @@ def feedback_channels(
     return directions.reshape(N, -1)
 
 
-def weights_of(layers: Sequence[FactoredLayer]) -> list[Tensor]:
-    """The factors of ``layers`` that live on the Stiefel manifold."""
-    return [X for layer in layers for X in (layer.U, layer.V)]
+def check_weights(**weights: float) -> None:
+    """Refuse weights of loss terms that are negative or NaN."""
+    for name, value in weights.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}")

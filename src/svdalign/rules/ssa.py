@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ..feedback import Feedback, StructuredFeedback
 from ..losses import (
     cosine_alignment,
-    hoyer_sparsity,
-    orthogonality_penalty,
     similarity_alignment,
     subspace_share,
 )
@@ -21,9 +19,9 @@ from .base import (
     Rule,
     Teaching,
     TeachingUnit,
+    check_weights,
     feedback_channels,
     task_loss,
-    weights_of,
 )
 
 __all__ = ["SSA"]
@@ -39,8 +37,7 @@ class SSA(Rule):
     for one class a sample, and left out for other tasks (they did not help regression or several
     labels a sample). ``grid``: raster that feature maps are pooled to. ``rank``: the most that k
     of the feedback may be, None for ``min(d, C)``; it keeps ``B`` small for large vocabularies.
-    ``learn``: the feedback is trained by the unit's own loss. ``gamma``: weight of Hoyer sparsity
-    on ``s``.
+    ``learn``: the feedback is trained by the unit's own loss.
     Source: arXiv 2510.25594; local error and horizon are this project's.
     """
 
@@ -48,8 +45,6 @@ class SSA(Rule):
     horizon: int | None = 1
     error: ErrorSource = "local"
     alpha: float = 4.0
-    beta: float = 0.0
-    gamma: float = 0.0
     alignment: Alignment = "similarity"
     grid: int | None = 4
     rank: int | None = 256
@@ -61,9 +56,7 @@ class SSA(Rule):
             raise ValueError(
                 f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
             )
-        for name in ("alpha", "beta", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        check_weights(alpha=self.alpha)
         for name in ("grid", "rank"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -97,16 +90,12 @@ class SSA(Rule):
         return feedback.readout(unit.pool(h, self.grid))
 
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
-        assert isinstance(feedback, Feedback | None)
-        terms = []
-        if self.beta and unit.layers:
-            terms.append(self.beta * orthogonality_penalty(*weights_of(unit.layers)))
-        if self.gamma:
-            terms += [self.gamma * hoyer_sparsity(layer.s) for layer in unit.layers]
-        if self.alpha and self.alignment == "share" and unit.layers and feedback is not None:
-            layer = unit.layers[-1]
-            directions = feedback_channels(unit, feedback, layer)
-            if directions is not None:
-                share = subspace_share(layer.output_directions(), directions.detach())
-                terms.append(self.alpha * share)
-        return torch.stack(terms).sum() if terms else None
+        loss = super().weights_loss(unit, feedback)
+        if not (self.alpha and self.alignment == "share" and unit.layers and feedback is not None):
+            return loss
+        assert isinstance(feedback, Feedback)
+        directions = feedback_channels(unit, feedback, unit.layers[-1])
+        if directions is None:
+            return loss
+        share = subspace_share(unit.layers[-1].output_directions(), directions.detach())
+        return self.alpha * share if loss is None else loss + self.alpha * share
