@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -37,7 +39,8 @@ EVAL_BATCH = 500  #: images at once where nothing is held for a backward pass
 
 
 def prepare_machine(config: JobConfig) -> None:
-    """Set the number of threads; ValueError if the device is not there."""
+    """Set the number of threads, and have memory kept; ValueError if the device is not there."""
+    _keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
@@ -45,6 +48,17 @@ def prepare_machine(config: JobConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {config.device!r} cannot be used: {reason}") from None
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what tensors free. By default it hands large blocks back to the system and
+    faults them in again page by page: a fifth of the time of a convolutional step on CPU."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load_data(config: JobConfig) -> ImageData:
