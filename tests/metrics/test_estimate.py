@@ -43,6 +43,34 @@ def test_estimate_and_measurement_agree(rule: str, horizon: int | None, optimize
     assert estimated_macs == macs
 
 
+@pytest.mark.parametrize("horizon", [None, 1])
+def test_they_agree_on_attention(horizon: int | None) -> None:
+    def measure() -> tuple[Memory, int]:
+        net = models.build("vit_b16", num_classes=5, image_size=48, width=1 / 12)
+        del net.get_submodule("blocks")[2:]
+        x, y = torch.randn(4, 3, 48, 48), torch.arange(4)
+        learner = sva.Learner(
+            net,
+            "bp" if horizon is None else "ssa",
+            horizon=horizon,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-3),
+            example=x,
+        )
+
+        def step() -> None:
+            learner.step(x, y)
+
+        step()
+        memory = step_memory(step, [net, learner.feedback], learner.optimizer, [x, y])
+        return memory, step_macs(step)
+
+    measured, macs = measure()
+    with pretending():
+        estimate, estimated_macs = measure()
+    assert estimate.peak == pytest.approx(measured.peak, rel=0.05)
+    assert estimated_macs == macs
+
+
 def test_nothing_is_allocated() -> None:
     with pretending():
         net = nn.Linear(10**6, 10**6)  # 4 TB

@@ -5,11 +5,14 @@ import torch
 from torch import nn
 
 from svdalign import models
+from svdalign.metrics import parameter_count, pretending, step_macs
+
+SMALL = ["mlp", "smallconv", "vgg8", "vgg13", "resnet20", "resnet32"]
 
 
 @pytest.mark.parametrize("image_size", [16, 28, 32])
 @pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SMALL)
 def test_maps_images_to_finite_logits(name: str, in_channels: int, image_size: int) -> None:
     net = models.build(
         name, num_classes=7, in_channels=in_channels, image_size=image_size, width=0.125
@@ -20,7 +23,7 @@ def test_maps_images_to_finite_logits(name: str, in_channels: int, image_size: i
 
 
 @pytest.mark.parametrize("image_size", [8, 9, 15])
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SMALL)
 def test_smallest_and_odd_sizes(name: str, image_size: int) -> None:
     net = models.build(name, num_classes=3, image_size=image_size, width=0.125)
     assert net(torch.randn(2, 3, image_size, image_size)).shape == (2, 3)
@@ -62,7 +65,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SMALL)
 def test_parameter_counts(name: str) -> None:
     net = models.build(name, num_classes=10)
     assert sum(p.numel() for p in net.parameters()) == COUNTS[name]
@@ -82,7 +85,7 @@ def test_number_of_weighted_layers_is_the_name(name: str, weighted: int) -> None
     assert len(layers) == weighted
 
 
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SMALL)
 def test_width_scales_every_hidden_layer(name: str) -> None:
     narrow = models.build(name, num_classes=10, width=0.5)
     full = models.build(name, num_classes=10)
@@ -96,7 +99,7 @@ def test_width_scales_every_hidden_layer(name: str) -> None:
     assert classes == classes_full == 10
 
 
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize("name", SMALL)
 def test_activations_are_distinct_modules_out_of_place(name: str) -> None:
     net = models.build(name, num_classes=10, image_size=16, width=0.125)
     calls: dict[str, int] = {}
@@ -140,6 +143,37 @@ def test_convolutions_are_he_initialised() -> None:
     for m in convs:
         expected = (2 / (m.out_channels * 9)) ** 0.5
         assert m.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+# Parameters, and multiply-accumulates at 224 pixels, as published for 1000 classes.
+LARGE = {
+    "resnet50": (25_557_032, 4.09e9),
+    "resnet101": (44_549_160, 7.80e9),
+    "vit_b16": (86_567_656, 17.6e9),
+    "vit_l16": (304_326_632, 61.6e9),
+}
+
+
+def test_every_model_is_tested() -> None:
+    assert sorted([*SMALL, *LARGE]) == models.available()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_are_the_published_ones(name: str) -> None:
+    parameters, macs = LARGE[name]
+    with pretending():
+        net = models.build(name, num_classes=1000, image_size=224)
+        counted = step_macs(lambda: net(torch.randn(1, 3, 224, 224)))
+    assert parameter_count(net) == parameters
+    assert counted == pytest.approx(macs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_run(name: str) -> None:
+    net = models.build(name, num_classes=7, in_channels=1, image_size=32, width=0.1)
+    logits = net(torch.randn(2, 1, 32, 32))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

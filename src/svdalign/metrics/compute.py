@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn, no_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -55,6 +56,19 @@ def step_macs(step: Callable[[], object]) -> int:
     return flops.total // 2
 
 
+_ATEN = torch.ops.aten
+_COUNTS = {
+    **flop_registry,
+    # Torch counts fused attention on CUDA alone.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Torch's FLOP counts without its attribution to modules, which forbids ``autograd.grad``."""
 
@@ -71,7 +85,7 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)  # type: ignore[attr-defined]
+        count = _COUNTS.get(func._overloadpacket)  # type: ignore[attr-defined]
         if count is not None:
             self.total += count(*args, **kwargs, out_val=result)
         return result

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["pretending"]
@@ -20,7 +23,9 @@ def pretending() -> Iterator[None]:
     :func:`step_memory` and the FLOP counter say what it would take. Where a value is read (a check
     of the data, the step count of an optimizer) it is 1.
     """
-    with torch.device("meta"), _NoNumbers():  # type: ignore[no-untyped-call]
+    # Not a function mode: these are off where a backward pass runs a forward one again.
+    fused = mock.patch.object(F, "scaled_dot_product_attention", _attention)
+    with torch.device("meta"), fused, _NoNumbers():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -39,3 +44,15 @@ class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # There is no random generator of the meta device, and no need for one.
         kwargs = kwargs or {}
         return func(*args, **{k: None if k == "generator" else v for k, v in kwargs.items()})
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention by the fused operation that real devices choose where there is no mask; for meta
+    tensors torch would choose the one that holds the matrix of all pairs."""
+    if args or kwargs:
+        return _composite_attention(q, k, v, *args, **kwargs)
+    fused: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    return fused
+
+
+_composite_attention = F.scaled_dot_product_attention

@@ -1,4 +1,5 @@
-"""Plain networks to train: an MLP, a small CNN, VGGs and CIFAR ResNets, all scalable in width.
+"""Plain networks to train: an MLP, a small CNN, VGGs and CIFAR ResNets, all scalable in width; and
+large ones whose costs are of interest: ResNet-50 and -101, ViT-B/16 and ViT-L/16.
 
 They know nothing of factors or units: :func:`svdalign.factorize` takes them like any other module.
 """
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from svdalign.models._imagenet import resnet50, resnet101
 from svdalign.models._mlp import mlp
 from svdalign.models._resnet import resnet20, resnet32
 from svdalign.models._smallconv import smallconv
 from svdalign.models._vgg import vgg8, vgg13
+from svdalign.models._vit import vit_b16, vit_l16
 
 __all__ = ["available", "build"]
 
@@ -32,6 +35,10 @@ _MODELS = {
     "vgg13": _Entry(vgg13, 8),
     "resnet20": _Entry(resnet20, 8),
     "resnet32": _Entry(resnet32, 8),
+    "resnet50": _Entry(resnet50, 8),
+    "resnet101": _Entry(resnet101, 8),
+    "vit_b16": _Entry(vit_b16, 16),
+    "vit_l16": _Entry(vit_l16, 16),
 }
 
 
@@ -50,16 +57,17 @@ def build(
 ) -> nn.Module:
     """A freshly initialised network from ``(N, in_channels, image_size, image_size)`` to logits.
 
-    Every activation is an ``nn.ReLU`` module of its own and every pooling a module, so that hooks
-    see them. Weights are drawn from torch's global generator: convolutions as in He et al. 2015
-    (fan out), linear layers as the framework does.
+    Every activation is a module of its own (``nn.ReLU``, in transformers ``nn.GELU``) and every
+    pooling a module, so that hooks see them. Weights are drawn from torch's global generator:
+    convolutions as in He et al. 2015 (fan out), linear layers as the framework does.
 
     Args:
         name: one of :func:`available`.
         num_classes: number of logits.
         in_channels: channels of the images, 1 or 3 as a rule.
         image_size: height and width of the images in pixels.
-        width: factor on the number of channels (units, for the MLP) of every hidden layer.
+        width: factor on the number of channels (units, for the MLP; heads, for transformers) of
+            every hidden layer.
 
     Raises:
         ValueError: for an unknown name, or a size outside what the network can take.
