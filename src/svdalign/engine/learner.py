@@ -274,14 +274,14 @@ class Learner:
             losses[unit.name] = loss.detach()
             return torch.zeros_like(features) if delta is None else delta
 
-        def retire(unit: Unit, outputs: list[Tensor], signals: list[Tensor], planned: bool) -> None:
+        def retire(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
                 parameters = [self.model.get_parameter(name) for name in unit.parameters]
             else:
-                parameters = reached(outputs, list(self.model.parameters()))
+                parameters = reached(heads, list(self.model.parameters()))
             parameters = [p for p in parameters if p.requires_grad]
             if parameters:
-                torch.autograd.backward(outputs, signals, inputs=parameters)
+                torch.autograd.backward(heads, inputs=parameters)
             self._finish(unit, scale)
 
         z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
@@ -325,6 +325,12 @@ class Learner:
         classification = self.loss is F.cross_entropy
         if classification and y.dtype != torch.int64 and y.ndim < 2:
             raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
+        shape = self.plan.output_shape
+        if classification and len(shape) == 3:
+            raise ValueError(
+                f"loss must be given for an output of shape {shape}; for a class a token, "
+                "loss=lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())"
+            )
         if self._checked:
             return
         for value in (
@@ -337,7 +343,6 @@ class Learner:
             ):
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
-            shape = self.plan.output_shape
             C = shape[1] if len(shape) == 4 else shape[-1]
             low, high = int(y.min()), int(y.max())
             if (low < 0 and low != -100) or high >= C:

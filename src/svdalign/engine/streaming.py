@@ -25,9 +25,9 @@ __all__ = ["Retire", "Teach", "stream"]
 Teach = Callable[[Unit, Tensor], Tensor]
 """``(unit, h) -> delta``: the teaching signal at the unit's output, of its shape."""
 
-Retire = Callable[[Unit, list[Tensor], list[Tensor], bool], None]
-"""``(unit, outputs, signals, planned)``: everything that will reach the unit has: take its
-gradients. ``planned``: the exits before it came in the plan's order, so that it is made of what the
+Retire = Callable[[Unit, list[Tensor], bool], None]
+"""``(unit, heads, planned)``: everything that will reach the unit has: take its gradients, those of
+the 0-dim ``heads``, in one backward pass. ``planned``: the exits before it came in the plan's order, so that it is made of what the
 plan says; else control flow went another way than for the example."""
 
 
@@ -99,20 +99,23 @@ class _Stream:
 
     def learn(self, index: int, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
         self.active = False
-        unit = self.plan.units[index]
+        segment = _Segment(self.plan.units[index], outputs, leaves, self.advance(index))
+        self.window.append(segment)
+        self.receive(segment, feature)
+        if len(self.window) > self.horizon:
+            self.pop()
+        self.active = True
+
+    def receive(self, segment: _Segment, feature: int) -> None:
+        """Teach the newest unit, and carry its signal upstream."""
         # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            delta = self.teach(unit, outputs[feature])
-        segment = _Segment(unit, outputs, leaves, self.advance(index))
-        own: list[Tensor | None] = [None] * len(outputs)
+            delta = self.teach(segment.unit, segment.outputs[feature])
+        own: list[Tensor | None] = [None] * len(segment.outputs)
         own[feature] = delta
         segment.receive(own)
-        self.window.append(segment)
         with outside_autocast():
             self.carry(own)
-            if len(self.window) > self.horizon:
-                self.pop()
-        self.active = True
 
     def carry(self, own: list[Tensor | None]) -> None:
         """Carry the newest unit's own signal upstream, to every unit left in the window."""
@@ -136,10 +139,29 @@ class _Stream:
 
     def pop(self) -> None:
         segment = self.window.popleft()
-        taught = [
-            (t, s) for t, s in zip(segment.outputs, segment.signals, strict=True) if s is not None
-        ]
-        self.retire(segment.unit, [t for t, _ in taught], [s for _, s in taught], segment.planned)
+        pairs = zip(segment.outputs, segment.signals, strict=True)
+        held = [(output, [signal]) for output, signal in pairs if signal is not None]
+        segment.signals.clear()
+        with outside_autocast():
+            heads = [_Deliver.apply(output, signal) for output, signal in held]
+            self.retire(segment.unit, heads, segment.planned)
+
+
+class _Deliver(torch.autograd.Function):
+    """A 0-dim head on ``h`` whose gradient in ``h`` is the one tensor in ``signal``.
+
+    Given to autograd as an argument, a signal, as large as ``h``, would live until the whole unit has
+    gone backward; this way it dies where it has been used, just before the unit's peak.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, signal: list[Tensor]) -> Tensor:
+        ctx.signal = signal
+        return h.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.signal.pop(), None
 
 
 def stream(
@@ -156,9 +178,8 @@ def stream(
         if z.requires_grad:
             state.learn(len(plan.units) - 1, [z], [], 0)
         state.active = False
-        with outside_autocast():
-            while state.window:
-                state.pop()
+        while state.window:
+            state.pop()
     return z.detach()
 
 

@@ -88,22 +88,22 @@ class Teaching:
     def target_matrix(self) -> Tensor:
         """Targets as numbers of the output's layout: one-hot where they are class indices (zeros
         where negative: an index to ignore)."""
-        t = self.targets
+        t, shape = self.targets, self.output_shape
+        axis = 1 if len(shape) == 4 else -1
         if self.class_indices:
-            axis = 1 if len(self.output_shape) == 4 else -1
             index = t.unsqueeze(axis)
-            shape = list(index.shape)
-            shape[axis] = self.output_shape[axis]
-            hot = torch.zeros(shape, device=t.device)
+            size = list(index.shape)
+            size[axis] = shape[axis]
+            hot = torch.zeros(size, device=t.device)
             return hot.scatter_(axis, index.clamp_min(0), (index >= 0).to(hot.dtype))
-        if t.ndim == len(self.output_shape):
+        if t.ndim == len(shape) and (t.ndim < 2 or t.shape[axis] == shape[axis]):
             return t.float()
-        if t[0].numel() != math.prod(self.output_shape[1:]):
-            raise ValueError(
-                f"targets of shape {tuple(t.shape)} are not of the layout of the network's output, "
-                f"{self.output_shape}, which a rule that reads targets as numbers needs"
-            )
-        return t.float().reshape(len(t), *self.output_shape[1:])
+        if t[0].numel() == math.prod(shape[1:]):
+            return t.float().reshape(len(t), *shape[1:])
+        raise ValueError(
+            f"targets of shape {tuple(t.shape)} are not of the layout of the network's output, "
+            f"{shape}, which a rule that reads targets as numbers needs"
+        )
 
     def like_output(self, z: Tensor) -> Tensor:
         """A readout (..., classes) in the output's layout: pixels to (B, classes, H, W) at the
