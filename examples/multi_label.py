@@ -30,8 +30,8 @@ def main(images: int = 3000, epochs: int = 4, width: int = 16) -> list[float]:
     x_test, y_test = pairs(fashion.test, 1)
     net = nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(2 * width * 49, 10),
+        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * width * 49, 10),
     )  # fmt: skip
     model = sva.factorize(net, rank=0.5)
     learner = sva.Learner(

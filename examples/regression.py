@@ -19,7 +19,7 @@ from svdalign import data
 
 
 def turned(split: data.Split, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) turned by up to 60 degrees either way, and the angle (N, 1) in [-1, 1]."""
+    """Images (N, 1, 28, 28) turned by up to 60 degrees, and the angles (N, 1) in [-1, 1]."""
     images = split.images.float() / 255
     angle = 2 * torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) - 1
     cos, sin, zero = (angle * math.pi / 3).cos(), (angle * math.pi / 3).sin(), 0 * angle
@@ -36,8 +36,8 @@ def main(images: int = 3000, epochs: int = 6, width: int = 16) -> list[float]:
     x_test, y_test = turned(fashion.test, 1)
     net = nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(2 * width * 49, 64), nn.ReLU(), nn.Linear(64, 1),
+        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * width * 49, 64), nn.ReLU(), nn.Linear(64, 1),
     )  # fmt: skip
     model = sva.factorize(net, rank=0.5)
     learner = sva.Learner(

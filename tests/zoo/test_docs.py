@@ -1,0 +1,51 @@
+"""The code in the guides runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import svdalign as sva
+from tests.zoo.nets import NETS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(guide: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(), re.M | re.S)
+
+
+def test_your_rule_is_short_and_learns(
+    fashion: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, use = blocks("your-rule.md")
+    assert len([line for line in rule.splitlines() if line.strip()]) < 30
+    x, y = fashion
+    names: dict[str, Any] = {"net": NETS["cifar-resnet"](), "x": x, "y": y}
+    exec(compile(rule + use, "docs/your-rule.md", "exec"), names)
+    learner = names["learner"]
+    assert learner.rule.name == "greedy"
+    losses = [
+        learner.step(x[i : i + 32], y[i : i + 32]).loss for _ in range(6) for i in (0, 64, 128)
+    ]
+    assert torch.stack(losses[-3:]).mean() < 0.93 * torch.stack(losses[:3]).mean()
+    gradients = learner.gradients(x, y)
+    assert all(gradients[n].abs().max() > 0 for n, _ in learner.model.named_parameters())
+
+
+def test_your_model_runs(
+    fashion: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = fashion
+    names: dict[str, Any] = {
+        "sva": sva, "torch": torch, "net": NETS["mobilenet-v2"](), "x": x, "y": y,
+        "batches": [(x[:32], y[:32]), (x[32:64], y[32:64])],
+    }  # fmt: skip
+    for block in blocks("your-model.md"):
+        exec(compile(block, "docs/your-model.md", "exec"), names)
+    assert "grouped convolution" in capsys.readouterr().out
