@@ -87,6 +87,17 @@ def test_feedback_alignment(factored: bool) -> None:
     check(model, learner.gradients(x, y), expected)
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_sign_symmetric_feedback_follows_the_weights(factored: bool) -> None:
+    learner, model, x, y = setup("sign-symmetric", factored)
+    for _ in range(2):
+        forward = weights(model)
+        back = [np.sign(W) * np.abs(W).mean() for W, _ in forward]
+        expected = byhand.fa(x.numpy(), y.numpy(), forward, back)
+        check(model, learner.gradients(x, y), expected)
+        learner.step(x, y)
+
+
 def test_feedback_alignment_keeps_its_weights_fixed() -> None:
     learner, _, x, y = setup("fa", True)
     before = {name: value.clone() for name, value in learner.transport.state_dict().items()}

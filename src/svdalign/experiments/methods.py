@@ -50,11 +50,15 @@ METHODS: dict[str, Method] = {
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise
 
 
-def method_config(name: str, job: JobConfig, *, seed: int, lr: float | None = None) -> RunConfig:
-    """The run of method ``name`` within ``job``. ``lr`` replaces the method's tuned rate."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; available: {', '.join(METHODS)}")
-    method = METHODS[name]
+def method_config(
+    method: str | Method, job: JobConfig, *, seed: int, lr: float | None = None
+) -> RunConfig:
+    """The run of ``method``, one of these or its name, within ``job``. ``lr`` replaces its tuned
+    rate."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
+        method = METHODS[method]
     shared = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
     if not method.factored:
         shared |= {"rank": None, "rank_energy": None}

@@ -6,6 +6,7 @@ from .base import ErrorSource, Rule, Teaching, TeachingUnit
 from .bp import BP
 from .dfa import DFA, DRTP
 from .fa import FA
+from .sign import SignSymmetric
 from .ssa import SSA
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "SSA",
     "ErrorSource",
     "Rule",
+    "SignSymmetric",
     "Teaching",
     "TeachingUnit",
     "available",
@@ -27,6 +29,7 @@ _RULES: dict[str, Rule] = {
     for rule in (
         BP(),
         FA(),
+        SignSymmetric(),
         DFA(),
         DRTP(),
         SSA(),

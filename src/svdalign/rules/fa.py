@@ -15,7 +15,7 @@ from ..factors import FactoredLayer
 from ..factors.stiefel import qr_retract
 from .base import Rule
 
-__all__ = ["FA"]
+__all__ = ["FA", "linear_maps"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class FA(Rule):
         super().__post_init__()
         if self.horizon is not None:
             raise ValueError(
-                "rule 'fa' carries errors through every layer: horizon must be None, "
+                f"rule {self.name!r} carries errors through every layer: horizon must be None, "
                 f"got {self.horizon}"
             )
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
         mirrors = {}
-        for name, layer in _linear_maps(model).items():
+        for name, layer in linear_maps(model).items():
             mirror = copy.deepcopy(layer).requires_grad_(False)
             _randomise(mirror, generator)
             mirrors[name.replace(".", "/")] = mirror
@@ -60,7 +60,8 @@ class FA(Rule):
                 handle.remove()
 
 
-def _linear_maps(model: nn.Module) -> dict[str, nn.Module]:
+def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers through which errors travel backwards, by path."""
     kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 

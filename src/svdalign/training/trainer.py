@@ -47,13 +47,22 @@ class Trainer:
     Its state is ``epoch`` (epochs done), ``batch`` (batches done of the next), the learner, the
     sums over the epoch so far, ``history`` (a row an epoch) and ``seconds`` of training. The order
     of the data is a function of (seed, epoch, batch) and the learning rate one of the step, so they
-    need no state of their own.
+    need no state of their own. ``measure``: called at the end of each epoch, adds to its row; it
+    must leave the learner as it was.
     """
 
-    def __init__(self, config: RunConfig, data: ImageData, learner: Learner) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ImageData,
+        learner: Learner,
+        *,
+        measure: Callable[[Learner], dict[str, Any]] | None = None,
+    ) -> None:
         self.config = config
         self.data = data
         self.learner = learner
+        self.measure = measure
         self.epoch = 0
         self.batch = 0
         self.seconds = 0.0
@@ -170,6 +179,8 @@ class Trainer:
             "ranks": ranks(self.learner.model),
             "kept_energy": kept,
         }
+        if self.measure is not None:
+            row |= self.measure(self.learner)
         self.history.append(row)
         self.epoch += 1
         self.batch = 0
