@@ -1,4 +1,5 @@
-"""Figures as inline SVG that takes its ink from the page, so that it reads on light and on dark."""
+"""Figures: as inline SVG that takes its ink from the page, so that it reads on light and on dark,
+and as files."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib
@@ -13,7 +16,7 @@ import matplotlib
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["accuracy_curves", "bars", "loss_curves"]
+__all__ = ["Plot", "accuracy_curves", "bars", "lines", "loss_curves"]
 
 COLOURS = (
     "#4c86c6",
@@ -29,6 +32,7 @@ COLOURS = (
 PART_COLOURS = ("#b0902c", "#e07b39", "#3f9e6e", "#4c86c6")
 DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
 INK, RULE = "#010203", "#040506"  # stand-ins that the page's own colours replace
+FILE_COLOURS = {INK: "#1c2430", RULE: "#c5cbd3"}
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -57,19 +61,62 @@ Curves = Mapping[str, Sequence[Sequence[float | None]]]
 """By label, for each seed, a value an epoch."""
 
 
-def accuracy_curves(curves: Curves) -> str:
+@dataclass(frozen=True)
+class Plot:
+    """A figure yet to be drawn; ``title`` is read out in its place where it cannot be seen."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    height: float = 3.1
+
+    def svg(self) -> str:
+        """For a page: ink and rules are the page's."""
+        svg = self._render("svg", STYLE).decode("utf-8")
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+        svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
+        return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+
+    def save(self, stem: Path) -> None:
+        """Write ``stem.svg`` and ``stem.png``, dark on white."""
+        style = {
+            key: FILE_COLOURS.get(value, value) if isinstance(value, str) else value
+            for key, value in STYLE.items()
+        }
+        for kind in ("svg", "png"):
+            stem.with_suffix(f".{kind}").write_bytes(self._render(kind, style))
+
+    def _render(self, kind: str, style: Mapping[str, Any]) -> bytes:
+        from matplotlib.figure import Figure
+
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(cast(Any, style)):
+            figure = Figure(figsize=(4.2, self.height), layout="constrained")
+            self.draw(figure.subplots())
+            page = {"transparent": True, "metadata": {"Date": None}} if style is STYLE else {}
+            figure.savefig(buffer, format=kind, dpi=200, **page)
+        return buffer.getvalue()
+
+
+def accuracy_curves(curves: Curves) -> Plot:
     """Test accuracy by epoch: the mean over seeds, the range between them shaded."""
-    return _svg(
+    return Plot(
         "Test accuracy by epoch", lambda axes: _draw(axes, curves, "test accuracy (%)", 100)
     )
 
 
-def loss_curves(curves: Curves) -> str:
+def loss_curves(curves: Curves) -> Plot:
     """Training loss by epoch, likewise."""
-    return _svg("Training loss by epoch", lambda axes: _draw(axes, curves, "training loss", 1))
+    return Plot("Training loss by epoch", lambda axes: _draw(axes, curves, "training loss", 1))
 
 
-def bars(parts: Mapping[str, Mapping[str, float]], label: str) -> str:
+def lines(curves: Curves, label: str) -> Plot:
+    """Any other value by epoch, likewise."""
+    return Plot(label, lambda axes: _draw(axes, curves, label, 1))
+
+
+def bars(parts: Mapping[str, Mapping[str, float]], label: str) -> Plot:
     """One bar for each key of ``parts``, made of its named parts one after the other."""
 
     def draw(axes: Axes) -> None:
@@ -86,7 +133,7 @@ def bars(parts: Mapping[str, Mapping[str, float]], label: str) -> str:
         if len(kinds) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
 
-    return _svg(label, draw, height=1.5 + 0.3 * len(parts))
+    return Plot(label, draw, height=1.5 + 0.3 * len(parts))
 
 
 def _draw(axes: Axes, curves: Curves, label: str, scale: float) -> None:
@@ -125,19 +172,3 @@ def _draw(axes: Axes, curves: Curves, label: str, scale: float) -> None:
 def _number(value: float | None) -> float:
     """JSON keeps what is not finite as null."""
     return math.nan if value is None else value
-
-
-def _svg(title: str, draw: Callable[[Axes], None], height: float = 3.1) -> str:
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(cast(Any, STYLE)):
-        figure = Figure(figsize=(4.2, height), layout="constrained")
-        draw(figure.subplots())
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")

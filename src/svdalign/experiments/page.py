@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .figures import Plot
+
 __all__ = ["count", "figure_grid", "number", "page", "table"]
 
 CSS = """
@@ -94,11 +96,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def figure_grid(figures: Sequence[tuple[str, str]]) -> str:
-    """Inline SVGs with their captions, side by side where there is room."""
+def figure_grid(figures: Sequence[tuple[Plot, str]]) -> str:
+    """Figures with their captions, side by side where there is room."""
     return (
         '<div class="figures">'
-        + "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures)
+        + "".join(
+            f"<figure>{plot.svg()}<figcaption>{text}</figcaption></figure>"
+            for plot, text in figures
+        )
         + "</div>"
     )
 
