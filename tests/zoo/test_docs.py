@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.zoo.nets import NETS
 from torch import Tensor
 
 import svdalign as sva
-from tests.zoo.nets import NETS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

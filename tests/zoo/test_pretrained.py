@@ -1,4 +1,4 @@
-"""What ``factorize`` keeps of a trained network: all at full rank, and as much as the rank allows."""
+"""What ``factorize`` keeps of a trained network: all at full rank, else what the rank allows."""
 
 from __future__ import annotations
 
