@@ -27,8 +27,9 @@ Teach = Callable[[Unit, Tensor], Tensor]
 
 Retire = Callable[[Unit, list[Tensor], bool], None]
 """``(unit, heads, planned)``: everything that will reach the unit has: take its gradients, those of
-the 0-dim ``heads``, in one backward pass. ``planned``: the exits before it came in the plan's order, so that it is made of what the
-plan says; else control flow went another way than for the example."""
+the 0-dim ``heads``, in one backward pass. ``planned``: the exits before it came in the plan's
+order, so that it is made of what the plan says; else control flow went another way than for the
+example."""
 
 
 class _Segment:
@@ -139,19 +140,22 @@ class _Stream:
 
     def pop(self) -> None:
         segment = self.window.popleft()
-        pairs = zip(segment.outputs, segment.signals, strict=True)
-        held = [(output, [signal]) for output, signal in pairs if signal is not None]
+        held = [
+            (output, [signal])
+            for output, signal in zip(segment.outputs, segment.signals, strict=True)
+            if signal is not None
+        ]
         segment.signals.clear()
         with outside_autocast():
-            heads = [_Deliver.apply(output, signal) for output, signal in held]
+            heads = [_Deliver.apply(output, signal) for output, signal in held]  # type: ignore[no-untyped-call]
             self.retire(segment.unit, heads, segment.planned)
 
 
 class _Deliver(torch.autograd.Function):
     """A 0-dim head on ``h`` whose gradient in ``h`` is the one tensor in ``signal``.
 
-    Given to autograd as an argument, a signal, as large as ``h``, would live until the whole unit has
-    gone backward; this way it dies where it has been used, just before the unit's peak.
+    Given to autograd as an argument, a signal, as large as ``h``, would live until the whole unit
+    has gone backward; this way it dies where it has been used, before the unit's peak.
     """
 
     @staticmethod
@@ -160,7 +164,7 @@ class _Deliver(torch.autograd.Function):
         return h.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.signal.pop(), None
 
 
