@@ -269,6 +269,40 @@ def _profile(options: dict[str, Any]) -> int:
     return 0
 
 
+def _declare_reproduce(parser: _Parser) -> None:
+    from .experiments.paper import EXPERIMENTS, ReproduceConfig
+
+    parser.add_argument("what", nargs="+", help=f"of all, {', '.join(EXPERIMENTS)}")
+    parser.add_config(ReproduceConfig)
+    parser.add_folder("reproduce-SCALE", new=False)
+
+
+@command("reproduce", "the paper's figures and tables", _declare_reproduce)
+def _reproduce(options: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from .experiments.paper import ReproduceConfig, Reproduction
+    from .experiments.paper.draw import experiment_table
+    from .training.interrupt import Interrupt
+    from .training.progress import progress_for
+
+    names, folder, overwrite = (options.pop(key) for key in ("what", "out", "overwrite"))
+    with _usage_errors():
+        work = Reproduction(names, ReproduceConfig(**options), folder, overwrite=overwrite)
+    console = _console()
+    with Interrupt() as interrupt, progress_for(console, work.pending) as progress:
+        found = work.run(progress=progress, stop=lambda: interrupt.requested)
+    for name, results in found.items():
+        headings, rows = experiment_table(results)
+        table = Table(*headings, title=f"{name}: {results['title']}", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"page: {work.folder / 'index.html'}", highlight=False, soft_wrap=True)
+    finished = all(results["status"] == "finished" for results in found.values())
+    return _exit_code("finished" if finished else "interrupted")
+
+
 def _declare_data(parser: _Parser) -> None:
     from .training.config import DataConfig
 
@@ -339,12 +373,11 @@ class _Parser(ArgumentParser):
         self.usage = f"{self.prog} RUN [--option value ...]"
         self.add_argument("run", type=str, metavar="RUN", help="folder of svdalign train")
 
-    def add_folder(self, stem: str) -> None:
-        """Where results go."""
+    def add_folder(self, stem: str, *, new: bool = True) -> None:
+        """Where results go. ``new``: a folder of its own each time, unless one is given."""
+        default = f"a new runs/{stem}-NNN" if new else f"runs/{stem}"
         group = self.add_argument_group("results")
-        group.add_argument(
-            "--out", type=str | None, default=None, help=f"run folder (a new runs/{stem}-NNN)"
-        )
+        group.add_argument("--out", type=str | None, default=None, help=f"run folder ({default})")
         group.add_argument(
             "--overwrite", action="store_true", help="replace the results that the folder holds"
         )

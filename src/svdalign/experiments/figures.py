@@ -94,8 +94,9 @@ class Plot:
         with matplotlib.rc_context(cast(Any, style)):
             figure = Figure(figsize=(4.2, self.height), layout="constrained")
             self.draw(figure.subplots())
-            page = {"transparent": True, "metadata": {"Date": None}} if style is STYLE else {}
-            figure.savefig(buffer, format=kind, dpi=200, **page)
+            page = style is STYLE
+            metadata = {"Date": None} if kind == "svg" else {}
+            figure.savefig(buffer, format=kind, dpi=200, transparent=page, metadata=metadata)
         return buffer.getvalue()
 
 

@@ -111,6 +111,7 @@ def build_learner(config: RunConfig, data: ImageData, model: nn.Module | None = 
         build_model(config, data) if model is None else model,
         make_rule(config),
         units=config.units,
+        retraction=config.retraction,
         optimizer=partial(_optimizer, config),
         example=example_batch(config, data),
         loss=loss if config.label_smoothing else None,

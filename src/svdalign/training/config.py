@@ -76,6 +76,9 @@ class ModelConfig:
     scheme: Literal["channel", "spatial"] = option(
         "channel", "how a kernel becomes a matrix: channel (more accurate and faster), or spatial"
     )
+    retraction: Literal["qr", "polar", "newton-schulz"] | None = option(
+        "qr", "what keeps the factors orthonormal after each step; null: nothing but the loss"
+    )
     units: int | str = option(
         "block", "what learns on its own: layer, block, stage, or a number of blocks"
     )

@@ -1,0 +1,304 @@
+"""Run experiments at a scale, resumably, and write what they measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...data import ImageData
+from ...engine import Learner
+from ...metrics import alignment
+from ...training.build import build_learner, example_batch, load_data, prepare_machine
+from ...training.checkpoint import load_checkpoint
+from ...training.config import (
+    DataConfig,
+    JobConfig,
+    MachineConfig,
+    RunConfig,
+    from_dict,
+    option,
+)
+from ...training.progress import Progress, Silent
+from ...training.record import Record, provenance, read_json, write_json
+from ...training.run import train
+from ...training.trainer import Trainer
+from ..methods import method_config
+from ..profile import Profile
+from .draw import experiment_figures, index_page
+from .specs import EXPERIMENTS, Experiment, Variant
+
+__all__ = ["ReproduceConfig", "Reproduction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig(MachineConfig):
+    """reproduction"""
+
+    scale: Literal["smoke", "cpu", "full"] = option("smoke", "how much of it")
+    data_dir: str | None = option(None, "folder with those of cifar10 and cifar100 in it")
+    image_folder: str | None = option(
+        None, "folder of images, train and test with one directory a class, for table2"
+    )
+    seeds: int | None = option(None, "how many seeds, in place of the scale's own number")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """``key``: (experiment's group, variant, seed); experiments of one group share it."""
+
+    key: tuple[str, str, int]
+    label: str
+    config: RunConfig
+    angles: bool
+
+
+class Reproduction:
+    """Experiments in a folder: ``runs/GROUP-VARIANT-seedN`` for each training run, and for each
+    experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all there are.
+
+    Creating one raises ValueError for what cannot be run. Finished runs of the same config are not
+    run again, unfinished ones go on from their checkpoints. ``overwrite`` starts over.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        config: ReproduceConfig,
+        folder: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        if unknown := sorted(set(names) - {*EXPERIMENTS, "all"}):
+            raise ValueError(
+                f"unknown experiment {', '.join(unknown)}; there are all, {', '.join(EXPERIMENTS)}"
+            )
+        self.names = list(EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
+        self.config = config
+        self.folder = Path(folder or f"runs/reproduce-{config.scale}")
+        self._overwrite = overwrite
+        self._data: dict[str, ImageData] = {}
+        self._runs = {run.key: run for name in self.names for run in self._runs_of(name)}
+        self._done: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for run in self._runs.values():
+            prepare_machine(run.config)
+            self._look_up(run)
+
+    @property
+    def pending(self) -> int:
+        """How many training runs are still to be done."""
+        return len(self._runs) - len(self._done)
+
+    def run(
+        self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, dict[str, Any]]:
+        """Do what is pending; return by experiment what its ``NAME.json`` holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            for run in self._runs_of(name):
+                if run.key not in self._done and not stop():
+                    self._train(run, progress or Silent(), stop)
+            self._write(name, stop)
+        return {name: self._results(name) or {} for name in self.names}
+
+    # --- runs -----------------------------------------------------------------------------------
+
+    def _runs_of(self, name: str) -> Iterator[_Run]:
+        experiment, scale = EXPERIMENTS[name], self.config.scale
+        for seed in range(self.config.seeds or experiment.seeds[scale]):
+            for key, variant in self._variants(experiment).items():
+                config = self._run_config(experiment, variant, seed)
+                group = experiment.group or name
+                yield _Run((group, key, seed), variant.method.label, config, experiment.angles)
+
+    def _variants(self, experiment: Experiment) -> dict[str, Variant]:
+        smoke, folder = self.config.scale == "smoke", self.config.image_folder
+        return {
+            key: variant
+            for key, variant in experiment.variants.items()
+            if (variant.smoke or not smoke)
+            and (variant.changes.get("data") != "folder" or folder is not None)
+        }
+
+    def _run_config(self, experiment: Experiment, variant: Variant, seed: int) -> RunConfig:
+        machine = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
+        fields = {**experiment.job[self.config.scale], **variant.changes, **machine}
+        if fields.get("data", "embedded") != "embedded":
+            folder = fields["data"] == "folder"
+            fields["data_dir"] = self.config.image_folder if folder else self.config.data_dir
+        return method_config(variant.method, JobConfig(**fields), seed=seed)
+
+    def _record(self, run: _Run) -> Record:
+        group, variant, seed = run.key
+        return Record(self.folder / "runs" / f"{group}-{variant}-seed{seed}")
+
+    def _look_up(self, run: _Run) -> None:
+        """Note the run as done if it is; ValueError if its folder holds another one."""
+        record = self._record(run)
+        record.check()
+        if self._overwrite or not record.config_path.exists():
+            return
+        there, here = from_dict(RunConfig, record.config()), run.config
+        results = record.results()
+        finished = results is not None and results["status"] != "interrupted"
+        # What is finished may have run elsewhere; a checkpoint goes on as the run it is of.
+        differ = [
+            f.name
+            for f in dataclasses.fields(RunConfig)
+            if getattr(there, f.name) != getattr(here, f.name)
+            and not (finished and f.name in _ELSEWHERE)
+        ]
+        if differ:
+            raise ValueError(
+                f"{record.folder} holds a run with another config ({', '.join(differ)} differ); "
+                "give another --out, or --overwrite"
+            )
+        if results is not None and finished:
+            self._done[run.key] = results
+
+    def _train(self, run: _Run, progress: Progress, stop: Callable[[], bool]) -> None:
+        data, record = self._load(run.config), self._record(run)
+        measure = _Angles(run.config, data) if run.angles else None
+        trainer = Trainer(run.config, data, build_learner(run.config, data), measure=measure)
+        resume = record.checkpoint_path.exists() and not self._overwrite
+        if resume:
+            load_checkpoint(trainer, record.checkpoint_path)
+        group, _, seed = run.key
+        self._done[run.key] = train(
+            trainer,
+            record,
+            name=f"{group}, {run.label}, seed {seed}",
+            progress=progress,
+            stop=stop,
+            resume=resume,
+        )
+
+    def _load(self, config: RunConfig) -> ImageData:
+        """The data of a run; the last two sets are kept."""
+        key = json.dumps([getattr(config, f.name) for f in dataclasses.fields(DataConfig)])
+        if key not in self._data:
+            if len(self._data) > 1:
+                del self._data[next(iter(self._data))]
+            self._data[key] = load_data(config)
+        return self._data[key]
+
+    # --- what is written ------------------------------------------------------------------------
+
+    def _write(self, name: str, stop: Callable[[], bool]) -> None:
+        experiment = EXPERIMENTS[name]
+        content: dict[str, Any] = {
+            "experiment": name,
+            "scale": self.config.scale,
+            "title": experiment.title,
+            "shows": experiment.shows,
+            "drawing": experiment.drawing,
+            "config": dataclasses.asdict(self.config),
+        }
+        if experiment.costs:
+            content |= self._profiles(name, experiment.costs[self.config.scale], stop)
+        else:
+            content |= self._measured(name)
+        write_json(self._path(name), {**content, **provenance(self.config.device)})
+        for i, (plot, _) in enumerate(experiment_figures(content)):
+            plot.save(self.folder / f"{name}-{i + 1}")
+        everything = [results for key in EXPERIMENTS if (results := self._results(key))]
+        (self.folder / "index.html").write_text(index_page(everything), encoding="utf-8")
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _results(self, name: str) -> dict[str, Any] | None:
+        return read_json(self._path(name))
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        runs = list(self._runs_of(name))
+        done = {run.key: self._done[run.key] for run in runs if run.key in self._done}
+        complete = len(done) == len(runs) and all(
+            result["status"] != "interrupted" for result in done.values()
+        )
+        rows = []
+        for key, variant in self._variants(EXPERIMENTS[name]).items():
+            mine = [result for (_, which, _), result in done.items() if which == key]
+            finished = [result for result in mine if result["status"] != "interrupted"]
+            rows.append(
+                {
+                    "variant": key,
+                    "label": variant.method.label,
+                    "setting": variant.setting,
+                    "curve": variant.curve,
+                    "x": variant.x,
+                    **_summary(finished),
+                    "histories": [result["history"] for result in finished],
+                    "config": finished[0]["config"] if finished else None,
+                }
+            )
+        return {"status": "finished" if complete else "interrupted", "rows": rows}
+
+    def _profiles(self, name: str, configs: Any, stop: Callable[[], bool]) -> dict[str, Any]:
+        machine = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
+        profiles: dict[str, Any] = {}
+        for i, (label, config) in enumerate(configs.items()):
+            folder = self.folder / "runs" / f"{name}-{i + 1}"
+            wanted = dataclasses.replace(config, **machine)
+            results = None if self._overwrite else Record(folder, "profile").results()
+            if results is None or results["config"] != dataclasses.asdict(wanted):
+                if stop():
+                    break
+                results = Profile(wanted, folder, overwrite=True).run()
+            profiles[label] = results["methods"]
+        status = "finished" if len(profiles) == len(configs) else "interrupted"
+        return {"status": status, "profiles": profiles}
+
+
+_ELSEWHERE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir"}
+
+
+class _Angles:
+    """Measures the learner on the same images after each epoch."""
+
+    def __init__(self, config: RunConfig, data: ImageData, size: int = 128) -> None:
+        size = min(size, len(data.train))
+        # Spread over the training images, which are sorted by class in some sets.
+        chosen = slice(None, None, len(data.train) // size)
+        split = dataclasses.replace(
+            data.train,
+            images=data.train.images[chosen][:size],
+            labels=data.train.labels[chosen][:size],
+        )
+        self.x = example_batch(config, dataclasses.replace(data, train=split), size)
+        self.y = split.labels
+
+    def __call__(self, learner: Learner) -> dict[str, Any]:
+        found = alignment(learner.model, learner, self.x, self.y)
+        return {
+            "alignment": {
+                "layers": {layer.name: layer.tangent_angle for layer in found.layers},
+                "factors": {layer.name: layer.factor_angle for layer in found.layers},
+                "norm_ratios": {layer.name: layer.norm_ratio for layer in found.layers},
+                "units": {unit.name: unit.feedback_angle for unit in found.units},
+                "cosine": found.cosine,
+                "descent": found.descent,
+            }
+        }
+
+
+def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of what the runs of one variant reached."""
+    accuracies = [r["accuracy"] for r in results if r["accuracy"] is not None]
+    return {
+        "runs": len(results),
+        "accuracy": statistics.mean(accuracies) if accuracies else None,
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "parameters": round(statistics.mean(r["parameters"] for r in results)) if results else None,
+        "macs": round(statistics.mean(r["macs"] for r in results)) if results else None,
+        "seconds": statistics.mean(r["train_seconds"] for r in results) if results else None,
+    }
