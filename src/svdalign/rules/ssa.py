@@ -72,18 +72,18 @@ class SSA(Rule):
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
-        loss = task_loss(self.error, feedback, pooled, teaching)
+        task = task_loss(self.error, feedback, pooled, teaching)
         if not self.alpha or not teaching.one_class_a_sample:
-            return loss
+            return (task,)
         if self.alignment == "similarity":
-            loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
-        elif self.alignment == "cosine":
+            return task, self.alpha * similarity_alignment(h, teaching.target_matrix())
+        if self.alignment == "cosine":
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
-            loss = loss + self.alpha * cosine_alignment(pooled, directions)
-        return loss
+            return task, self.alpha * cosine_alignment(pooled, directions)
+        return (task,)
 
     def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
         assert isinstance(feedback, Feedback)
