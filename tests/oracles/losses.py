@@ -28,11 +28,12 @@ def share(output: np.ndarray, feedback: np.ndarray) -> float:
 
 
 def statistics(h: np.ndarray) -> np.ndarray:
-    """Per sample and channel, the standard deviation over space; the activation without space."""
+    """Per sample and channel, the standard deviation over space, the mean over tokens; the
+    activation without either."""
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
         return np.array([[np.std(channel) for channel in sample] for sample in h])
-    if h.ndim == 3 and h.shape[1] > 1:
-        return np.array([[np.std(column) for column in sample.T] for sample in h])
+    if h.ndim == 3:
+        return np.array([[np.mean(column) for column in sample.T] for sample in h])
     return h.reshape(len(h), -1)
 
 

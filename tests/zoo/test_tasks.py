@@ -104,7 +104,7 @@ def test_the_error_is_the_losss_gradient(
     class Watched(SSA):
         def loss(
             self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
-        ) -> Tensor:
+        ) -> tuple[Tensor, ...]:
             assert feedback is not None
             seen.append((unit, feedback, h, teaching))
             return super().loss(unit, feedback, h, teaching)
