@@ -1,9 +1,11 @@
-"""Write the tables of README.md from benchmarks/results.
+"""Write the tables of README.md and docs/ from benchmarks/results.
 
     python benchmarks/results_table.py           # rewrite them
     python benchmarks/results_table.py --check   # fail if they are out of date
 
-A table stands between ``<!-- table:NAME begin -->`` and ``<!-- table:NAME end -->``.
+A table stands between ``<!-- table:NAME begin -->`` and ``<!-- table:NAME end -->``: one of
+``TABLES``, or that of the file NAME.json, a profile or an experiment of ``svdalign reproduce``.
+What is not measured yet is left out.
 """
 
 from __future__ import annotations
@@ -12,96 +14,171 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md",)
+from svdalign.experiments.page import count, number
+from svdalign.experiments.paper.draw import experiment_table
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)
 
 
-def read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
-    return content
+class Results:
+    """The JSON files of a folder by name; KeyError for one that is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            raise KeyError(name)
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
 
 
-def made_by(content: dict[str, Any]) -> str:
+def render(text: str, results: Results) -> str:
+    """``text`` with every table in it made anew."""
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        try:
+            body = TABLES[name](results) if name in TABLES else of_file(results[name])
+        except KeyError as missing:
+            print(f"no {missing} yet for table {name}", file=sys.stderr)
+            return found[1] + found[3]
+        return f"{found[1]}{body}\n{found[3]}"
+
+    return MARKS.sub(replace, text)
+
+
+def made_by(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
     return (
-        f"`{content['command']}`, commit {content['git'][:8]}, torch {content['torch']}, "
-        f"{machine['cpu']}, {machine['threads']} thread(s)"
+        f"`{content['command']}`, commit {(content['git'] or 'unknown')[:8]}, "
+        f"torch {content['torch']}, {machine['cpu']}, {machine['threads']} thread(s)"
     )
 
 
-def accuracy(row: dict[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f}"
-
-
-def comparison() -> str:
-    """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
-    embedded, cifar = read("embedded"), read("cifar10")
-    on_embedded = {row["method"]: row for row in embedded["summary"]}
-    lines = [
-        "| method | Fashion-MNIST part, % | CIFAR-10 part, % | parameters | MACs | time per step |",
-        "|---|---|---|---|---|---|",
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns in which every cell starts with a digit are set to the right."""
+    right = [
+        all(row[i] == "–" or row[i][:1].isdigit() for row in rows) for i in range(len(headings))
     ]
-    for row in cifar["summary"]:
-        other = on_embedded.get(row["method"])
-        lines.append(
-            f"| {row['label']} | {accuracy(other) if other else ''} | {accuracy(row)} "
-            f"| {row['parameters']:,} | {row['macs'] / 1e6:.2f} M | {row['step_ratio']:.2f} × |"
-        )
+    lines = [headings, ["---:" if numbers else "---" for numbers in right], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- tables by name -----------------------------------------------------------------------------
+
+
+def comparison(results: Results) -> str:
+    """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
+    embedded, cifar = results["embedded"], results["cifar10"]
+    on_embedded = {row["method"]: row for row in embedded["summary"]}
+
+    def accuracy(row: Mapping[str, Any] | None) -> str:
+        if row is None or row["accuracy"] is None:
+            return "–"
+        spread = f" ± {100 * row['accuracy_std']:.1f}" if row["accuracy_std"] is not None else ""
+        return f"{100 * row['accuracy']:.1f}{spread}"
+
+    headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
+    rows = [
+        [
+            row["label"],
+            accuracy(on_embedded.get(row["method"])),
+            accuracy(row),
+            f"{row['parameters']:,}",
+            count(row["macs"]),
+            f"{row['step_ratio']:.2f} ×",
+        ]
+        for row in cifar["summary"]
+    ]
     runs = embedded["config"]["seeds"]
-    lines += [
-        "",
+    return (
+        f"{markdown([*headings, 'time per step'], rows)}\n\n"
         f"SmallConv, 10,000 training images of each, {embedded['config']['epochs']} epochs of "
         f"28×28 grey and {cifar['config']['epochs']} epochs of 16×16 colour; test accuracy, mean "
         f"± standard deviation over {runs} seeds; every method at the learning rate that one "
         "search chose for it on held-out images. Parameters, multiply-accumulates of an inference "
-        "and time per training step (× BP dense, CPU) are those on CIFAR-10. Made by",
-        f"{made_by(embedded)}; {made_by(cifar)}.",
-    ]
-    return "\n".join(lines)
+        "and time per training step (× BP dense, CPU) are those on CIFAR-10. Made by\n"
+        f"{made_by(embedded)}; {made_by(cifar)}."
+    )
 
 
-def memory() -> str:
+def memory(results: Results) -> str:
     """Peak training memory of VGG-13."""
-    content = read("profile_vgg13")
+    content = results["profile_vgg13"]
     rows = content["methods"]
     whole = next(row for row in rows if row["method"] == "bp-dense")["memory"]["peak"]
-    lines = ["| method | peak | of BP dense |", "|---|---|---|"]
+    cells = []
     for row in rows:
         peak = row["memory"]["peak"]
-        lines.append(f"| {row['label']} | {peak / 2**20:.0f} MiB | {peak / whole:.2f} × |")
+        cells.append([row["label"], f"{peak / 2**20:.0f} MiB", f"{peak / whole:.2f} ×"])
     config = content["config"]
-    lines += [
-        "",
-        f"{config['model']} at 3×32×32, batch {config['batch_size']}, rank {config['rank']}, "
+    return (
+        f"{markdown(['method', 'peak', 'of BP dense'], cells)}\n\n"
+        f"{config['model']} at 3×32×32, batch {config['batch_size']}, rank {config['rank']:.3g}, "
         f"{config['optimizer']}: parameters, gradients, optimizer state and activations alive at "
-        f"the peak of a training step. Made by {made_by(content)}.",
+        f"the peak of a training step. Made by {made_by(content)}."
+    )
+
+
+TABLES: dict[str, Callable[[Results], str]] = {"comparison": comparison, "memory": memory}
+
+
+# --- tables of a file ---------------------------------------------------------------------------
+
+
+def of_file(content: Mapping[str, Any]) -> str:
+    """The table of an experiment or a profile, as its content is the one or the other."""
+    if "experiment" in content:
+        so_far = "" if content["status"] == "finished" else " Not all runs are done."
+        lead = f"**{content['title']}.** {content['shows']}{so_far}"
+        return f"{lead}\n\n{markdown(*experiment_table(content))}\n\nMade by {made_by(content)}."
+    config = content["config"]
+    how = "worked out" if config["estimate"] else "measured"
+    return (
+        f"{config['model']}, batch {config['batch_size']} of {config['image_size']} × "
+        f"{config['image_size']} pixels, {config['optimizer']}, rank {config['rank']:.3g}, "
+        f"{config['scheme']} scheme, {how}; memory in MiB.\n\n"
+        f"{markdown(*profile(content['methods']))}\n\nMade by {made_by(content)}."
+    )
+
+
+def profile(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    parts = ("peak", "parameters", "gradients", "optimizer", "activations")
+    dense = next(row for row in methods if row["method"] == "bp-dense")["memory"]["peak"]
+    headings = ["method", *parts, "peak × BP", "MACs", "time × BP", "inference × BP"]
+    rows = [
+        [
+            row["label"],
+            *(f"{row['memory'][part] / 2**20:,.0f}" for part in parts),
+            f"{row['memory']['peak'] / dense:.2f}",
+            count(row["step_macs"]),
+            number(row.get("step_ratio"), "{:.2f}"),
+            number(row.get("latency_ratio"), "{:.2f}"),
+        ]
+        for row in methods
     ]
-    return "\n".join(lines)
-
-
-TABLES: dict[str, Callable[[], str]] = {"comparison": comparison, "memory": memory}
+    return headings, rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     check = parser.parse_args().check
     stale = []
-    for page in PAGES:
-        text = new = page.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
-            begin, end = f"<!-- table:{name} begin -->", f"<!-- table:{name} end -->"
-            if begin in text:
-                body = f"{begin}\n{table()}\n{end}"
-                new = re.sub(f"{begin}.*?{end}", lambda _, b=body: b, new, flags=re.DOTALL)
-        if new != text:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text, Results(ROOT / "benchmarks" / "results"))
+        if fresh != text:
             stale.append(page.name)
             if not check:
-                page.write_text(new, encoding="utf-8")
+                page.write_text(fresh, encoding="utf-8")
     if check and stale:
         print(f"out of date: {', '.join(stale)}; run python benchmarks/results_table.py")
     return int(check and bool(stale))

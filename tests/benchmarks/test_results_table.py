@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from svdalign.experiments import CompareConfig, Comparison
+from svdalign.experiments.profile import Profile, ProfileConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = ROOT / "benchmarks" / "results_table.py"
+    spec = importlib.util.spec_from_file_location("results_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with comparisons, a profile and an experiment in it."""
+    folder = tmp_path_factory.mktemp("results")
+    config = CompareConfig(
+        model="mlp", width=0.05, train_limit=64, test_limit=30, batch_size=32, epochs=1,
+        rules=["bp-dense", "ssa"], seeds=2,
+    )  # fmt: skip
+    comparison = Comparison(config, folder / "runs")
+    comparison.measure_costs()
+    profile = ProfileConfig(model="mlp", width=0.05, batch_size=4, image_size=8, estimate=True)
+    ran: dict[str, Any] = comparison.run()
+    experiment = {
+        "experiment": "table1", "title": "A title", "shows": "What it shows.", "drawing": "table",
+        "rows": [{
+            "label": "SSA", "setting": "", "x": None, "accuracy": 0.5, "accuracy_std": 0.01,
+            "runs": 2, "parameters": 1234, "macs": 2e6,
+        }],
+    }  # fmt: skip
+    source = {key: ran[key] for key in ("git", "command", "machine", "status", "torch")}
+    for name, content in {
+        "embedded": ran,
+        "cifar10": ran,
+        "profile": Profile(profile, folder / "profile").run(),
+        "experiment": {**experiment, **source},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
+    text = "".join(
+        f"before {name}\n<!-- table:{name} begin -->\nold\n<!-- table:{name} end -->\n"
+        f"after {name}\n"
+        for name in ("comparison", "profile", "experiment")
+    )
+    fresh = script.render(text, script.Results(results))
+    assert "old" not in fresh
+    for name in ("comparison", "profile", "experiment"):
+        assert f"before {name}\n" in fresh
+        assert f"\nafter {name}\n" in fresh
+    accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
+    assert f"| SSA, horizon 1 | {100 * accuracy:.1f} ± " in fresh
+    assert "| BP, checkpointed |" in fresh
+    assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
+    assert "| --- | ---: | ---: | ---: | ---: |" in fresh
+    assert script.render(fresh, script.Results(results)) == fresh
+
+
+def test_what_is_not_there_is_left_out(
+    script: ModuleType, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "<!-- table:nothing begin -->\nold\n<!-- table:nothing end -->"
+    assert script.render(text, script.Results(results)) == text.replace("old\n", "")
+    assert "no 'nothing' yet" in capsys.readouterr().err
+
+
+def test_check_says_what_is_out_of_date(
+    script: ModuleType, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").symlink_to(results)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:profile begin -->\n<!-- table:profile end -->\n")
+    stale = readme.read_text()
+    monkeypatch.setattr(sys, "argv", ["results_table.py", "--check"])
+    assert script.main() == 1
+    assert readme.read_text() == stale
+    monkeypatch.setattr(sys, "argv", ["results_table.py"])
+    assert script.main() == 0
+    assert readme.read_text() != stale
+    monkeypatch.setattr(sys, "argv", ["results_table.py", "--check"])
+    assert script.main() == 0
+
+
+def test_the_tables_of_this_checkout_are_up_to_date(script: ModuleType) -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert script.render(text, script.Results(ROOT / "benchmarks" / "results")) == text
