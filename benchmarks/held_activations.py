@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 
 import svdalign as sva
 from svdalign.metrics import step_memory
+from svdalign.training.record import provenance
 
 DEPTHS = (4, 8, 16, 32)
 METHODS: dict[str, tuple[str, int | None]] = {
@@ -93,9 +93,9 @@ def main() -> None:
         "what": "peak bytes of a training step less parameters, gradients and optimizer state",
         "network": f"3x3 convolutions, {CHANNELS} channels at {SIZE}x{SIZE}, rank {RANK}",
         "batch": BATCH,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        "seed": 0,
         "bytes": rows,
+        **provenance("cpu"),
     }
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(rows))
