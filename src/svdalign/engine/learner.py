@@ -255,32 +255,23 @@ class Learner:
 
         def teach(unit: Unit, h: Tensor) -> Tensor:
             features = h.detach().requires_grad_()
-            terms: tuple[Tensor, ...]
             if unit.name == OUTPUT:
-                feedback, terms = None, (self.loss(features, y),)
+                feedback, loss = None, self.loss(features, y)
             else:
                 feedback = self.feedback_of(unit)
                 # In the weights' precision: what autocast hands on is too coarse for sums.
                 view = unit.layout(features).to(self._dtype)
                 loss = self.rule.loss(self.teaching_unit(unit), feedback, view, teaching)
-                terms = loss if isinstance(loss, tuple) else (loss,)
             learned = (
                 [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
             )
-            delta: Tensor | None = None
-            for i, term in enumerate(terms):
-                with outside_autocast():
-                    signal, *grads = torch.autograd.grad(
-                        scale(term),
-                        [features, *learned],
-                        allow_unused=True,
-                        retain_graph=i + 1 < len(terms),
-                    )
-                for parameter, grad in zip(learned, grads, strict=True):
-                    _accumulate(parameter, grad)
-                delta = _added(delta, signal)
-                del signal
-            losses[unit.name] = torch.stack([term.detach() for term in terms]).sum()
+            with outside_autocast():
+                delta, *grads = torch.autograd.grad(
+                    scale(loss), [features, *learned], allow_unused=True
+                )
+            for parameter, grad in zip(learned, grads, strict=True):
+                _accumulate(parameter, grad)
+            losses[unit.name] = loss.detach()
             return torch.zeros_like(features) if delta is None else delta
 
         def retire(unit: Unit, heads: list[Tensor], planned: bool) -> None:
@@ -370,13 +361,6 @@ def accuracy(z: Tensor, y: Tensor) -> Tensor | None:
     if y.dtype != torch.int64 or z.shape[:-1] != y.shape:
         return None
     return (z.argmax(-1) == y).float().mean()
-
-
-def _added(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    """The sum, in the memory of ``total`` where it has memory of its own for every entry."""
-    if total is None or term is None:
-        return term if total is None else total
-    return total + term if 0 in total.stride() else total.add_(term)
 
 
 def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:

@@ -154,10 +154,9 @@ class Rule:
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor:
         """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
-        its gradient in the feedback's parameters teaches the feedback. A tuple is a sum of terms
-        whose gradients are taken one after the other: less memory at the peak."""
+        its gradient in the feedback's parameters teaches the feedback."""
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
 
     def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor | None:

@@ -72,18 +72,18 @@ class SSA(Rule):
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
-        task = task_loss(self.error, feedback, pooled, teaching)
+        loss = task_loss(self.error, feedback, pooled, teaching)
         if not self.alpha or not teaching.one_class_a_sample:
-            return (task,)
+            return loss
         if self.alignment == "similarity":
-            return task, self.alpha * similarity_alignment(h, teaching.target_matrix())
-        if self.alignment == "cosine":
+            loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
+        elif self.alignment == "cosine":
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
-            return task, self.alpha * cosine_alignment(pooled, directions)
-        return (task,)
+            loss = loss + self.alpha * cosine_alignment(pooled, directions)
+        return loss
 
     def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
         assert isinstance(feedback, Feedback)
