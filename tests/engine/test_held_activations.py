@@ -11,6 +11,7 @@ from tests.oracles.saved import peak_saved_bytes
 from torch import nn
 
 import svdalign as sva
+from svdalign.metrics import step_memory
 
 DEPTHS = (4, 8, 16, 32)
 WIDTH, BATCH = 32, 64
@@ -92,3 +93,27 @@ def test_backpropagation_holds_the_depth(name: str) -> None:
     for depth, held_now in zip(DEPTHS, bytes_held, strict=True):
         assert held_now == pytest.approx(bytes_held[0] + per_unit * (depth - DEPTHS[0]), rel=0.02)
     assert held(name, 32, "dfa", 0) < bytes_held[-1] / 10
+
+
+@pytest.mark.parametrize("rule", ["ssa-local", "dfa"])
+def test_live_tensors_at_the_peak_do_not_grow_with_depth(rule: str) -> None:
+    """Not only what autograd saves: nothing of a unit may outlive it."""
+
+    def peak(depth: int) -> int:
+        units = [
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+            for _ in range(depth)
+        ]
+        model = nn.Sequential(*units, nn.Flatten(), nn.Linear(8 * 64, 4))
+        x, y = torch.randn(16, 8, 8, 8), torch.arange(16) % 4
+        learner = sva.Learner(
+            model, rule, units="layer", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x
+        )
+        learner.step(x, y)
+        memory = step_memory(
+            lambda: learner.step(x, y), [model, learner.feedback], learner.optimizer, [x, y]
+        )
+        return memory.activations
+
+    one_map = 16 * 8 * 8 * 8 * 4
+    assert peak(12) - peak(4) < one_map

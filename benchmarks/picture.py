@@ -1,0 +1,55 @@
+"""Draw README's picture from benchmarks/results: accuracy, and activations held against depth.
+
+python benchmarks/picture.py    # writes docs/overview.svg
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+COLOURS = {"BP": "#5b6675", "DFA": "#c77f2a", "SSA": "#2f6fb3"}
+
+
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return content
+
+
+def colour(label: str) -> str:
+    return next(c for start, c in COLOURS.items() if label.startswith(start))
+
+
+def main() -> None:
+    plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    rows = list(reversed(read("cifar10")["summary"]))
+    left.barh(
+        [row["label"] for row in rows],
+        [100 * row["accuracy"] for row in rows],
+        xerr=[100 * row["accuracy_std"] for row in rows],
+        color=[colour(row["label"]) for row in rows],
+        height=0.65,
+    )
+    left.set(xlim=(45, 68), xlabel="test accuracy, % (10,000 images of CIFAR-10, 16×16)")
+    held = read("held_activations")
+    for (name, by_depth), style in zip(held["bytes"].items(), ("-", ":", "--", "-"), strict=True):
+        depths = [int(depth) for depth in by_depth]
+        sizes = [size / 2**20 for size in by_depth.values()]
+        right.plot(depths, sizes, style, color=colour(name), marker="o", ms=3, label=name)
+    right.set(xlabel="depth, convolutional units", ylabel="activations at the peak, MiB")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
