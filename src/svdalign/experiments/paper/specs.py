@@ -105,7 +105,7 @@ def _ranks() -> dict[str, Variant]:
 
 def _costs(size: Mapping[str, Any], large: Mapping[str, str]) -> dict[str, ProfileConfig]:
     """One network measured, others worked out."""
-    configs = {"VGG-13, batch 128": ProfileConfig(model="vgg13", rank=1 / 3, units="layer", **size)}
+    configs = {"VGG-13, batch 128": ProfileConfig(model="vgg13", rank=0.25, units="layer", **size)}
     for label, model in large.items():
         configs[f"{label}, 224 pixels, batch 256"] = ProfileConfig(
             model=model, rank=0.25, image_size=224, classes=1000, batch_size=256, estimate=True
