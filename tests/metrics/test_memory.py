@@ -112,3 +112,14 @@ def test_depth_adds_its_activations() -> None:
     one = 4 * 512 * 16
     # Sigmoid saves its output, which is the next layer's input: one map a layer.
     assert abs(activations(16) - activations(8) - 8 * one) < 0.1 * one
+
+
+def test_gradients_that_autograd_adds_in_place_count_once() -> None:
+    # Two branches each bring a gradient of x's size: autograd adds the second into the first.
+    x = torch.randn(1000, requires_grad=True)
+    y = (x * 2).sum() + (x * 3).sum()
+    with LiveTensors([x]) as tracker:
+        start = tracker.live
+        torch.autograd.grad(y, x)
+    # Alive at the peak: the two gradients, not their sum besides, and some scalars.
+    assert tracker.peak - start < 2.5 * 4000

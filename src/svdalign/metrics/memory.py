@@ -7,13 +7,16 @@ autograd included, is gone. Scratch space inside an operation is not seen.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -71,12 +74,13 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        reused = args[0] if _accumulates(func, sys._getframe(1)) else None
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf)
+                self._follow(leaf, reused)
         return result
 
-    def _follow(self, tensor: Tensor) -> None:
+    def _follow(self, tensor: Tensor, reused: Tensor | None = None) -> None:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._seen:
@@ -88,10 +92,24 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._seen[key] = weakref.ref(storage, gone)
         self.live += size
-        if self.live > self.peak:
-            self.peak = self.live
+        held = self.live - (0 if reused is None else reused.untyped_storage().nbytes())
+        if held > self.peak:
+            self.peak = held
             if self._on_peak is not None:
                 self._on_peak(self.peak)
+
+
+def _accumulates(func: object, caller: FrameType | None) -> bool:
+    """Whether this is autograd itself adding two gradients of one tensor.
+
+    It does so in the memory of the first, but out of place while a dispatch mode looks on
+    (``can_accumulate_inplace`` in torch's input_buffer.cpp); that copy would not be there.
+    """
+    if func is not torch.ops.aten.add.Tensor:
+        return False
+    while caller is not None and caller.f_globals["__name__"].startswith(("torch._c", "torch._d")):
+        caller = caller.f_back  # what torch.compile wraps a dispatch mode in
+    return caller is not None and caller.f_code is _engine_run_backward.__code__
 
 
 def step_memory(
