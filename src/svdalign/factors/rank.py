@@ -128,9 +128,9 @@ def reduce_rank(
     ``energy`` in (0, 1]: keep the smallest rank whose share of ``sum s^2`` is at least this. Or
     ``rank``: an absolute rank, a fraction in (0, 1] of each layer's full rank, or a mapping
     ``{layer name: either}`` that leaves other layers alone. Never below ``ceil(ratio * r)``, ``r``
-    the present rank, nor below ``min_rank``, absolute or a fraction of full rank. ``||W - W'||_F^2``
-    is the energy of what is dropped, the least for any matrix of that rank; what is kept is not
-    rescaled.
+    the present rank, nor below ``min_rank``, absolute or a fraction of full rank.
+    ``||W - W'||_F^2`` is the energy of what is dropped, the least for any matrix of that rank;
+    what is kept is not rescaled.
 
     ``optimizer``: of the model's parameters, or several. Its state is carried with the basis and
     cut (see the module's text); of a kind not known here the state of the layers that are cut is
