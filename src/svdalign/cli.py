@@ -142,7 +142,7 @@ def _train(options: dict[str, Any]) -> int:
     record.report_path.write_text(run_page(results, f"Rule {config.rule}"), encoding="utf-8")
     if results["accuracy"] is not None:
         console.print(f"test accuracy {results['accuracy']:.2%}", highlight=False)
-    console.print(f"report: {record.report_path}", highlight=False, soft_wrap=True)
+    _say(console, f"report: {record.report_path}")
     return _exit_code(results["status"])
 
 
@@ -170,13 +170,9 @@ def _compare(options: dict[str, Any]) -> int:
         with progress_for(console, comparison.pending) as progress:
             results = comparison.run(progress=progress, stop=lambda: interrupt.requested)
     console.print(console_table(results))
-    console.print(f"report: {comparison.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    _say(console, f"report: {comparison.folder / 'report.html'}")
     if results["status"] == "interrupted":
-        console.print(
-            f"go on with the same command and --out {comparison.folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(console, f"go on with the same command and --out {comparison.folder}")
     return _exit_code(results["status"])
 
 
@@ -211,23 +207,21 @@ def _export(options: dict[str, Any]) -> int:
         except ImportError as error:
             raise UsageError(str(error)) from error
     for file in card["files"]:
-        console.print(
+        _say(
+            console,
             f"{out / file['name']}: {file['bytes']:,} bytes, largest difference to the trained "
             f"model {file['max_abs_difference']:.1e}",
-            highlight=False,
-            soft_wrap=True,
         )
     ratios = [
         f"{row['ratio']:.2f} of its latency at batch {row['batch']}" for row in card["latency"]
     ]
-    console.print(
+    _say(
+        console,
         f"{card['parameters']['ratio']:.1%} of the dense network's parameters, "
         f"{card['macs']['ratio']:.1%} of its MACs, {', '.join(ratios)}; "
         f"test accuracy {card['test_accuracy']:.2%}",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(f"card: {out / 'card.md'}", highlight=False, soft_wrap=True)
+    _say(console, f"card: {out / 'card.md'}")
     return 0
 
 
@@ -241,7 +235,7 @@ def _inspect(options: dict[str, Any]) -> int:
     console = _console()
     console.print(table(layers))
     for path in paths:
-        console.print(path, highlight=False, soft_wrap=True)
+        _say(console, path)
     return 0
 
 
@@ -265,7 +259,7 @@ def _profile(options: dict[str, Any]) -> int:
         results = profile.run()
     console.print(profile_table(results))
     report = profile.folder / "report.html"
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    _say(console, f"report: {report}")
     return 0
 
 
@@ -298,7 +292,7 @@ def _reproduce(options: dict[str, Any]) -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(f"page: {work.folder / 'index.html'}", highlight=False, soft_wrap=True)
+    _say(console, f"page: {work.folder / 'index.html'}")
     finished = all(results["status"] == "finished" for results in found.values())
     return _exit_code("finished" if finished else "interrupted")
 
@@ -470,6 +464,11 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+def _say(console: Console, line: object) -> None:
+    """A plain line, as long as it is: paths in it can be copied."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

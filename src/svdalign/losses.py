@@ -62,9 +62,8 @@ def channel_statistics(h: Tensor) -> Tensor:
     """What similarity compares, (B, d): the per-channel spatial standard deviation of a map
     (B, C, h, w), or the activation itself where there is no space, flattened per sample.
 
-    Tokens (B, T, d) are averaged, as their feedback is: that was 2 to 4 points better than their
-    spread on two small transformers. A map of a single position has no spread; its activation
-    stands for itself.
+    Tokens (B, T, d) are averaged, as their feedback is: better than their spread on two small
+    transformers. A map of a single position has no spread; its activation stands for itself.
     """
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
         return _spread(h, (2, 3))

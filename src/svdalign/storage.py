@@ -31,6 +31,7 @@ __all__ = [
     "ranks",
     "read",
     "replace_file",
+    "restore",
     "restore_random_state",
     "save",
     "write",
@@ -67,10 +68,15 @@ def load(path: str | Path, into: Learner | None = None) -> dict[str, Any]:
     if missing := {"model", "feedback", "transport", "optimizer", "steps"} - state.keys():
         raise ValueError(f"{path} holds no learner: {', '.join(sorted(missing))} missing")
     if into is not None:
-        _check_fits(into, state, path)
-        into.load_state_dict(state)
-        restore_random_state(state["random"])
+        restore(into, state, path)
     return state
+
+
+def restore(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:
+    """Make ``learner`` go on from ``state``, which :func:`load` read from ``path``; see there."""
+    _check_fits(learner, state, path)
+    learner.load_state_dict(dict(state))
+    restore_random_state(state["random"])
 
 
 def ranks(model: nn.Module) -> dict[str, int]:

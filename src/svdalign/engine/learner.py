@@ -343,7 +343,7 @@ class Learner:
             ):
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
-            C = shape[1] if len(shape) == 4 else shape[-1]
+            C = self.teaching_unit(self.plan.units[-1]).classes
             low, high = int(y.min()), int(y.max())
             if (low < 0 and low != -100) or high >= C:
                 raise ValueError(

@@ -128,7 +128,7 @@ class _Stream:
                 continue
             upstream = segments[:i]  # the window is no longer than the horizon allows
             leaves = [leaf for segment in upstream for leaf in segment.leaves]
-            arrived = iter(_vjp(segments[i].outputs, signals, leaves, keep=True))
+            arrived = iter(_vjp(segments[i].outputs, signals, leaves))
             for segment in upstream:
                 grads = [next(arrived) for _ in segment.leaves]
                 if all(g is None for g in grads):
@@ -210,11 +210,11 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _vjp(
-    outputs: list[Tensor], signals: list[Tensor | None], inputs: list[Tensor], *, keep: bool
+    outputs: list[Tensor], signals: list[Tensor | None], inputs: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     pairs = [(t, s) for t, s in zip(outputs, signals, strict=True) if s is not None]
     if not pairs or not inputs:
         return (None,) * len(inputs)
     return torch.autograd.grad(
-        [t for t, _ in pairs], inputs, [s for _, s in pairs], retain_graph=keep, allow_unused=True
+        [t for t, _ in pairs], inputs, [s for _, s in pairs], retain_graph=True, allow_unused=True
     )

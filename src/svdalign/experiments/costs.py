@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +46,7 @@ def measure(
         costs[name] = {
             "parameters": parameter_count(learner.model),
             "macs": inference_macs(learner.model, x),
-            "memory": {**dataclasses.asdict(memory), "activations": memory.activations},
+            "memory": memory.as_dict(),
         }
     times = alternate(steps, rounds=15, seconds=SECONDS)
     for name in configs:

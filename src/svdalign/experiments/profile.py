@@ -127,7 +127,7 @@ class Profile:
         for name, row in self._estimates.items():
             if not self.config.estimate:
                 row["estimated_memory"] = row["memory"]
-                row["memory"] = _plain(self._step(name, self.config.device).memory())
+                row["memory"] = self._step(name, self.config.device).memory().as_dict()
             rows.append(row)
         if not self.config.estimate:
             self._add_times(rows)
@@ -153,7 +153,7 @@ class Profile:
                 "parameters": parameter_count(step.learner.model),
                 "macs": inference_macs(step.learner.model, step.x),
                 "step_macs": step_macs(step),
-                "memory": _plain(memory),
+                "memory": memory.as_dict(),
             }
 
     def _add_times(self, rows: list[dict[str, Any]]) -> None:
@@ -202,10 +202,6 @@ class Profile:
 def label(name: str) -> str:
     """What tables and figures call a method."""
     return "BP, checkpointed" if name == CHECKPOINTED else METHODS[name].label
-
-
-def _plain(memory: Memory) -> dict[str, int]:
-    return {**dataclasses.asdict(memory), "activations": memory.activations}
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from .layers import (
     Scheme,
     SVDConv2d,
     SVDLinear,
+    absolute_rank,
     break_even_rank,
     kernel_matrix,
 )
@@ -115,7 +115,7 @@ def factorize(
         wanted = rank.get(name) if isinstance(rank, Mapping) else rank
         matrix_shape = _matrix_shape(layer, scheme)
         full = min(matrix_shape)
-        r = None if wanted is None else _absolute_rank(wanted, full)
+        r = None if wanted is None else absolute_rank(wanted, full)
         note = ""
         if r is None:
             note = "not asked for"
@@ -175,10 +175,6 @@ def _check_rank(rank: object) -> None:
         raise TypeError(f"rank must be {allowed}, got {rank!r}")
     if (isinstance(rank, int) and rank < 1) or (isinstance(rank, float) and not 0.0 < rank <= 1.0):
         raise ValueError(f"rank must be {allowed}, got {rank!r}")
-
-
-def _absolute_rank(rank: float | int, full: int) -> int:
-    return min(full, rank) if isinstance(rank, int) else max(1, math.ceil(rank * full - 1e-9))
 
 
 def _matrix_shape(layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> tuple[int, int]:

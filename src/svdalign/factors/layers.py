@@ -276,6 +276,12 @@ def break_even_rank(m: int, n: int) -> int:
     return math.ceil(m * n / (m + n + 1)) - 1
 
 
+def absolute_rank(rank: int | float, full: int) -> int:
+    """The rank that is meant: a whole number as it is, at most ``full``; a fraction in (0, 1] of
+    ``full`` rounded up."""
+    return min(full, rank) if isinstance(rank, int) else max(1, math.ceil(rank * full - 1e-9))
+
+
 def _copy_into(dense: nn.Module, layer: FactoredLayer) -> nn.Module:
     with torch.no_grad():
         cast(Tensor, dense.weight).copy_(layer.merged_weight())

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers import FactoredLayer
+from .layers import FactoredLayer, absolute_rank
 from .stiefel import orthogonality_error
 
 __all__ = [
@@ -152,8 +152,8 @@ def reduce_rank(
             wanted = energy_rank(s, energy)
         else:
             of_layer = rank.get(name) if isinstance(rank, Mapping) else rank
-            wanted = r if of_layer is None else _absolute(of_layer, layer.full_rank)
-        floor = max(_absolute(min_rank, layer.full_rank), math.ceil(ratio * r - 1e-9))
+            wanted = r if of_layer is None else absolute_rank(of_layer, layer.full_rank)
+        floor = max(absolute_rank(min_rank, layer.full_rank), math.ceil(ratio * r - 1e-9))
         after = min(r, max(wanted, floor))
         # The largest, in the order they stand in: a column that stays keeps its place.
         keep = s.abs().argsort(descending=True, stable=True)[:after].sort().values
@@ -256,10 +256,6 @@ def _say_reset(optimizer: Optimizer) -> None:
 
 
 _said: set[str] = set()
-
-
-def _absolute(rank: int | float, full: int) -> int:
-    return rank if isinstance(rank, int) else max(1, math.ceil(rank * full - 1e-9))
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:

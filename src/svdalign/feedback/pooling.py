@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,11 +45,4 @@ def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[in
         if grid is None:
             return channels * height * width
         return channels * min(grid, height) * min(grid, width)
-    return shape[-1] if len(shape) == 3 else int(_product(shape[1:]))
-
-
-def _product(values: tuple[int, ...]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result
+    return shape[-1] if len(shape) == 3 else math.prod(shape[1:])

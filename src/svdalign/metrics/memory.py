@@ -7,6 +7,7 @@ autograd included, is gone. Scratch space inside an operation is not seen.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,10 @@ class Memory:
     def activations(self) -> int:
         """Bytes of the peak that are no parameter, gradient or optimizer state."""
         return self.peak - self.parameters - self.gradients - self.optimizer
+
+    def as_dict(self) -> dict[str, int]:
+        """The peak and all that it is made of, ready for JSON."""
+        return {**dataclasses.asdict(self), "activations": self.activations}
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -20,6 +20,6 @@ class BP(Rule):
         super().__post_init__()
         if self.horizon is not None:
             raise ValueError(
-                "rule 'bp' carries errors through every layer: horizon must be None, "
+                f"rule {self.name!r} carries errors through every layer: horizon must be None, "
                 f"got {self.horizon}"
             )

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..factors import FactoredLayer
 from ..factors.stiefel import qr_retract
-from .base import Rule
+from .bp import BP
 
-__all__ = ["FA", "linear_maps"]
+__all__ = ["FA", "mirrored"]
 
 
 @dataclass(frozen=True)
-class FA(Rule):
+class FA(BP):
     """Backpropagation whose errors go back through fixed random weights of the forward weights'
     shape and scale. A factored layer gets random factors. It holds the whole graph, as BP does.
 
@@ -28,29 +28,27 @@ class FA(Rule):
     """
 
     name: str = "fa"
-    horizon: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.horizon is not None:
-            raise ValueError(
-                f"rule {self.name!r} carries errors through every layer: horizon must be None, "
-                f"got {self.horizon}"
-            )
+    def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
+        """A linear map of ``layer``'s shape, for errors to go back through."""
+        mirror = copy.deepcopy(layer)
+        _randomise(mirror, generator)
+        return mirror
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
-        mirrors = {}
-        for name, layer in linear_maps(model).items():
-            mirror = copy.deepcopy(layer).requires_grad_(False)
-            _randomise(mirror, generator)
-            mirrors[name.replace(".", "/")] = mirror
-        return nn.ModuleDict(mirrors)
+        kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
+        return nn.ModuleDict(
+            {
+                name.replace(".", "/"): self.mirror(layer, generator).requires_grad_(False)
+                for name, layer in model.named_modules()
+                if isinstance(layer, kinds)
+            }
+        )
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
         handles = []
-        for name, mirror in transport.named_children():
-            layer = model.get_submodule(name.replace("/", "."))
+        for layer, mirror in mirrored(model, transport):
             handles.append(layer.register_forward_pre_hook(_detach_input))
             handles.append(layer.register_forward_hook(_Bridge(mirror)))
         try:
@@ -60,10 +58,10 @@ class FA(Rule):
                 handle.remove()
 
 
-def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers through which errors travel backwards, by path."""
-    kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The layers through which errors travel backwards, each with its mirror."""
+    for name, mirror in transport.named_children():
+        yield model.get_submodule(name.replace("/", ".")), mirror
 
 
 def _randomise(layer: nn.Module, generator: torch.Generator) -> None:

@@ -6,12 +6,13 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..factors import FactoredLayer
-from .fa import FA, linear_maps
+from .fa import FA, mirrored
 
 __all__ = ["SignSymmetric"]
 
@@ -27,22 +28,14 @@ class SignSymmetric(FA):
 
     name: str = "sign-symmetric"
 
-    def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
-        mirrors = {}
-        for name, layer in linear_maps(model).items():
-            mirror = layer.dense() if isinstance(layer, FactoredLayer) else copy.deepcopy(layer)
-            mirrors[name.replace(".", "/")] = mirror.requires_grad_(False)
-        return nn.ModuleDict(mirrors)
+    def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
+        return layer.dense() if isinstance(layer, FactoredLayer) else copy.deepcopy(layer)
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
         with torch.no_grad():
-            for name, mirror in transport.named_children():
-                layer = model.get_submodule(name.replace("/", "."))
-                if isinstance(layer, FactoredLayer):
-                    weight: Tensor = layer.merged_weight()
-                else:
-                    weight = layer.get_parameter("weight")
+            for layer, mirror in mirrored(model, transport):
+                weight = cast(Tensor, layer.weight)
                 mirror.get_parameter("weight").copy_(weight.sign() * weight.abs().mean())
         with super().transporting(model, transport):
             yield

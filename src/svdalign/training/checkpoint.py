@@ -51,5 +51,5 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
     if changed := [key for key in mine if mine[key] != saved[key]]:
         values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in changed)
         raise ValueError(f"{path} belongs to a run with another config ({values})")
-    storage.load(path, into=trainer.learner)
+    storage.restore(trainer.learner, state, path)
     trainer.load_state_dict(extra["trainer"])

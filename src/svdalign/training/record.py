@@ -133,10 +133,9 @@ def new_folder(parent: str | Path, stem: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary file and a rename; numbers that are not finite become null."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", "utf-8")
-    os.replace(temporary, path)
+    """Write JSON, all or nothing; numbers that are not finite become null."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    replace_file(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
