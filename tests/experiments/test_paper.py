@@ -51,6 +51,14 @@ TINY = {
         },
         seeds={"smoke": 2, "cpu": 1, "full": 1},
     ),
+    "maps": tiny(
+        "maps",
+        variants={
+            f"{x}-{y}": Variant(METHODS["bp"], {"rank": x}, "map", x=x, y=y)
+            for x, y in ((2, 0.5), (3, 0.5), (2, 1.0))
+        },
+        axes={"map": ("rank", "size")},
+    ),
     "costs": Experiment(
         "A title", "what it shows", "costs",
         costs={scale: {
@@ -103,6 +111,7 @@ def test_everything_end_to_end(tmp_path: Path) -> None:
     assert runs == {
         "a-ssa-seed0", "ranks-low-seed0", "ranks-high-seed0", "ranks-cut-seed0",
         "table-bp-seed0", "table-bp-seed1", "table-dfa-seed0", "table-dfa-seed1",
+        "maps-2-0.5-seed0", "maps-3-0.5-seed0", "maps-2-1.0-seed0",
         "costs-1", "costs-2",
     }  # fmt: skip
 
@@ -117,6 +126,7 @@ def test_angles_are_measured_after_every_epoch(tmp_path: Path) -> None:
         assert set(measured["layers"]) == {"1", "3", "5"}
         assert measured["layers"]["5"] == pytest.approx(0.0, abs=0.1)  # the task teaches it itself
         assert all(0 <= angle <= 180 for angle in measured["units"].values())
+        assert 0 <= measured["descent_share"] <= 1
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -166,5 +176,5 @@ def test_every_run_of_every_scale_is_one_that_can_be(scale: Any, tmp_path: Path)
 
 def test_the_paper_has_its_figures_and_tables() -> None:
     assert list(EXPERIMENTS) == [
-        "fig2", "fig3", "fig4", "fig5", "table1", "table2", "table3", "table4"
+        "fig2", "fig3", "fig4", "fig5", "table1", "table2", "table3", "table4", "sensitivity"
     ]  # fmt: skip

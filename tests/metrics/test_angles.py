@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 import svdalign as sva
+from svdalign.metrics import descent_share
 from svdalign.metrics.angles import _angle, _cosine
 
 
@@ -97,3 +99,23 @@ def test_another_models_learner_is_refused() -> None:
     model = net().double()
     with pytest.raises(ValueError, match="learner must be the one that trains model"):
         sva.alignment(net().double(), learner("bp", model), *batch())
+
+
+def test_the_share_of_downhill_steps() -> None:
+    # Frozen but for the first layer, whose one feedback matrix is the transposed Jacobian on one
+    # batch and its opposite on the next, the rule goes downhill on the first, uphill on the other.
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    model[2].requires_grad_(False)
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,))
+    dfa = sva.Learner(model, "dfa", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x)
+    (feedback,) = dfa.feedback.children()
+    feedback.B.copy_(model[2].weight.mT)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for sign in (1, 1, -1, 1):
+            feedback.B.mul_(sign)
+            yield x, y
+
+    assert descent_share(dfa, batches()) == 0.5
+    assert descent_share(learner("bp", sva.factorize(net(), 0.6).double()), [batch()]) == 1.0
+    assert math.isnan(descent_share(dfa, []))

@@ -16,7 +16,7 @@ import matplotlib
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "accuracy_curves", "bars", "lines", "loss_curves"]
+__all__ = ["Plot", "accuracy_curves", "bars", "heat_map", "lines", "loss_curves"]
 
 COLOURS = (
     "#4c86c6",
@@ -135,6 +135,28 @@ def bars(parts: Mapping[str, Mapping[str, float]], label: str) -> Plot:
             axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
 
     return Plot(label, draw, height=1.5 + 0.3 * len(parts))
+
+
+def heat_map(points: Mapping[tuple[float, float], float], x: str, y: str, label: str) -> Plot:
+    """A cell for each ``(x, y)``, its value written in it; both axes in even steps."""
+
+    def draw(axes: Axes) -> None:
+        columns, rows = (sorted({point[i] for point in points}) for i in (0, 1))
+        grid = [[points.get((at, line), math.nan) for at in columns] for line in rows]
+        axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis")
+        low, high = min(points.values()), max(points.values())
+        for i, line in enumerate(grid):
+            for j, value in enumerate(line):
+                ink = "black" if value > (low + high) / 2 else "white"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(columns)), [f"{at:g}" for at in columns])
+        axes.set_yticks(range(len(rows)), [f"{line:g}" for line in rows])
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_title(label, fontsize=9.5)
+        axes.grid(visible=False)
+
+    return Plot(f"{label} by {x} and {y}", draw)
 
 
 def _draw(axes: Axes, curves: Curves, label: str, scale: float) -> None:

@@ -1,6 +1,6 @@
 """What a network and its training cost, measured: size, arithmetic, memory, time."""
 
-from .angles import Alignment, LayerAlignment, UnitAlignment, alignment
+from .angles import Alignment, LayerAlignment, UnitAlignment, alignment, descent_share
 from .compute import inference_macs, macs_by_module, parameter_count, step_macs
 from .estimate import pretending
 from .latency import Timing, alternate
@@ -15,6 +15,7 @@ __all__ = [
     "UnitAlignment",
     "alignment",
     "alternate",
+    "descent_share",
     "inference_macs",
     "macs_by_module",
     "parameter_count",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..engine import Learner, Unit
 from ..engine.forward import first_tensor, forward, preserved
 from ..factors import FactoredLayer
 
-__all__ = ["Alignment", "LayerAlignment", "UnitAlignment", "alignment"]
+__all__ = ["Alignment", "LayerAlignment", "UnitAlignment", "alignment", "descent_share"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,25 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
         raise ValueError(
             "learner must be the one that trains model, got a learner of another model"
         )
-    rule = learner.gradients(x, y)
-    bp = _backpropagation(learner, x, y)
-    names = [name for name in bp if name in rule]
-    cosine = _cosine([rule[n] for n in names], [bp[n] for n in names])
+    rule, bp = learner.gradients(x, y), _backpropagation(learner, x, y)
     layers = tuple(_layers(model, rule, bp))
-    return Alignment(layers, tuple(_units(learner, x)), cosine)
+    return Alignment(layers, tuple(_units(learner, x)), _cosine_of_common(rule, bp))
+
+
+def descent_share(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> float:
+    """Share of ``batches`` on which the rule's gradient points downhill on the global loss,
+    ``<g, g_BP> > 0``; NaN if there are none. Training is left undisturbed."""
+    downhill = [
+        _cosine_of_common(learner.gradients(x, y), _backpropagation(learner, x, y)) > 0
+        for x, y in batches
+    ]
+    return sum(downhill) / len(downhill) if downhill else math.nan
+
+
+def _cosine_of_common(rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]) -> float:
+    """Over all parameters that both have a gradient for."""
+    names = [name for name in bp if name in rule]
+    return _cosine([rule[n] for n in names], [bp[n] for n in names])
 
 
 def _backpropagation(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..figures import COLOURS, DASHES, Plot, bars, lines
+from ..figures import COLOURS, DASHES, Plot, bars, heat_map, lines
 from ..page import count, figure_grid, number, page, table
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
             *_rank_curves(rows),
         ]
     settings = list(dict.fromkeys(row["setting"] for row in rows))
+    if drawing == "maps":
+        return [(_map(results, setting), html.escape(setting)) for setting in settings]
     return [
         (
             bars(
@@ -67,11 +69,14 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
             for label, methods in results["profiles"].items()
             for row in methods
         ]
+    if results["drawing"] == "maps":
+        return _map_table(results)
     settings = any(row["setting"] for row in results["rows"])
     ranks = any(row["x"] is not None for row in results["rows"])
     angles = results["drawing"] in ("layers", "units")
     headings = [*["setting"] * settings, "method", *["rank"] * ranks]
-    headings += ["test accuracy", "seeds", "parameters", "MACs", *["mean angle"] * angles]
+    headings += ["test accuracy", "seeds", "parameters", "MACs"]
+    headings += ["mean angle", "steps downhill"] if angles else []
     rows = []
     for row in results["rows"]:
         accuracy = number(row["accuracy"], "{:.2%}")
@@ -84,6 +89,7 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
         cells.append("–" if row["macs"] is None else count(row["macs"]))
         if angles:
             cells.append(number(_mean_angle(row, results["drawing"]), "{:.1f}°"))
+            cells.append(number(_descent(row), "{:.0%}"))
         rows.append(cells)
     return headings, rows
 
@@ -136,6 +142,34 @@ def _mean_angle(row: Mapping[str, Any], kind: str) -> float | None:
     last = [h[-1]["alignment"][kind].values() for h in row["histories"] if h]
     angles = [angle for values in last for angle in values if angle is not None]
     return statistics.mean(angles) if angles else None
+
+
+def _descent(row: Mapping[str, Any]) -> float | None:
+    """Share of the steps looked at, over epochs and seeds, that went downhill."""
+    shares = [epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h]
+    return statistics.mean(shares) if shares else None
+
+
+def _map(results: Mapping[str, Any], setting: str) -> Plot:
+    points = {
+        (row["x"], row["y"]): 100 * row["accuracy"]
+        for row in results["rows"]
+        if row["setting"] == setting and row["accuracy"] is not None
+    }
+    x, y = results["axes"][setting]
+    return heat_map(points, x, y, "test accuracy (%)")
+
+
+def _map_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
+    """A line for each value of y, its accuracies by rising x."""
+    rows = []
+    for setting, (x, y) in results["axes"].items():
+        mine = [row for row in results["rows"] if row["setting"] == setting]
+        for value in sorted({row["y"] for row in mine}):
+            points = sorted((r["x"], r["accuracy"]) for r in mine if r["y"] == value)
+            cells = [f"{at:g}: {number(accuracy, '{:.1%}')}" for at, accuracy in points]
+            rows.append([setting, f"{y} = {value:g}", f"{x} {', '.join(cells)}"])
+    return ["map", "line", "test accuracy"], rows
 
 
 def _accuracy_by_rank(rows: Sequence[Mapping[str, Any]]) -> Plot:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ...data import ImageData
 from ...engine import Learner
-from ...metrics import alignment
+from ...metrics import alignment, descent_share
 from ...training.build import build_learner, example_batch, load_data, prepare_machine
 from ...training.checkpoint import load_checkpoint
 from ...training.config import (
@@ -201,6 +203,7 @@ class Reproduction:
             "title": experiment.title,
             "shows": experiment.shows,
             "drawing": experiment.drawing,
+            "axes": dict(experiment.axes),
             "config": dataclasses.asdict(self.config),
         }
         if experiment.costs:
@@ -236,6 +239,7 @@ class Reproduction:
                     "setting": variant.setting,
                     "curve": variant.curve,
                     "x": variant.x,
+                    "y": variant.y,
                     **_summary(finished),
                     "histories": [result["history"] for result in finished],
                     "config": finished[0]["config"] if finished else None,
@@ -263,22 +267,32 @@ _ELSEWHERE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir"}
 
 
 class _Angles:
-    """Measures the learner on the same images after each epoch."""
+    """Measures the learner on the same images after each epoch: angles on one batch, the share of
+    steps that go downhill on several."""
 
-    def __init__(self, config: RunConfig, data: ImageData, size: int = 128) -> None:
-        size = min(size, len(data.train))
-        # Spread over the training images, which are sorted by class in some sets.
-        chosen = slice(None, None, len(data.train) // size)
-        split = dataclasses.replace(
-            data.train,
-            images=data.train.images[chosen][:size],
-            labels=data.train.labels[chosen][:size],
-        )
-        self.x = example_batch(config, dataclasses.replace(data, train=split), size)
-        self.y = split.labels
+    def __init__(
+        self, config: RunConfig, data: ImageData, size: int = 128, batches: int = 8
+    ) -> None:
+        total = len(data.train)
+        size = min(size, total)
+        # Each batch is spread over the training images, which are sorted by class in some sets.
+        step = total // size
+        count = min(batches, step)
+        self.batches = [
+            self._batch(config, data, slice(i * step // count, None, step), size)
+            for i in range(count)
+        ]
+
+    def _batch(
+        self, config: RunConfig, data: ImageData, chosen: slice, size: int
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = data.train.images[chosen][:size], data.train.labels[chosen][:size]
+        split = dataclasses.replace(data.train, images=images, labels=labels)
+        x = example_batch(config, dataclasses.replace(data, train=split), size)
+        return x, labels
 
     def __call__(self, learner: Learner) -> dict[str, Any]:
-        found = alignment(learner.model, learner, self.x, self.y)
+        found = alignment(learner.model, learner, *self.batches[0])
         return {
             "alignment": {
                 "layers": {layer.name: layer.tangent_angle for layer in found.layers},
@@ -286,7 +300,7 @@ class _Angles:
                 "norm_ratios": {layer.name: layer.norm_ratio for layer in found.layers},
                 "units": {unit.name: unit.feedback_angle for unit in found.units},
                 "cosine": found.cosine,
-                "descent": found.descent,
+                "descent_share": descent_share(learner, self.batches),
             }
         }
 

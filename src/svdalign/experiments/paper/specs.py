@@ -21,15 +21,16 @@ __all__ = ["EXPERIMENTS", "SCALES", "Drawing", "Experiment", "Scale", "Variant"]
 
 Scale = Literal["smoke", "cpu", "full"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "full")
-Drawing = Literal["layers", "units", "ranks", "costs", "table"]
+Drawing = Literal["layers", "units", "ranks", "costs", "table", "maps"]
 
 
 @dataclass(frozen=True)
 class Variant:
     """A method with changes to the job: one line of a figure, one row of a table.
 
-    ``setting``: which network on which data, where an experiment has several. ``curve`` and ``x``:
-    line and abscissa, where it is a point of a figure. ``smoke``: whether it is part of that scale.
+    ``setting``: which network on which data, where an experiment has several, or which map.
+    ``curve``, ``x``, ``y``: line, abscissa and ordinate, where it is a point of a figure.
+    ``smoke``: whether it is part of that scale.
     """
 
     method: Method
@@ -37,6 +38,7 @@ class Variant:
     setting: str = ""
     curve: str = ""
     x: float | None = None
+    y: float | None = None
     smoke: bool = True
 
 
@@ -45,7 +47,8 @@ class Experiment:
     """``shows``: what is to be seen, in plain words. ``job``: by scale, what all variants share.
 
     ``group``: experiments of one group share their runs. ``angles``: measure them at epoch ends.
-    ``seeds``: how many, by scale. ``costs``: profiles in place of runs, by scale.
+    ``seeds``: how many, by scale. ``costs``: profiles in place of runs, by scale. ``axes``: names
+    of x and y, by setting.
     """
 
     title: str
@@ -57,6 +60,7 @@ class Experiment:
     angles: bool = False
     seeds: Mapping[Scale, int] = field(default_factory=lambda: {"smoke": 1, "cpu": 2, "full": 3})
     costs: Mapping[Scale, Mapping[str, ProfileConfig]] = field(default_factory=dict)
+    axes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def _method(name: str, label: str | None = None, **options: Any) -> Method:
@@ -197,6 +201,50 @@ def _feedback() -> dict[str, Variant]:
     return {name: Variant(method) for name, method in methods.items()}
 
 
+# --- sensitivity --------------------------------------------------------------------------------
+
+_AXES = {
+    "learning rate and alignment": ("learning rate", "α"),
+    "horizon and alignment": ("horizon", "α"),
+    "raster and rank of the feedback": ("grid", "k"),
+    "orthogonality by penalty alone": ("learning rate", "β"),
+}
+
+
+def _sensitivity() -> dict[str, Variant]:
+    """A decade around each default of ``ssa``, two settings at a time."""
+    rates, alphas = (5e-3, 1e-2, 2e-2, 5e-2), (1.25, 2.5, 4.0, 8.0, 12.5)
+    grids: dict[str, list[tuple[float, float, Method, dict[str, Any]]]] = {
+        "learning rate and alignment": [
+            (lr, alpha, dataclasses.replace(_method("ssa", alpha=alpha), lr=lr), {})
+            for lr in rates
+            for alpha in alphas
+        ],
+        "horizon and alignment": [
+            (horizon, alpha, _method("ssa", alpha=alpha, horizon=horizon), {})
+            for horizon in (0, 1, 2, 3)
+            for alpha in (1.25, 4.0, 12.5)
+        ],
+        "raster and rank of the feedback": [
+            (grid, k, _method("ssa", grid=grid, rank=k), {})
+            for grid in (1, 2, 4, 8)
+            for k in (1, 2, 5, 10)
+        ],
+        "orthogonality by penalty alone": [
+            (lr, beta, dataclasses.replace(_method("ssa", beta=beta), lr=lr), {"retraction": None})
+            for lr in (1e-2, 2e-2, 5e-2)
+            for beta in (0.01, 0.03, 0.1)
+        ],
+    }
+    return {
+        f"{_AXES[setting][0]}-{x:g}-{_AXES[setting][1]}-{y:g}".replace(" ", "-"): Variant(
+            method, changes, setting, x=x, y=y, smoke=i % 5 == 0
+        )
+        for setting, points in grids.items()
+        for i, (x, y, method, changes) in enumerate(points)
+    }
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "fig2": Experiment(
         "Angle between the rule's gradient and backpropagation's",
@@ -242,7 +290,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "VGG-13 and ResNet-32 on CIFAR-10, on CIFAR-100 and on a folder of images.",
         "table",
         {
-            **_job({}),
+            **_job({}, precision="bf16"),
             "smoke": {
                 "width": 0.06, "image_size": 12, "train_limit": 128, "test_limit": 100,
                 "epochs": 1, "batch_size": 64,
@@ -260,5 +308,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Feedback",
         "How errors come back: rules, sources of the error, fixed or learned feedback, horizons.",
         "table", RESNET, _feedback(),
+    ),
+    "sensitivity": Experiment(
+        "Sensitivity to the settings",
+        "Test accuracy of SSA on SmallConv over a decade of each setting, two at a time, the "
+        "others at their defaults (learning rate 0.02, α 4, horizon 1, grid 4, all ranks, retraction).",
+        "maps", SMALLCONV, _sensitivity(), axes=_AXES,
+        seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
 }  # fmt: skip
