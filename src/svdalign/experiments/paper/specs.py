@@ -213,7 +213,7 @@ _AXES = {
 
 def _sensitivity() -> dict[str, Variant]:
     """A decade around each default of ``ssa``, two settings at a time."""
-    rates, alphas = (5e-3, 1e-2, 2e-2, 5e-2), (1.25, 2.5, 4.0, 8.0, 12.5)
+    rates, alphas = (5e-3, 1e-2, 2e-2, 5e-2), (1.25, 4.0, 12.5)
     grids: dict[str, list[tuple[float, float, Method, dict[str, Any]]]] = {
         "learning rate and alignment": [
             (lr, alpha, dataclasses.replace(_method("ssa", alpha=alpha), lr=lr), {})
@@ -223,12 +223,12 @@ def _sensitivity() -> dict[str, Variant]:
         "horizon and alignment": [
             (horizon, alpha, _method("ssa", alpha=alpha, horizon=horizon), {})
             for horizon in (0, 1, 2, 3)
-            for alpha in (1.25, 4.0, 12.5)
+            for alpha in alphas
         ],
         "raster and rank of the feedback": [
             (grid, k, _method("ssa", grid=grid, rank=k), {})
             for grid in (1, 2, 4, 8)
-            for k in (1, 2, 5, 10)
+            for k in (1, 3, 10)
         ],
         "orthogonality by penalty alone": [
             (lr, beta, dataclasses.replace(_method("ssa", beta=beta), lr=lr), {"retraction": None})
@@ -312,7 +312,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "sensitivity": Experiment(
         "Sensitivity to the settings",
         "Test accuracy of SSA on SmallConv over a decade of each setting, two at a time, the "
-        "others at their defaults (learning rate 0.02, α 4, horizon 1, grid 4, all ranks, retraction).",
+        "others at their defaults: learning rate 0.02, α 4, horizon 1, grid 4, k 10, retraction.",
         "maps", SMALLCONV, _sensitivity(), axes=_AXES,
         seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
