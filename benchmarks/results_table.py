@@ -20,6 +20,7 @@ from typing import Any
 
 from svdalign.experiments.page import count, number
 from svdalign.experiments.paper.draw import experiment_table
+from svdalign.experiments.report import break_even_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)
@@ -127,7 +128,25 @@ def memory(results: Results) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Results], str]] = {"comparison": comparison, "memory": memory}
+def break_even(results: Results) -> str:
+    """Up to which rank a factored layer pays, in VGG-13."""
+    content = results["break_even"]
+    config = content["config"]
+    return (
+        f"{markdown(*break_even_rows(content))}\n\n"
+        f"{config['model']} at {config['channels']}×{config['image_size']}×{config['image_size']}, "
+        f"batch {config['batch_size']}, {config['scheme']} scheme: the largest rank, and its share "
+        "of full rank, at which a factored layer costs no more than the dense one, by "
+        "multiply-accumulates of an inference, by time of a forward pass, and of one with its "
+        f"backward pass; –: at none of the ranks timed. Made by {made_by(content)}."
+    )
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "comparison": comparison,
+    "memory": memory,
+    "break_even": break_even,
+}
 
 
 # --- tables of a file ---------------------------------------------------------------------------

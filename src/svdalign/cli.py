@@ -249,7 +249,7 @@ def _declare_profile(parser: _Parser) -> None:
 @command("profile", "memory, arithmetic and time of a training step, by method", _declare_profile)
 def _profile(options: dict[str, Any]) -> int:
     from .experiments.profile import Profile, ProfileConfig
-    from .experiments.report import profile_table
+    from .experiments.report import break_even_table, profile_table
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
     with _usage_errors():
@@ -258,6 +258,8 @@ def _profile(options: dict[str, Any]) -> int:
     with console.status("running a step of each method"):
         results = profile.run()
     console.print(profile_table(results))
+    if results["break_even"]:
+        console.print(break_even_table(results))
     report = profile.folder / "report.html"
     _say(console, f"report: {report}")
     return 0

@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     comparison = Comparison(config, folder / "runs")
     comparison.measure_costs()
     profile = ProfileConfig(model="mlp", width=0.05, batch_size=4, image_size=8, estimate=True)
+    profiled = Profile(profile, folder / "profile").run()
     ran: dict[str, Any] = comparison.run()
     experiment = {
         "experiment": "table1", "title": "A title", "shows": "What it shows.", "drawing": "table",
@@ -49,7 +50,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in {
         "embedded": ran,
         "cifar10": ran,
-        "profile": Profile(profile, folder / "profile").run(),
+        "profile": profiled,
+        "break_even": profiled,
         "experiment": {**experiment, **source},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -60,16 +62,17 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     text = "".join(
         f"before {name}\n<!-- table:{name} begin -->\nold\n<!-- table:{name} end -->\n"
         f"after {name}\n"
-        for name in ("comparison", "profile", "experiment")
+        for name in ("comparison", "profile", "experiment", "break_even")
     )
     fresh = script.render(text, script.Results(results))
     assert "old" not in fresh
-    for name in ("comparison", "profile", "experiment"):
+    for name in ("comparison", "profile", "experiment", "break_even"):
         assert f"before {name}\n" in fresh
         assert f"\nafter {name}\n" in fresh
     accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
     assert f"| SSA, horizon 1 | {100 * accuracy:.1f} ± " in fresh
     assert "| BP, checkpointed |" in fresh
+    assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
     assert "| --- | ---: | ---: | ---: | ---: |" in fresh
     assert script.render(fresh, script.Results(results)) == fresh

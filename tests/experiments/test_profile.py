@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from svdalign.experiments.profile import CHECKPOINTED, Profile, ProfileConfig
-from svdalign.experiments.report import profile_table
+from svdalign.experiments.report import break_even_table, profile_table
 
 TINY: dict[str, Any] = {
     "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,
@@ -51,6 +51,35 @@ def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
     assert local["memory"]["activations"] < dense["memory"]["activations"]
     assert "step_ratio" not in dense
     assert "nothing was run" in (tmp_path / "report.html").read_text()
+    assert all(0 < row["macs"] < row["full_rank"] for row in results["break_even"])
+
+
+def test_break_even_ranks_by_layer(tmp_path: Path) -> None:
+    config = ProfileConfig(**TINY, methods=["bp-dense", "bp"], break_even=True)
+    results = Profile(config, tmp_path).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = {row["layer"]: row for row in results["break_even"]}
+    assert rows["0"]["input"] == [16, 3, 16, 16]
+    for row in rows.values():
+        ranks = [at["rank"] for at in row["ratios"]]
+        assert ranks == sorted(set(ranks))
+        assert ranks[-1] == row["full_rank"] > row["macs"] >= row["rank"]
+        for kind in ("forward", "training"):
+            assert all(at[kind] > 0 for at in row["ratios"])
+            assert row[kind] is None or ranks[0] <= row[kind] <= row["full_rank"]
+    console = io.StringIO()
+    Console(file=console, width=80).print(break_even_table(results))
+    page = (tmp_path / "report.html").read_text()
+    for row in rows.values():
+        share = f"{row['macs']} ({row['macs'] / row['full_rank']:.2f})"
+        assert share in console.getvalue()
+        assert f"<td>{share}</td>" in page
+
+
+def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
+    config = ProfileConfig(**{**TINY, "rank": None}, methods=["bp-dense", "bp"], estimate=True)
+    assert Profile(config, tmp_path).run()["break_even"] == []
+    assert "Break-even" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +90,8 @@ def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"image_size": 4}, "image_size must be at least 8"),
+        ({"break_even": True, "estimate": True}, "but estimate runs nothing"),
+        ({"break_even": True, "methods": ["bp-dense"]}, "needs a method with factored weights"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
     ],
 )

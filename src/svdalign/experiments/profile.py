@@ -15,15 +15,26 @@ from ..data import ImageData, Split
 from ..engine import Learner
 from ..export import compact
 from ..metrics import (
+    Call,
     Memory,
     alternate,
+    factored_calls,
     inference_macs,
+    macs_break_even,
     parameter_count,
     pretending,
     step_macs,
     step_memory,
+    time_break_even,
+    time_ratios,
 )
-from ..training.build import build_learner, build_model, example_batch, prepare_machine
+from ..training.build import (
+    build_learner,
+    build_model,
+    example_batch,
+    memory_format,
+    prepare_machine,
+)
 from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
 from ..training.record import Record, new_folder, provenance
 from .checkpointing import checkpointed, segment_sizes
@@ -59,6 +70,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
     estimate: bool = option(False, "work memory and arithmetic out without running anything")
     seconds: float = option(60.0, "for the timing of steps; at least three rounds")
+    break_even: bool = option(
+        False, "time each factored layer by rank against its dense form, for as many seconds again"
+    )
 
     def __post_init__(self) -> None:
         for part in (BatchConfig, ModelConfig, MachineConfig):
@@ -67,6 +81,18 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
             raise ValueError(f"methods must be at least one, each once, got {self.methods}")
         for name in self.methods:
             self.run(name)
+        if self.break_even and self.estimate:
+            raise ValueError("break_even times layers, but estimate runs nothing")
+        if self.break_even and self.factored is None:
+            raise ValueError(
+                "break_even needs a method with factored weights, got methods "
+                f"{', '.join(self.methods)} at rank {'null' if self.rank is None else self.rank}"
+            )
+
+    @property
+    def factored(self) -> str | None:
+        """The first method with factored weights; all such methods train the same network."""
+        return next((name for name in self.methods if self.run(name).rank is not None), None)
 
     def run(self, name: str) -> RunConfig:
         """The run whose step stands for method ``name``."""
@@ -135,6 +161,7 @@ class Profile:
             "status": "finished",
             "config": dataclasses.asdict(self.config),
             "methods": rows,
+            "break_even": self._break_even(),
             **provenance(self.config.device),
         }
         self._record.write_results(content)
@@ -170,6 +197,29 @@ class Profile:
                 mine, dense = measured[row["method"]], measured["bp-dense"]
                 row[f"{key}_seconds"], row[f"{key}_ratio"] = mine.median, mine.ratio(dense)
 
+    def _break_even(self) -> list[dict[str, Any]]:
+        """By factored layer, the largest rank that costs no more than the dense layer."""
+        if self.config.factored is None:
+            return []
+        config = self.config.run(self.config.factored)
+        with pretending():
+            elsewhere, data = dataclasses.replace(config, device="meta"), self._data("meta")
+            x = example_batch(elsewhere, data, config.batch_size)
+            calls = factored_calls(build_model(elsewhere, data), x)
+        rows = []
+        for name, call in calls.items():
+            row = {
+                "layer": name,
+                "input": list(call.x),
+                "rank": call.layer.rank,
+                "full_rank": call.layer.full_rank,
+                "macs": macs_break_even(call.layer, call.x, call.y),
+            }
+            if self.config.break_even:
+                row |= _break_even_times(call, config, self.config.seconds / len(calls))
+            rows.append(row)
+        return rows
+
     def _step(self, name: str, device: str) -> _Step:
         config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
         net = build_model(config, data)
@@ -202,6 +252,20 @@ class Profile:
 def label(name: str) -> str:
     """What tables and figures call a method."""
     return "BP, checkpointed" if name == CHECKPOINTED else METHODS[name].label
+
+
+def _break_even_times(call: Call, config: RunConfig, seconds: float) -> dict[str, Any]:
+    x = torch.randn(call.x, device=config.device)
+    if x.ndim == 4:
+        x = x.to(memory_format=memory_format(config))
+    x.requires_grad_(call.input_gradient)
+    forward = time_ratios(call.layer, x, training=False, seconds=seconds / 3)
+    training = time_ratios(call.layer, x, training=True, seconds=2 * seconds / 3)
+    return {
+        "forward": time_break_even(forward),
+        "training": time_break_even(training),
+        "ratios": [{"rank": r, "forward": forward[r], "training": training[r]} for r in forward],
+    }
 
 
 @torch.no_grad()

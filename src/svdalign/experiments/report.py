@@ -12,7 +12,15 @@ from rich.text import Text
 from . import figures
 from .page import count, figure_grid, number, page, table
 
-__all__ = ["comparison_page", "console_table", "profile_page", "profile_table", "run_page"]
+__all__ = [
+    "break_even_rows",
+    "break_even_table",
+    "comparison_page",
+    "console_table",
+    "profile_page",
+    "profile_table",
+    "run_page",
+]
 
 HEADINGS = (
     "method",
@@ -142,6 +150,38 @@ def profile_table(results: Mapping[str, Any]) -> Table:
     return rows
 
 
+def break_even_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a profile's break-even ranks, as plain text."""
+    rows = results["break_even"]
+    kinds = [kind for kind in ("macs", "forward", "training") if rows and kind in rows[0]]
+
+    def share(rank: int | None, full: int) -> str:
+        return "–" if rank is None else f"{rank} ({rank / full:.2f})"
+
+    headings = ["layer", "input", "full rank", *("MACs" if k == "macs" else k for k in kinds)]
+    return headings, [
+        [
+            row["layer"],
+            " × ".join(map(str, row["input"][1:])),
+            str(row["full_rank"]),
+            *(share(row[kind], row["full_rank"]) for kind in kinds),
+        ]
+        for row in rows
+    ]
+
+
+def break_even_table(results: Mapping[str, Any]) -> Table:
+    """The break-even ranks of a profile as a table for the terminal."""
+    headings, rows = break_even_rows(results)
+    title = "break-even rank (share of full rank)"
+    found = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        found.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
 def profile_page(results: Mapping[str, Any]) -> str:
     """``report.html`` of a profile, from what its ``results.json`` holds."""
     config, methods = results["config"], results["methods"]
@@ -169,9 +209,23 @@ def profile_page(results: Mapping[str, Any]) -> str:
         table(_profile_headings(results, PROFILE), list(_profile_rows(results))),
         '<p class="soft">MACs of matrix products and convolutions in one training step, forward '
         "and backward. Inference: one image through the compact model.</p>",
+        *_break_even_part(results),
         "<h2>Figures</h2>",
         figure_grid(grid),
     )
+
+
+def _break_even_part(results: Mapping[str, Any]) -> list[str]:
+    if not results["break_even"]:
+        return []
+    return [
+        "<h2>Break-even rank by layer</h2>",
+        table(*break_even_rows(results)),
+        '<p class="soft">The largest rank, and its share of full rank, at which a factored layer '
+        "costs no more than the dense one: MACs of an inference; where it was timed, a forward "
+        "pass, and one with its backward pass, on the whole batch. –: at no rank that was "
+        "timed.</p>",
+    ]
 
 
 def _profile_headings(results: Mapping[str, Any], headings: Sequence[str]) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """What a network and its training cost, measured: size, arithmetic, memory, time."""
 
 from .angles import Alignment, LayerAlignment, UnitAlignment, alignment, descent_share
+from .breakeven import Call, factored_calls, macs_break_even, time_break_even, time_ratios
 from .compute import inference_macs, macs_by_module, parameter_count, step_macs
 from .estimate import pretending
 from .latency import Timing, alternate
@@ -8,6 +9,7 @@ from .memory import LiveTensors, Memory, step_memory, storage_bytes
 
 __all__ = [
     "Alignment",
+    "Call",
     "LayerAlignment",
     "LiveTensors",
     "Memory",
@@ -16,11 +18,15 @@ __all__ = [
     "alignment",
     "alternate",
     "descent_share",
+    "factored_calls",
     "inference_macs",
+    "macs_break_even",
     "macs_by_module",
     "parameter_count",
     "pretending",
     "step_macs",
     "step_memory",
     "storage_bytes",
+    "time_break_even",
+    "time_ratios",
 ]
