@@ -84,7 +84,9 @@ def _job(smoke: Mapping[str, Any], **larger: Any) -> dict[Scale, Mapping[str, An
 
 SMALLCONV = _job({"model": "smallconv", "width": 0.25}, model="smallconv")
 VGG8 = _job({"model": "vgg8", "width": 0.06, "image_size": 16}, model="vgg8", width=0.25)
-RESNET = _job({"model": "resnet20", "width": 0.25, "image_size": 12}, model="resnet20")
+RESNET = _job(
+    {"model": "resnet20", "width": 0.25, "image_size": 12}, model="resnet20", precision="bf16"
+)
 
 # --- figures ------------------------------------------------------------------------------------
 
