@@ -18,7 +18,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 
 def test_a_profile_end_to_end(tmp_path: Path) -> None:
-    methods = ["bp-dense", CHECKPOINTED, "bp", "ssa-local", "ssa-2"]
+    methods = ["bp-dense", "bp", "ssa-local", "ssa", "ssa-2", *CHECKPOINTED]
     results = Profile(ProfileConfig(**TINY, methods=methods), tmp_path).run()
     assert json.loads((tmp_path / "results.json").read_text()) == results
     rows = {row["method"]: row for row in results["methods"]}
@@ -28,9 +28,13 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
         assert row["estimated_memory"]["peak"] == pytest.approx(row["memory"]["peak"], rel=0.05)
         assert row["step_seconds"] > 0
         assert row["latency_ratio"] > 0
-    dense, checkpointed, local = rows["bp-dense"], rows[CHECKPOINTED], rows["ssa-local"]
+    dense, checkpointed, local = rows["bp-dense"], rows["bp-checkpointed"], rows["ssa-local"]
     assert (dense["step_ratio"], dense["latency_ratio"]) == (1.0, 1.0)
     assert checkpointed["memory"]["activations"] < dense["memory"]["activations"]
+    for name, (plain, _) in CHECKPOINTED.items():
+        assert rows[name]["memory"]["activations"] < rows[plain]["memory"]["activations"]
+        assert rows[name]["memory"]["parameters"] == rows[plain]["memory"]["parameters"]
+        assert rows[name]["step_macs"] > rows[plain]["step_macs"]
     once_more = dense["step_macs"] + 16 * dense["macs"]
     assert dense["step_macs"] < checkpointed["step_macs"] < once_more
     assert local["memory"]["activations"] < rows["ssa-2"]["memory"]["activations"]

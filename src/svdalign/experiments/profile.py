@@ -43,8 +43,17 @@ from .report import profile_page
 
 __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
 
-CHECKPOINTED = "bp-checkpointed"
-DEFAULT = ["bp-dense", CHECKPOINTED, "bp", "dfa", "ssa-local", "ssa", "ssa-2"]
+#: By name of a step with gradient checkpointing, the method and what it is called. Factors and
+#: checkpointing go together, so a claim of little memory has to meet both at once.
+CHECKPOINTED = {
+    "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
+    "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
+    "ssa-checkpointed": ("ssa", "SSA, horizon 1, checkpointed"),
+}
+DEFAULT = [
+    *("bp-dense", "bp-checkpointed", "bp", "bp-factored-checkpointed"),
+    *("dfa", "ssa-local", "ssa", "ssa-checkpointed", "ssa-2"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class BatchConfig:
 class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     """profile"""
 
-    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, CHECKPOINTED))}")
+    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
     estimate: bool = option(False, "work memory and arithmetic out without running anything")
     seconds: float = option(60.0, "for the timing of steps; at least three rounds")
@@ -99,7 +108,8 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         shared = {f.name for f in dataclasses.fields(JobConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
-        return method_config("bp-dense" if name == CHECKPOINTED else name, job, seed=0)
+        method, _ = CHECKPOINTED.get(name, (name, ""))
+        return method_config(method, job, seed=0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Profile:
             record.check()
             if not overwrite and record.results() is not None:
                 raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
-        self._segment_size = 1
+        self._segment_sizes: dict[str, int] = {}
         self._estimates = {name: self._estimate(name) for name in config.methods}
         self._record = Record(folder or new_folder("runs", "profile"), "profile")
 
@@ -170,8 +180,8 @@ class Profile:
 
     def _estimate(self, name: str) -> dict[str, Any]:
         with pretending():
-            if name == CHECKPOINTED:
-                self._segment_size = self._best_segment_size()
+            if name in CHECKPOINTED:
+                self._choose_segment_size(name)
             step = self._step(name, "meta")
             memory = step.memory()
             return {
@@ -223,21 +233,23 @@ class Profile:
     def _step(self, name: str, device: str) -> _Step:
         config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
         net = build_model(config, data)
-        if name == CHECKPOINTED:
-            net = checkpointed(net, self._segment_size)
+        if name in CHECKPOINTED:
+            net = checkpointed(net, self._segment_sizes[name])
         x = example_batch(config, data, config.batch_size)
         return _Step(build_learner(config, data, net), x, data.train.labels)
 
-    def _best_segment_size(self) -> int:
-        """Of the two segmentations, the one with the lower peak."""
-        config = dataclasses.replace(self.config.run(CHECKPOINTED), device="meta")
+    def _choose_segment_size(self, name: str) -> None:
+        """Of the two segmentations, the one with the lower peak; for a local rule every block on
+        its own, so that its units stay what they are."""
+        config = dataclasses.replace(self.config.run(name), device="meta")
         net = build_model(config, self._data("meta"))
 
         def peak(size: int) -> int:
-            self._segment_size = size
-            return self._step(CHECKPOINTED, "meta").memory().peak
+            self._segment_sizes[name] = size
+            return self._step(name, "meta").memory().peak
 
-        return min(segment_sizes(net), key=peak)
+        sizes = segment_sizes(net) if config.rule == "bp" else (1,)
+        self._segment_sizes[name] = min(sizes, key=peak)
 
     def _data(self, device: str) -> ImageData:
         """Noise of the batch's shape."""
@@ -251,7 +263,7 @@ class Profile:
 
 def label(name: str) -> str:
     """What tables and figures call a method."""
-    return "BP, checkpointed" if name == CHECKPOINTED else METHODS[name].label
+    return CHECKPOINTED[name][1] if name in CHECKPOINTED else METHODS[name].label
 
 
 def _break_even_times(call: Call, config: RunConfig, seconds: float) -> dict[str, Any]:
