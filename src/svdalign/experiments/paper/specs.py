@@ -148,7 +148,11 @@ def _deeper() -> dict[str, Variant]:
 def _ablation() -> dict[str, Variant]:
     loose = {"retraction": None}
     fixed: dict[str, Any] = {"error": "output", "learn": False, "horizon": 0}
-    similarity = _method("ssa-output", "task + similarity", **fixed)
+    # At the raster and the rate that DFA was tuned to; a search for it found the same.
+    similarity = dataclasses.replace(
+        _method("ssa-output", "task + similarity", **fixed, **METHODS["dfa"].options),
+        lr=METHODS["dfa"].lr,
+    )
     ssa: dict[str, tuple[str, dict[str, Any]]] = {
         "task": ("task", {"alpha": 0.0}),
         "similarity": ("task + similarity", {}),
