@@ -76,7 +76,7 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
     angles = results["drawing"] in ("layers", "units")
     headings = [*["setting"] * settings, "method", *["rank"] * ranks]
     headings += ["test accuracy", "seeds", "parameters", "MACs"]
-    headings += ["mean angle", "steps downhill"] if angles else []
+    headings += ["mean angle", "layers downhill", "steps downhill"] if angles else []
     rows = []
     for row in results["rows"]:
         accuracy = number(row["accuracy"], "{:.2%}")
@@ -89,7 +89,7 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
         cells.append("–" if row["macs"] is None else count(row["macs"]))
         if angles:
             cells.append(number(_mean_angle(row, results["drawing"]), "{:.1f}°"))
-            cells.append(number(_descent(row), "{:.0%}"))
+            cells += [number(share(row), "{:.0%}") for share in (_layers_downhill, _steps_downhill)]
         rows.append(cells)
     return headings, rows
 
@@ -144,8 +144,20 @@ def _mean_angle(row: Mapping[str, Any], kind: str) -> float | None:
     return statistics.mean(angles) if angles else None
 
 
-def _descent(row: Mapping[str, Any]) -> float | None:
-    """Share of the steps looked at, over epochs and seeds, that went downhill."""
+def _layers_downhill(row: Mapping[str, Any]) -> float | None:
+    """Share of the angles below 90°, over hidden layers, epochs and seeds. The output's layer is
+    left out: its gradient is exact under every rule."""
+    angles = [
+        angle
+        for h in row["histories"]
+        for epoch in h
+        for angle in list(epoch["alignment"]["layers"].values())[:-1]
+    ]
+    return statistics.mean(angle < 90 for angle in angles) if angles else None
+
+
+def _steps_downhill(row: Mapping[str, Any]) -> float | None:
+    """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
     shares = [epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h]
     return statistics.mean(shares) if shares else None
 
