@@ -156,7 +156,12 @@ def _ablation() -> dict[str, Variant]:
     ssa: dict[str, tuple[str, dict[str, Any]]] = {
         "task": ("task", {"alpha": 0.0}),
         "similarity": ("task + similarity", {}),
-        "share": ("task + subspace share", {"alignment": "share", "alpha": 1.0, "grid": 1}),
+        "coarse": ("task, raster 1", {"alpha": 0.0, "grid": 1}),
+        # Its share is constant on a finer raster, where the feedback spans all channels.
+        "share": (
+            "task, raster 1 + subspace share",
+            {"alignment": "share", "alpha": 1.0, "grid": 1},
+        ),
         "cosine": ("task + cosine", {"alignment": "cosine", "alpha": 1.0}),
         "hoyer": ("task + similarity + Hoyer sparsity", {"gamma": 1e-3}),
     }
