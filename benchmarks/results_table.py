@@ -142,10 +142,35 @@ def break_even(results: Results) -> str:
     )
 
 
+def peers(results: Results) -> str:
+    """BioTorch's methods beside ours on the same job."""
+    content = results["peers"]
+    headings = ["method", "CIFAR-10 part, %", "peak rate", "degrees to BP", "time per step"]
+    rows = [
+        [
+            row["label"],
+            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f}",
+            f"{row['lr']:g}",
+            ", ".join(f"{angle:.0f}" for angle in row["angles"]),
+            f"{row['step_ratio']:.2f} ×",
+        ]
+        for row in content["rows"]
+    ]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"biotorch {content['biotorch']} in an environment of its own; job, search of the learning "
+        "rate and seeds are those of the README's comparison on CIFAR-10; initial weights, images "
+        "and their order are the same for all five. Degrees to BP: the angle from each "
+        "convolution's gradient, and the classifier's, to BP's at the end of training. Time: × BP "
+        f"dense, in turns. Made by {made_by(content)}."
+    )
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "comparison": comparison,
     "memory": memory,
     "break_even": break_even,
+    "peers": peers,
 }
 
 
