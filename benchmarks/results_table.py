@@ -4,7 +4,8 @@
     python benchmarks/results_table.py --check   # fail if they are out of date
 
 A table stands between ``<!-- table:NAME begin -->`` and ``<!-- table:NAME end -->``: one of
-``TABLES``, or that of the file NAME.json, a profile or an experiment of ``svdalign reproduce``.
+``TABLES``, or that of the file NAME.json: a profile, an experiment of ``svdalign reproduce``, or
+what ``benchmarks/rank_reduction.py`` measured.
 What is not measured yet is left out.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -166,11 +168,35 @@ def peers(results: Results) -> str:
     )
 
 
+def transfer(results: Results) -> str:
+    """The same settings on other networks and data than those they were tuned on."""
+    jobs = {
+        "SmallConv, CIFAR-10": results["cifar10"],
+        "SmallConv, Fashion-MNIST": results["embedded"],
+        "SmallConv, CIFAR-100": results["transfer_cifar100"],
+        "MLP, CIFAR-10": results["transfer_mlp"],
+    }
+    rows = []
+    for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa"):
+        found = [
+            next(row for row in content["summary"] if row["method"] == name)
+            for content in jobs.values()
+        ]
+        cells = [f"{100 * r['accuracy']:.1f} ± {100 * r['accuracy_std']:.1f}" for r in found]
+        rows.append([found[0]["label"], *cells])
+    made = "; ".join(made_by(content) for content in jobs.values())
+    return (
+        f"{markdown(['method', *jobs], rows)}\n\n10,000 training images each, 3 seeds; learning "
+        f"rates and all else as tuned on the first column. Made by\n{made}."
+    )
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "comparison": comparison,
     "memory": memory,
     "break_even": break_even,
     "peers": peers,
+    "transfer": transfer,
 }
 
 
@@ -178,11 +204,13 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def of_file(content: Mapping[str, Any]) -> str:
-    """The table of an experiment or a profile, as its content is the one or the other."""
+    """The table of an experiment, of rank cuts or of a profile, as its content is."""
     if "experiment" in content:
         so_far = "" if content["status"] == "finished" else " Not all runs are done."
         lead = f"**{content['title']}.** {content['shows']}{so_far}"
         return f"{lead}\n\n{markdown(*experiment_table(content))}\n\nMade by {made_by(content)}."
+    if "marks" in content:
+        return f"{markdown(*rank_cuts(content))}\n\nMade by {made_by(content)}."
     config = content["config"]
     how = "worked out" if config["estimate"] else "measured"
     return (
@@ -191,6 +219,27 @@ def of_file(content: Mapping[str, Any]) -> str:
         f"{config['scheme']} scheme, {how}; memory in MiB.\n\n"
         f"{markdown(*profile(content['methods']))}\n\nMade by {made_by(content)}."
     )
+
+
+def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    latencies = [key for key in content["summary"][0] if key.startswith("latency, ")]
+    headings = ["run", "test accuracy", "under fixed", "worst dip", "parameters", "MACs"]
+    rows = []
+    for row in content["summary"]:
+        found = [100 * r["accuracy"] for r in content["rows"] if r["variant"] == row["variant"]]
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        rows.append(
+            [
+                row["variant"],
+                f"{statistics.mean(found):.1f}{spread}",
+                number(row["points_under_fixed"], "{:.1f}"),
+                number(row["worst_dip_points"], "{:.1f}"),
+                f"{row['parameters']:.0%}",
+                f"{row['macs']:.0%}",
+                *(f"{row[key]:.2f}" for key in latencies),
+            ]
+        )
+    return [*headings, *latencies], rows
 
 
 def profile(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

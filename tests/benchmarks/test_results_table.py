@@ -46,6 +46,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs": 2, "parameters": 1234, "macs": 2e6,
         }],
     }  # fmt: skip
+    cut = {"parameters": 0.311, "macs": 0.352, "latency, batch 1": 0.5, "points_under_fixed": 0.4}
+    cuts = {
+        "marks": {},
+        "rows": [{"variant": "cut", "accuracy": accuracy} for accuracy in (0.79, 0.81)],
+        "summary": [{"variant": "cut", "worst_dip_points": None, **cut}],
+    }
     source = {key: ran[key] for key in ("git", "command", "machine", "status", "torch")}
     for name, content in {
         "embedded": ran,
@@ -53,6 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "profile": profiled,
         "break_even": profiled,
         "experiment": {**experiment, **source},
+        "cuts": {**cuts, **source},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -62,11 +69,11 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     text = "".join(
         f"before {name}\n<!-- table:{name} begin -->\nold\n<!-- table:{name} end -->\n"
         f"after {name}\n"
-        for name in ("comparison", "profile", "experiment", "break_even")
+        for name in ("comparison", "profile", "experiment", "break_even", "cuts")
     )
     fresh = script.render(text, script.Results(results))
     assert "old" not in fresh
-    for name in ("comparison", "profile", "experiment", "break_even"):
+    for name in ("comparison", "profile", "experiment", "break_even", "cuts"):
         assert f"before {name}\n" in fresh
         assert f"\nafter {name}\n" in fresh
     accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
@@ -74,6 +81,7 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     assert "| BP, checkpointed |" in fresh
     assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
+    assert "| cut | 80.0 ± 1.4 | 0.4 | – | 31% | 35% | 0.50 |" in fresh
     assert "| --- | ---: | ---: | ---: | ---: |" in fresh
     assert script.render(fresh, script.Results(results)) == fresh
 
