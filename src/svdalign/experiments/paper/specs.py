@@ -136,9 +136,9 @@ def _deeper() -> dict[str, Variant]:
         f"{model}-{changes.get('data', 'cifar10')}-{name}": Variant(
             METHODS[name], {"model": model, **changes}, f"{label}, {where}", smoke=not changes
         )
-        for label, model in (("VGG-13", "vgg13"), ("ResNet-32", "resnet32"))
         for where, changes in data.items()
-        for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa")
+        for label, model in (("VGG-13", "vgg13"), ("ResNet-32", "resnet32"))
+        for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa", "ssa-2")
     }
 
 
