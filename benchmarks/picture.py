@@ -1,6 +1,7 @@
-"""Draw README's picture from benchmarks/results: accuracy, and activations held against depth.
+"""Draw README's pictures from benchmarks/results: accuracy, and activations held against depth;
+accuracy against peak memory.
 
-python benchmarks/picture.py    # writes docs/overview.svg
+python benchmarks/picture.py    # writes docs/overview.svg and docs/memory.svg
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {"BP": "#5b6675", "DFA": "#c77f2a", "SSA": "#2f6fb3"}
@@ -27,10 +29,7 @@ def colour(label: str) -> str:
     return next(c for start, c in COLOURS.items() if label.startswith(start))
 
 
-def main() -> None:
-    plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
-    plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+def overview(left: Axes, right: Axes) -> None:
     rows = list(reversed(read("cifar10")["summary"]))
     left.barh(
         [row["label"] for row in rows],
@@ -48,7 +47,33 @@ def main() -> None:
     right.set(xlabel="depth, convolutional units", ylabel="activations at the peak, MiB")
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
+
+
+def memory(axes: Axes) -> None:
+    """ResNet-32 on CIFAR-10: accuracy of table 2, peak memory of a step of the same size. With
+    gradient checkpointing BP computes the same."""
+    trained = {row["variant"]: row["accuracy"] for row in read("reproduce/table2")["rows"]}
+    same = {"bp-checkpointed": "bp-dense", "bp-factored-checkpointed": "bp"}
+    for row in read("estimate_resnet32_16")["methods"]:
+        variant = f"resnet32-cifar10-{same.get(row['method'], row['method'])}"
+        if variant not in trained:
+            continue
+        at = row["memory"]["peak"] / 2**20, 100 * trained[variant]
+        axes.plot(*at, "o", color=colour(row["label"]))
+        axes.annotate(row["label"], at, (6, 4), textcoords="offset points")
+    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %", xlim=(0, 120))
+    axes.margins(y=0.15)
+
+
+def main() -> None:
+    plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    overview(left, right)
     figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
+    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    memory(axes)
+    figure.savefig(HERE.parent / "docs" / "memory.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

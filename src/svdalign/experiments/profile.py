@@ -88,8 +88,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
             part.__post_init__(self)
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(f"methods must be at least one, each once, got {self.methods}")
-        for name in self.methods:
-            self.run(name)
+        known = (*METHODS, *CHECKPOINTED)
+        if unknown := [name for name in self.methods if name not in known]:
+            raise ValueError(f"unknown method {unknown[0]!r}; available: {', '.join(known)}")
         if self.break_even and self.estimate:
             raise ValueError("break_even times layers, but estimate runs nothing")
         if self.break_even and self.factored is None:
