@@ -1,12 +1,15 @@
-"""Draw README's pictures from benchmarks/results: accuracy, and activations held against depth;
-accuracy against peak memory.
+"""Draw the pictures of README.md and docs/ from benchmarks/results.
 
-python benchmarks/picture.py    # writes docs/overview.svg and docs/memory.svg
+    python benchmarks/picture.py
+
+``docs/overview.svg``: accuracy, and activations held against depth; ``docs/memory.svg``: accuracy
+against peak memory; ``docs/rank.svg``: training through rank cuts.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +68,31 @@ def memory(axes: Axes) -> None:
     axes.margins(y=0.15)
 
 
+def rank(axes: Axes) -> None:
+    """Training accuracy: means over an epoch and over seeds are smoother than test accuracy is at
+    a high learning rate."""
+    content = read("rank_state")
+    for i, variant in enumerate(row["variant"] for row in content["summary"]):
+        histories = [row["history"] for row in content["rows"] if row["variant"] == variant]
+        curve = [
+            100 * sum(e["train_accuracy"] for e in es) / len(es)
+            for es in zip(*histories, strict=True)
+        ]
+        axes.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, label=variant, color=f"C{i}")
+    axes.set(xlabel="epoch", ylabel="training accuracy, %")
+    axes.legend(frameon=False)
+
+
 def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
     plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     overview(left, right)
     figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
-    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    memory(axes)
-    figure.savefig(HERE.parent / "docs" / "memory.svg", metadata={"Date": None})
+    for draw in (memory, rank):
+        figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+        draw(axes)
+        figure.savefig(HERE.parent / "docs" / f"{draw.__name__}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
