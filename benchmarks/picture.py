@@ -74,10 +74,8 @@ def rank(axes: Axes) -> None:
     content = read("rank_state")
     for i, variant in enumerate(row["variant"] for row in content["summary"]):
         histories = [row["history"] for row in content["rows"] if row["variant"] == variant]
-        curve = [
-            100 * sum(e["train_accuracy"] for e in es) / len(es)
-            for es in zip(*histories, strict=True)
-        ]
+        epochs = zip(*histories, strict=True)
+        curve = [100 * statistics.mean(e["train_accuracy"] for e in epoch) for epoch in epochs]
         axes.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, label=variant, color=f"C{i}")
     axes.set(xlabel="epoch", ylabel="training accuracy, %")
     axes.legend(frameon=False)
