@@ -324,10 +324,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "table2": Experiment(
         "Deeper networks",
-        "VGG-13 and ResNet-32 on CIFAR-10, on CIFAR-100 and on a folder of images.",
+        "VGG-13 and ResNet-32 on CIFAR-10, on CIFAR-100 and on a folder of images; at scale cpu "
+        "half as wide.",
         "table",
         {
-            **_job({}, precision="bf16"),
+            **(deeper := _job({}, precision="bf16")),
+            "cpu": {**deeper["cpu"], "width": 0.5},
             "smoke": {
                 "width": 0.06, "image_size": 12, "train_limit": 128, "test_limit": 100,
                 "epochs": 1, "batch_size": 64,
