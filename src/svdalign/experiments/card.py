@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,10 +108,16 @@ DENSE: dict[str, Any] = {"rank": None, "rank_energy": None}  #: what makes a con
 def latency(
     small: nn.Module, dense: nn.Module, config: RunConfig, data: ImageData
 ) -> list[dict[str, float]]:
-    """Median seconds of a batch through both, run in turns, for each size of :data:`BATCHES`."""
+    """Median seconds of a batch through both, run in turns, for each size of :data:`BATCHES`.
+
+    Both run as copies in the job's memory format: a kernel in another one would decide for all that
+    comes after it.
+    """
+    layout = memory_format(config)
+    small, dense = (copy.deepcopy(m).to(memory_format=layout) for m in (small, dense))  # type: ignore[call-overload]
     rows = []
     for size in BATCHES:
-        x = _repeated(example_batch(config, data, size), size)
+        x = _repeated(example_batch(config, data, size), size).contiguous(memory_format=layout)
         work = {"compact": lambda x=x: small(x), "dense": lambda x=x: dense(x)}
         times = alternate(work, rounds=31, warmup=3, seconds=SECONDS)
         rows.append(
