@@ -173,7 +173,6 @@ def transfer(results: Results) -> str:
     jobs = {
         "SmallConv, CIFAR-10": results["cifar10"],
         "SmallConv, Fashion-MNIST": results["embedded"],
-        "SmallConv, CIFAR-100": results["transfer_cifar100"],
         "MLP, CIFAR-10": results["transfer_mlp"],
     }
     rows = []
