@@ -65,6 +65,14 @@ def made_by(content: Mapping[str, Any]) -> str:
     )
 
 
+def accuracy(row: Mapping[str, Any] | None) -> str:
+    """In percent, with its deviation over seeds where there is one."""
+    if row is None or row["accuracy"] is None:
+        return "–"
+    spread = f" ± {100 * row['accuracy_std']:.1f}" if row["accuracy_std"] is not None else ""
+    return f"{100 * row['accuracy']:.1f}{spread}"
+
+
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns in which every cell starts with a digit are set to the right."""
     right = [
@@ -81,12 +89,6 @@ def comparison(results: Results) -> str:
     """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
     embedded, cifar = results["embedded"], results["cifar10"]
     on_embedded = {row["method"]: row for row in embedded["summary"]}
-
-    def accuracy(row: Mapping[str, Any] | None) -> str:
-        if row is None or row["accuracy"] is None:
-            return "–"
-        spread = f" ± {100 * row['accuracy_std']:.1f}" if row["accuracy_std"] is not None else ""
-        return f"{100 * row['accuracy']:.1f}{spread}"
 
     headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
     rows = [
@@ -151,7 +153,7 @@ def peers(results: Results) -> str:
     rows = [
         [
             row["label"],
-            f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f}",
+            accuracy(row),
             f"{row['lr']:g}",
             ", ".join(f"{angle:.0f}" for angle in row["angles"]),
             f"{row['step_ratio']:.2f} ×",
@@ -181,8 +183,7 @@ def transfer(results: Results) -> str:
             next(row for row in content["summary"] if row["method"] == name)
             for content in jobs.values()
         ]
-        cells = [f"{100 * r['accuracy']:.1f} ± {100 * r['accuracy_std']:.1f}" for r in found]
-        rows.append([found[0]["label"], *cells])
+        rows.append([found[0]["label"], *map(accuracy, found)])
     made = "; ".join(made_by(content) for content in jobs.values())
     return (
         f"{markdown(['method', *jobs], rows)}\n\n10,000 training images each, 3 seeds; learning "
@@ -225,12 +226,12 @@ def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     headings = ["run", "test accuracy", "under fixed", "worst dip", "parameters", "MACs"]
     rows = []
     for row in content["summary"]:
-        found = [100 * r["accuracy"] for r in content["rows"] if r["variant"] == row["variant"]]
-        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        found = [r["accuracy"] for r in content["rows"] if r["variant"] == row["variant"]]
+        spread = statistics.stdev(found) if len(found) > 1 else None
         rows.append(
             [
                 row["variant"],
-                f"{statistics.mean(found):.1f}{spread}",
+                accuracy({**row, "accuracy_std": spread}),
                 number(row["points_under_fixed"], "{:.1f}"),
                 number(row["worst_dip_points"], "{:.1f}"),
                 f"{row['parameters']:.0%}",

@@ -2,7 +2,7 @@
 
 from .engine import Learner, StepReport
 from .export import compact
-from .factors import RankCut, SVDConv2d, SVDLinear, factorize, reduce_rank
+from .factors import RankCut, SVDConv2d, SVDLinear, factorize, fuse, reduce_rank
 from .metrics.angles import alignment
 from .storage import load, save
 
@@ -18,6 +18,7 @@ __all__ = [
     "alignment",
     "compact",
     "factorize",
+    "fuse",
     "load",
     "reduce_rank",
     "save",

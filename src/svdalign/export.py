@@ -7,17 +7,17 @@ import copy
 import io
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .factors import FactoredLayer, SVDConv2d
+from .chains import followers, substitute
+from .factors import FactoredLayer, FusedConv2d, SVDConv2d
 from .storage import replace_file
 
 __all__ = ["FORMATS", "compact", "write_onnx", "write_pt2", "write_safetensors"]
@@ -51,6 +51,13 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def _plain(layer: FactoredLayer) -> nn.Module:
+    convolution = _plain_layer(layer)
+    return (
+        nn.Sequential(convolution, *layer.tail) if isinstance(layer, FusedConv2d) else convolution
+    )
+
+
+def _plain_layer(layer: FactoredLayer) -> nn.Module:
     bias = None if layer.bias is None else layer.bias.detach()
     U, V = (layer.U * layer.s).detach(), layer.V.detach()
     if not isinstance(layer, SVDConv2d):
@@ -126,46 +133,19 @@ FOLDS: dict[type[nn.Module], type[nn.Module]] = {
 def _fold_batch_norms(model: nn.Module) -> None:
     """Fold in place every batch norm that :func:`compact` says can be."""
     try:
-        graph = fx.Tracer().trace(model)
+        pairs = followers(model)
     except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
         return
-    modules = dict(model.named_modules(remove_duplicate=False))
-    calls = Counter(id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module")
-    uses = Counter(id(p) for m in set(modules.values()) for p in m.parameters(recurse=False))
-    # Modules whose weights the forward reads by itself.
-    read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
-    alone = {
-        name
-        for name, module in modules.items()
-        if calls[id(module)] == 1
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
-        and name not in read
-    }
     replaced: dict[nn.Module, nn.Module] = {}
-    for node in graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
-            continue
-        names = str(source.target), str(node.target)
-        conv, norm = modules[names[0]], modules[names[1]]
-        if FOLDS.get(type(conv)) is not type(norm) or not alone.issuperset(names):
+    for names in pairs.items():
+        conv, norm = map(model.get_submodule, names)
+        if FOLDS.get(type(conv)) is not type(norm):
             continue
         norm = cast(nn.BatchNorm2d, norm)
         if norm.track_running_stats:
             folded = fuse_conv_bn_eval(cast(nn.Conv2d, conv), norm)
             replaced |= {conv: folded.requires_grad_(False), norm: nn.Identity()}
-    _replace(model, replaced)
-    try:
-        fx.Tracer().trace(model)
-    except Exception:  # the forward reaches a replaced module by another way than its name
-        _replace(model, {new: old for old, new in replaced.items()})
-
-
-def _replace(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replaced:
-            model.set_submodule(name, replaced[module])
+    substitute(model, replaced)
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -33,16 +33,21 @@ example."""
 
 
 class _Segment:
-    """A unit in the window: its outputs, the leaves handed on for them, and the signal so far."""
+    """A unit in the window: its outputs, the leaves handed on for them, and the signals so far.
+
+    They are not summed: autograd does it in place where it can, in the unit's own backward pass.
+    """
 
     def __init__(
         self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor], planned: bool
     ) -> None:
         self.unit, self.outputs, self.leaves, self.planned = unit, outputs, leaves, planned
-        self.signals: list[Tensor | None] = [None] * len(outputs)
+        self.signals: list[list[Tensor]] = [[] for _ in outputs]
 
     def receive(self, signals: list[Tensor | None]) -> None:
-        self.signals = [_sum(a, b) for a, b in zip(self.signals, signals, strict=True)]
+        for received, signal in zip(self.signals, signals, strict=True):
+            if signal is not None:
+                received.append(signal)
 
 
 class _Stream:
@@ -142,8 +147,8 @@ class _Stream:
         segment = self.window.popleft()
         held = [
             (output, [signal])
-            for output, signal in zip(segment.outputs, segment.signals, strict=True)
-            if signal is not None
+            for output, signals in zip(segment.outputs, segment.signals, strict=True)
+            for signal in signals
         ]
         segment.signals.clear()
         with outside_autocast():

@@ -104,7 +104,6 @@ DENSE: dict[str, Any] = {"rank": None, "rank_energy": None}  #: what makes a con
 
 
 @torch.inference_mode()
-@torch.no_grad()
 def latency(
     small: nn.Module, dense: nn.Module, config: RunConfig, data: ImageData
 ) -> list[dict[str, float]]:

@@ -212,7 +212,8 @@ class Profile:
         """By factored layer, the largest rank that costs no more than the dense layer."""
         if self.config.factored is None:
             return []
-        config = self.config.run(self.config.factored)
+        # A layer against its dense form, so without what would be fused with it.
+        config = dataclasses.replace(self.config.run(self.config.factored), fuse=False)
         with pretending():
             elsewhere, data = dataclasses.replace(config, device="meta"), self._data("meta")
             x = example_batch(elsewhere, data, config.batch_size)

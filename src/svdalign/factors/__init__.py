@@ -1,12 +1,14 @@
 """Weights held as ``U diag(s) V^T``: layers, the manifold they live on, and how to get there."""
 
 from .factorize import Factorization, LayerReport, factorize
+from .fuse import FusedConv2d, fuse
 from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
 from .rank import RankCut, reduce_rank
 
 __all__ = [
     "FactoredLayer",
     "Factorization",
+    "FusedConv2d",
     "LayerReport",
     "RankCut",
     "SVDConv2d",
@@ -14,5 +16,6 @@ __all__ = [
     "Scheme",
     "break_even_rank",
     "factorize",
+    "fuse",
     "reduce_rank",
 ]

@@ -223,20 +223,36 @@ class SVDConv2d(FactoredLayer):
             return self.padding, self.padding
         return self.split(cast(tuple[int, int], self.padding), 0)
 
+    def first_settings(self) -> tuple[Any, Any, Any]:
+        """Stride, padding and dilation of the first convolution."""
+        dilation = self.split(self.dilation, 1)[0]
+        return self.split(self.stride, 1)[0], self.paddings()[0], dilation
+
+    def second_settings(self) -> tuple[Any, Any, Any]:
+        """Stride, padding and dilation of the second convolution."""
+        dilation = self.split(self.dilation, 1)[1]
+        return self.split(self.stride, 1)[1], self.paddings()[1], dilation
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The first convolution: ``x`` (B, C, h, w) to (B, r, h', w')."""
+        return F.conv2d(x, self.kernels()[0], None, *self.first_settings())
+
+    def expansion(self) -> Tensor:
+        """Kernel of the second convolution, with ``diag(s)`` in it: (N, r, 1, W) or (N, r, 1, 1).
+
+        ``s`` is folded into the smaller of the two operands: r N W products instead of one per
+        pixel, and no scaled copy of the map to hold.
+        """
+        second = self.kernels()[1] * self.s[:, None, None]
+        # In double precision torch's own CPU kernel refuses this layout backward.
+        return second.contiguous() if second.dtype == torch.float64 else second
+
+    def expand(self, z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        """The second convolution, of ``z`` (B, r, h, w) with the kernel ``second``."""
+        return F.conv2d(z, second, bias, *self.second_settings())
+
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.kernels()
-        (stride1, stride2), (dilation1, dilation2) = (
-            self.split(self.stride, 1),
-            self.split(self.dilation, 1),
-        )
-        padding1, padding2 = self.paddings()
-        # diag(s) is folded into the smaller of the two operands of the second convolution, its
-        # kernel: r N W products instead of one per pixel, and no scaled copy of the map to hold.
-        second = second * self.s[:, None, None]
-        if second.dtype == torch.float64:  # torch's own CPU kernel refuses this layout backward
-            second = second.contiguous()
-        x = F.conv2d(x, first, None, stride1, padding1, dilation1)
-        return F.conv2d(x, second, self.bias, stride2, padding2, dilation2)
+        return self.expand(self.reduce(x), self.expansion(), self.bias)
 
     def merged_weight(self) -> Tensor:
         (H, W), C, N = self.kernel_size, self.in_channels, self.out_channels

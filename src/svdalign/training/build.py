@@ -19,7 +19,7 @@ from .. import data as datasets
 from .. import models, rules
 from ..data import Augment, ImageData, batches
 from ..engine import Learner
-from ..factors import factorize
+from ..factors import factorize, fuse
 from ..rules import Rule
 from .config import JobConfig, RunConfig
 
@@ -100,6 +100,9 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
         )
     if config.rank is not None:
         net = factorize(net, config.rank, config.scheme)
+        # A rule that sends errors back through other weights needs each layer by itself.
+        if config.fuse and not isinstance(rules.get(config.rule), rules.FA):
+            net = fuse(net)
     return net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload,no-any-return]
 
 

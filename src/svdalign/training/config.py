@@ -79,6 +79,9 @@ class ModelConfig:
     retraction: Literal["qr", "polar", "newton-schulz"] | None = option(
         "qr", "what keeps the factors orthonormal after each step; null: nothing but the loss"
     )
+    fuse: bool = option(
+        True, "fuse factored convolutions with the norm, activation and pooling after them"
+    )
     units: int | str = option(
         "block", "what learns on its own: layer, block, stage, or a number of blocks"
     )

@@ -216,4 +216,4 @@ class Trainer:
             self.config.schedule, self.global_step, self.total_steps, self.config.warmup
         )
         for group in self.learner.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)

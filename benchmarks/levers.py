@@ -1,0 +1,461 @@
+"""Changes to the recipe, one at a time, for local learning and, where it makes sense, for BP too.
+
+    python benchmarks/levers.py --data-dir FOLDER [--out benchmarks/results/levers.json]
+
+SmallConv on CIFAR-10 at 16 x 16: 10,000 training images, accuracy on 10,000 others held out of the
+training set, so that settings can be chosen by it. Every lever is built on what the library offers
+anyone, a rule's subclass, an optimizer, a hook; what turned out to help became part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdalign.data import ImageData
+from svdalign.engine import Learner
+from svdalign.experiments.methods import method_config
+from svdalign.factors import FactoredLayer
+from svdalign.factors.stiefel import qr_retract, tangent_project
+from svdalign.feedback import Feedback, StructuredFeedback
+from svdalign.losses import similarity_matrix
+from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
+from svdalign.rules.base import task_loss
+from svdalign.training.build import (
+    build_model,
+    example_batch,
+    load_data,
+    make_rule,
+    prepare_machine,
+)
+from svdalign.training.config import JobConfig, RunConfig
+from svdalign.training.record import provenance
+from svdalign.training.trainer import Trainer
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One change. ``changes``: to the run's config. ``rule``: makes another rule of the run's own.
+    ``weights``: changes the model before it is trained. ``groups``: splits the parameters (model's
+    factors ``U``/``V``, ``s``, and others) into groups with settings of their own, ``lr_scale``
+    among them. ``prepare``: is given the learner before its first step."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rule: Callable[[Rule], Rule] = lambda rule: rule
+    weights: Callable[[nn.Module], None] = lambda model: None
+    groups: Callable[[nn.Parameter, str], dict[str, Any]] = lambda p, kind: {}
+    prepare: Callable[[Learner, RunConfig, ImageData], None] = lambda learner, config, data: None
+    bp: bool = False
+
+
+# --- groups of parameters -----------------------------------------------------------------------
+
+
+def kinds(model: nn.Module, parameters: list[nn.Parameter]) -> dict[nn.Parameter, str]:
+    """What each parameter is: "factor" (U or V of a layer), "s", "other", "feedback"."""
+    found = dict.fromkeys(parameters, "feedback") | dict.fromkeys(model.parameters(), "other")
+    for module in model.modules():
+        if isinstance(module, FactoredLayer):
+            found |= {module.U: "factor", module.V: "factor", module.s: "s"}
+    return found
+
+
+def scaled(**scales: float) -> Callable[[nn.Parameter, str], dict[str, Any]]:
+    return lambda p, kind: {"lr_scale": scales.get(kind, 1.0)}
+
+
+def by_angle(reference: float, power: float = 0.5) -> Callable[[nn.Parameter, str], dict[str, Any]]:
+    """A step of Adam turns a column of m entries by lr sqrt(m): as much for any m."""
+
+    def group(p: nn.Parameter, kind: str) -> dict[str, Any]:
+        return {"lr_scale": (reference / len(p)) ** power if kind == "factor" else 1.0}
+
+    return group
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def layers(model: nn.Module) -> list[FactoredLayer]:
+    return [m for m in model.modules() if isinstance(m, FactoredLayer)]
+
+
+@torch.no_grad()
+def flat_spectrum(model: nn.Module) -> None:
+    """Random orthonormal factors, all values of ``s`` alike, the norm kept."""
+    for layer in layers(model):
+        norm = layer.s.norm()
+        layer.s.fill_((norm / layer.rank**0.5).item())
+        for X in (layer.U, layer.V):
+            X.copy_(qr_retract(torch.randn_like(X)))
+
+
+@torch.no_grad()
+def decaying_spectrum(model: nn.Module) -> None:
+    for layer in layers(model):
+        s = torch.arange(1, layer.rank + 1, dtype=layer.s.dtype).rsqrt()
+        layer.s.copy_(s * (layer.s.norm() / s.norm()))
+
+
+def tangent_steps(learner: Learner, config: RunConfig, data: ImageData) -> None:
+    """Gradients of U and V projected to the tangent space before the optimizer sees them."""
+    factors = [X for layer in layers(learner.model) for X in (layer.U, layer.V)]
+
+    def project(*_: object) -> None:
+        for X in factors:
+            if X.grad is not None:
+                X.grad = tangent_project(X.detach(), X.grad)
+
+    learner.optimizer.register_step_pre_hook(project)
+
+
+# --- feedback -----------------------------------------------------------------------------------
+
+
+def features_of(learner: Learner, x: Tensor) -> dict[str, Tensor]:
+    """Each unit's output for a batch, as rules see it."""
+    found: dict[str, Tensor] = {}
+
+    def keep(unit: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[unit.name] = unit.layout(output.detach())
+
+        return hook
+
+    handles = [
+        learner.model.get_submodule(unit.exit).register_forward_hook(keep(unit))
+        for unit in learner.units[:-1]
+    ]
+    with torch.no_grad():
+        learner.model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def warm_started(learner: Learner, config: RunConfig, data: ImageData) -> None:
+    """``B`` from the class means of the unit's own features, before the first step."""
+    assert isinstance(learner.rule, SSA)
+    x, y = example_batch(config, data, 1000), data.train.labels[:1000]
+    hot = F.one_hot(y, data.num_classes).float()
+    for name, h in features_of(learner, x).items():
+        unit = next(u for u in learner.units if u.name == name)
+        feedback = learner.feedback_of(unit)
+        assert isinstance(feedback, StructuredFeedback)
+        p = learner.teaching_unit(unit).pool(h, learner.rule.grid)
+        means = (p - p.mean(0)).mT @ (hot / hot.sum(0))
+        U, s, Vt = torch.linalg.svd(means - means.mean(1, keepdim=True), full_matrices=False)
+        k = feedback.s.numel()
+        feedback.U.copy_(U[:, :k])
+        feedback.V.copy_(Vt[:k].mT)
+        feedback.s.copy_(s[:k] / s[0])
+
+
+class FollowingJacobian:
+    """``B`` follows the Jacobian of the logits: every few steps, one forward-mode product with a
+    random direction at one unit's output, and a step of least squares towards it."""
+
+    def __init__(self, every: int = 2, rate: float = 0.5) -> None:
+        self.every, self.rate = every, rate
+
+    def __call__(self, learner: Learner, config: RunConfig, data: ImageData) -> None:
+        step, generator = learner.step, torch.Generator().manual_seed(config.seed)
+
+        def stepped(x: Tensor, y: Tensor) -> Any:
+            if learner.steps % self.every == 0:
+                turn = (learner.steps // self.every) % (len(learner.units) - 1)
+                self.follow(learner, learner.units[turn], x[:32], generator)
+            return step(x, y)
+
+        learner.step = stepped  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def follow(self, learner: Learner, unit: Any, x: Tensor, generator: torch.Generator) -> None:
+        feedback, view = learner.feedback_of(unit), learner.teaching_unit(unit)
+        assert isinstance(feedback, StructuredFeedback)
+        assert isinstance(learner.rule, SSA)
+        model, grid = learner.model, learner.rule.grid
+        training = model.training
+        model.eval()
+        with torch.autograd.forward_ad.dual_level():
+            direction: list[Tensor] = []
+
+            def perturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                direction.append(torch.randn(output.shape, generator=generator))
+                return torch.autograd.forward_ad.make_dual(output, direction[0])
+
+            handle = model.get_submodule(unit.exit).register_forward_hook(perturb)
+            z = model(x)
+            handle.remove()
+            Jv = torch.autograd.forward_ad.unpack_dual(z).tangent
+        model.train(training)
+        assert Jv is not None
+        Pv = view.pool(unit.layout(direction[0]), grid)
+        B = feedback.project(torch.eye(feedback.V.shape[0])).mT  # (d, C)
+        error = Jv - Pv @ B
+        B = B + self.rate * Pv.mT @ error / Pv.square().sum()
+        U, s, Vt = torch.linalg.svd(B, full_matrices=False)
+        k = feedback.s.numel()
+        for X, value in ((feedback.U, U[:, :k]), (feedback.s, s[:k]), (feedback.V, Vt[:k].mT)):
+            X.copy_(value)
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def changed(cls: type[SSA]) -> Callable[[Rule], Rule]:
+    """The run's rule as one of ``cls``, with the same settings."""
+
+    def make(rule: Rule) -> Rule:
+        return cls(**{f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)})
+
+    return make
+
+
+class _UnitGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / grad.norm().clamp_min(1e-12)
+
+
+class NormalisedSSA(SSA):
+    """Every unit's own teaching signal has norm 1."""
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        return super().loss(unit, feedback, _UnitGradient.apply(h), teaching)  # type: ignore[no-untyped-call]
+
+
+class PooledSimilaritySSA(SSA):
+    """Similarity of the pooled map in place of its channels' deviations."""
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        pooled = unit.pool(h, self.grid)
+        loss = task_loss(self.error, feedback, pooled, teaching)
+        wanted = similarity_matrix(teaching.target_matrix().to(pooled.dtype))
+        return loss + self.alpha * F.mse_loss(similarity_matrix(pooled), wanted)
+
+
+class MixedErrorSSA(SSA):
+    """Half the output's error, half the unit's own."""
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        assert isinstance(feedback, Feedback)
+        own = task_loss("local", feedback, unit.pool(h, self.grid), teaching)
+        return super().loss(unit, feedback, h, teaching) + own
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.weight, None
+
+
+class GrowingSSA(SSA):
+    """A unit's loss counts ``gain`` times as much as that of the unit before, so that within a
+    horizon of 1 a unit listens to its successor ``gain`` times as much as to itself."""
+
+    gain = 2.0
+    order: ClassVar[dict[str, int]] = {}
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        before_the_output = len(self.order) - self.order[unit.name]
+        loss = super().loss(unit, feedback, h, teaching)
+        return _Weighted.apply(loss, self.gain**-before_the_output)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def growing(gain: float) -> dict[str, Any]:
+    cls = type(f"GrowingSSA{gain:g}", (GrowingSSA,), {"gain": gain})
+
+    def note(learner: Learner, config: RunConfig, data: ImageData) -> None:
+        cls.order = {unit.name: i for i, unit in enumerate(learner.units[:-1])}
+
+    return {"rule": changed(cls), "prepare": note}
+
+
+class _Auxiliary(Feedback):
+    """A readout through a hidden layer of its own: the light auxiliary path."""
+
+    def __init__(self, inner: Feedback, d: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        self.A = nn.Parameter(torch.randn(d, hidden, generator=generator) * (2 / d) ** 0.5)
+
+    def readout(self, p: Tensor) -> Tensor:
+        return self.inner.readout(torch.relu(p @ self.A))
+
+
+class AuxiliarySSA(SSA):
+    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+        inner = StructuredFeedback(
+            128, unit.classes, rank=self.rank, learn=True, generator=generator
+        )
+        return _Auxiliary(inner, unit.pooled_size(self.grid), 128, generator)
+
+
+LEVERS: dict[str, Lever] = {
+    "as it is": Lever(bp=True),
+    # weights and their steps
+    "U, V at half the rate": Lever(groups=scaled(factor=0.5), bp=True),
+    "U, V at twice the rate": Lever(groups=scaled(factor=2.0), bp=True),
+    "s at 4 times the rate": Lever(groups=scaled(s=4.0), bp=True),
+    "s at a quarter of the rate": Lever(groups=scaled(s=0.25), bp=True),
+    "feedback at 4 times the rate": Lever(groups=scaled(feedback=4.0)),
+    "feedback at a quarter of the rate": Lever(groups=scaled(feedback=0.25)),
+    "U, V turned by equal angles": Lever(groups=by_angle(128.0), bp=True),
+    "tangent-space step": Lever(prepare=tangent_steps, bp=True),
+    "polar retraction": Lever({"retraction": "polar"}, bp=True),
+    "decay of the product (of s) 0.05": Lever(
+        {"weight_decay": 0.05},
+        groups=lambda p, kind: {} if kind == "s" else {"weight_decay": 0.0}, bp=True,
+    ),
+    "decay of all factors 0.05": Lever({"weight_decay": 0.05}, bp=True),
+    "orthogonal init, flat spectrum": Lever(weights=flat_spectrum, bp=True),
+    "decaying spectrum": Lever(weights=decaying_spectrum, bp=True),
+    "spatial scheme": Lever({"scheme": "spatial"}, bp=True),
+    "rank 0.8": Lever({"rank": 0.8}, bp=True),
+    "rank 0.8, cut while training": Lever(
+        {"rank": 0.8, "rank_energy": 0.9, "rank_freeze": 5}, bp=True
+    ),
+    "label smoothing 0.1": Lever({"label_smoothing": 0.1}, bp=True),
+    "batches of 64": Lever({"batch_size": 64}, bp=True),
+    "SGD with momentum, 0.05": Lever({"optimizer": "sgd", "lr": 0.05}, bp=True),
+    # feedback and losses
+    "horizon 0": Lever({"horizon": 0}),
+    "horizon 2": Lever({"horizon": 2}),
+    "units of two blocks": Lever({"units": 2}),
+    "no alignment": Lever({"options": {"alpha": 0.0}}),
+    "alignment 1": Lever({"options": {"alpha": 1.0}}),
+    "alignment 16": Lever({"options": {"alpha": 16.0}}),
+    "similarity of pooled maps": Lever(rule=changed(PooledSimilaritySSA)),
+    "normalised teaching signals": Lever(rule=changed(NormalisedSSA)),
+    "B from class means": Lever(prepare=warm_started),
+    "auxiliary hidden layer": Lever(rule=changed(AuxiliarySSA)),
+    "successor counts twice": Lever(**growing(2.0)),
+    "successor counts 4 times": Lever(**growing(4.0)),
+    "successor counts 4 times, horizon 2": Lever({"horizon": 2}, **growing(4.0)),
+    "successor counts 16 times": Lever(**growing(16.0)),
+    "output error, learned B": Lever({"error": "output"}),
+    "output and local error mixed": Lever({"error": "output"}, rule=changed(MixedErrorSSA)),
+    "output error, fixed B": Lever({"error": "output", "options": {"learn": False}}),
+    "output error, B follows the Jacobian": Lever(
+        {"error": "output", "options": {"learn": False}}, prepare=FollowingJacobian()
+    ),
+}  # fmt: skip
+
+
+def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, lr: float) -> float:
+    config = method_config(method, job, seed=seed, lr=lr)
+    changes = dict(lever.changes)
+    changes["options"] = {**config.options, **changes.get("options", {})}
+    config = dataclasses.replace(config, **changes)
+    model = build_model(config, data)
+    torch.manual_seed(seed)
+    lever.weights(model)
+
+    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        kind = kinds(model, parameters)
+        groups = [{"params": [p], **lever.groups(p, kind[p])} for p in parameters]
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups, config.lr, config.momentum, weight_decay=config.weight_decay
+            )
+        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+
+    def smoothed(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, label_smoothing=config.label_smoothing)
+
+    learner = Learner(
+        model,
+        lever.rule(make_rule(config)),
+        units=config.units,
+        retraction=config.retraction,
+        optimizer=optimizer,
+        example=example_batch(config, data),
+        loss=smoothed if config.label_smoothing else None,
+        seed=seed,
+    )
+    lever.prepare(learner, config, data)
+    trainer = Trainer(config, data, learner)
+    trainer.run()
+    return float(trainer.history[-1]["test_accuracy"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levers.json"))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-2])
+    parser.add_argument("--methods", nargs="+", default=["ssa", "bp"])
+    parser.add_argument("--levers", nargs="+", default=list(LEVERS), help="of these")
+    parser.add_argument("--model", default="smallconv")
+    parser.add_argument("--train", type=int, default=10_000, help="training images")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--rank", type=float, default=0.5)
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--precision", default="fp32")
+    options = parser.parse_args()
+    job = JobConfig(
+        model=options.model,
+        data="cifar10",
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+        train_limit=options.train + 10_000,
+        validation=10_000,
+        augment=["crop", "flip"],
+        rank=options.rank,
+        epochs=options.epochs,
+        precision=options.precision,
+        threads=options.threads,
+    )
+    prepare_machine(job)
+    data = load_data(job)
+    rows: list[dict[str, Any]] = []
+    if options.out.exists():
+        rows = json.loads(options.out.read_text())["rows"]
+    known = {(r["method"], r["lever"], r["lr"]) for r in rows}
+    for lr in options.lr:
+        for method in options.methods:
+            for name in options.levers:
+                lever = LEVERS[name]
+                if (method == "bp" and not lever.bp) or (method, name, lr) in known:
+                    continue
+                found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
+                rows.append({"method": method, "lever": name, "lr": lr, "accuracies": found})
+                print(
+                    f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f} {found}",
+                    flush=True,
+                )
+                content = {"job": dataclasses.asdict(job), "rows": rows, **provenance("cpu")}
+                content["command"] = " ".join(["python", *sys.argv])
+                options.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Which module alone reads which: read off the traced ``forward``, for rewriting models safely."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+__all__ = ["followers", "substitute"]
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaf: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._leaf = leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaf) or super().is_leaf_module(m, module_qualified_name)
+
+
+def followers(
+    model: nn.Module, leaf: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+) -> dict[str, str]:
+    """By path of a module, the path of the one module that reads its output, and nothing else does.
+
+    Both are called once, have no hooks, and share no parameter with another module. ``leaf``:
+    modules to take as one beside those of ``torch.nn``. Raises an exception of any kind where the
+    model cannot be traced (control flow that depends on the data).
+    """
+    graph = _Tracer(leaf).trace(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module")
+    uses = Counter(id(p) for m in set(modules.values()) for p in m.parameters(recurse=False))
+    # Modules whose weights the forward reads by itself.
+    read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    alone = {
+        name
+        for name, module in modules.items()
+        if calls[id(module)] == 1
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
+        and name not in read
+    }
+    found = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        if alone.issuperset((str(source.target), str(node.target))):
+            found[str(source.target)] = str(node.target)
+    return found
+
+
+def substitute(
+    model: nn.Module,
+    replaced: Mapping[nn.Module, nn.Module],
+    leaf: type[nn.Module] | tuple[type[nn.Module], ...] = (),
+) -> bool:
+    """Put the values of ``replaced`` where its keys stand, in place; whether ``forward`` can still
+    be traced. If not, it reaches a replaced module by another way than its name, and all is put
+    back."""
+    _replace(model, replaced)
+    try:
+        _Tracer(leaf).trace(model)
+    except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
+        _replace(model, {new: old for old, new in replaced.items()})
+        return False
+    return True
+
+
+def _replace(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replaced:
+            model.set_submodule(name, replaced[module])

@@ -1,0 +1,370 @@
+"""A factored convolution fused with the batch norm, activation and pooling that follow it.
+
+In the channel scheme a convolution ends in ``y = W z + b``, ``z`` (B, r, h, w) a map of only ``r``
+channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
+
+- The batch statistics that a norm takes of ``y`` are those of ``z`` seen through ``W``: mean
+  ``W mean(z) + b``, variance ``diag(W cov(z) W^T)``. The norm becomes a change of ``W`` and ``b``,
+  and the map that it would read, of ``N`` channels, need not exist.
+- What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it runs for some
+  samples at a time and once more in the backward pass. Only ``z`` is held.
+
+A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..chains import followers, substitute
+from .layers import SVDConv2d
+
+__all__ = ["FusedConv2d", "fuse"]
+
+#: What treats every sample by itself, draws no random numbers and keeps no state.
+PER_SAMPLE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
+)  # fmt: skip
+
+#: Bytes of the widest map at a time: what a processor's cache holds, what fills a GPU.
+CHUNK = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which factored convolutions take in what alone follows them.
+
+    That is a batch norm (in the channel scheme), then activations, pooling and group norms, as far
+    as they are modules of these types that the traced ``forward`` calls once; an ``nn.Identity`` is
+    left in the place of each. The function is kept to rounding, training and evaluation alike, and
+    a training step holds less: see the text of the module. Parameters keep their values; those of
+    a norm that was taken in go by the name of its convolution: ``CONV.tail.0.weight``.
+
+    To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
+    like ``model``. Raises ValueError for a model whose ``forward`` cannot be traced (control flow
+    that depends on the data).
+    """
+    model = copy.deepcopy(model)
+    leaf = (SVDConv2d,)
+    try:
+        follows = followers(model, leaf)
+    except Exception as error:  # tracing runs the user's own code on stand-ins
+        raise ValueError(
+            f"model cannot be fused, as its forward cannot be traced: {error}"
+        ) from error
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path in follows:
+        layer = model.get_submodule(path)
+        if type(layer) is not SVDConv2d:
+            continue
+        tail: list[nn.Module] = []
+        for module in _chain(model, follows, path):
+            norm = type(module) is nn.BatchNorm2d and not tail and layer.scheme == "channel"
+            if not (norm or type(module) in PER_SAMPLE) or getattr(module, "return_indices", False):
+                break
+            tail.append(module)
+        if tail:
+            replaced |= {layer: FusedConv2d(layer, tail)}
+            replaced |= {module: nn.Identity() for module in tail}
+    substitute(model, replaced, leaf)
+    return model
+
+
+def _chain(model: nn.Module, follows: dict[str, str], path: str) -> Iterator[nn.Module]:
+    while path in follows:
+        path = follows[path]
+        yield model.get_submodule(path)
+
+
+class FusedConv2d(SVDConv2d):
+    """``layer``, a factored convolution, and ``tail``, the modules that follow it.
+
+    Takes over the parameters of ``layer``. In evaluation it is nothing but ``layer`` and then
+    ``tail``; see the text of the module for training. Input (B, C, h, w).
+    """
+
+    def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
+        super().__init__(
+            layer.U, layer.s, layer.V, layer.bias, like=cast(Any, layer), scheme=layer.scheme
+        )
+        for name in ("U", "s", "V", "bias"):  # the very objects: frozen ones stay frozen
+            self.register_parameter(name, layer._parameters[name])
+        self.tail = nn.Sequential(*tail)
+        self.training = layer.training  # and what is in the tail keeps its own mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return cast(Tensor, self.tail(super().forward(x)))
+        z, second, tail = self.reduce(x), self.expansion(), list(self.tail)
+        bias: Tensor | None = self.bias
+        if isinstance(norm := tail[0], nn.BatchNorm2d):
+            kernel, bias = _norm(norm, z, second[:, :, 0, 0], bias)
+            second, tail = kernel[:, :, None, None], tail[1:]
+        kinds = [type(module) for module in tail]
+        if not kinds:
+            return self.expand(z, second, bias)
+        if kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
+            pool = tail[1] if len(tail) > 1 else None
+            return cast(Tensor, _Rectified.apply(self, pool, z, second, bias))  # type: ignore[no-untyped-call]
+        rest = nn.Sequential(*tail)
+        weights = (second, bias, *rest.parameters())
+        return cast(Tensor, _Recomputed.apply(self, rest, z, *weights))  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, fused"
+
+
+# --- batch norm as a change of weights ----------------------------------------------------------
+
+
+def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight (N, r) and bias (N,) whose ``W z + b`` is ``norm`` of that of ``W`` and ``bias``.
+
+    Takes notice of the batch in the running statistics as ``norm`` would.
+    """
+    shift = W.new_zeros(len(W)) if bias is None else bias
+    if norm.training or norm.running_mean is None:
+        count = z.numel() // z.shape[1]
+        if count <= 1:
+            raise ValueError(
+                "batch norm needs more than one value per channel in training, "
+                f"got a map of shape {tuple(z.shape)}"
+            )
+        with torch.autocast(z.device.type, enabled=False):  # variances do not bear rounding
+            mean_z, cov_z = _Moments.apply(z)  # type: ignore[no-untyped-call]
+            centre = W.to(mean_z.dtype) @ mean_z
+            variance = ((W.to(mean_z.dtype) @ cov_z) * W).sum(1).clamp_min(0.0)
+        if norm.training and norm.running_mean is not None:
+            _take_notice(norm, (centre + shift).detach(), variance.detach(), count)
+        offset = centre + 0.0 * shift  # a bias before a norm has no effect, but a gradient: zero
+    else:
+        assert norm.running_var is not None
+        offset, variance = norm.running_mean - shift, norm.running_var
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    start = 0.0 if norm.bias is None else norm.bias
+    return W * scale[:, None], start - scale * offset
+
+
+@torch.no_grad()
+def _take_notice(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+    share: float | Tensor = (
+        1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    )
+    norm.running_mean += share * (mean - norm.running_mean)
+    norm.running_var += share * (variance * (count / (count - 1)) - norm.running_var)
+
+
+class _Moments(torch.autograd.Function):
+    """Mean (r,) and covariance (r, r), dividing by their number, of the positions of ``z``
+    (B, r, h, w); at least in single precision. Holds ``z`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        rows = _rows(z)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        mean = rows.mean(0)
+        centred = rows - mean  # before the products: differences of large squares would lose digits
+        ctx.save_for_backward(z, mean)
+        return mean, (centred.mT @ centred) / len(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor, d_cov: Tensor) -> Tensor:
+        z, mean = ctx.saved_tensors
+        rows = _rows(z)
+        slope = (d_cov + d_cov.mT) / len(rows)
+        start = d_mean / len(rows) - mean @ slope
+        dz = torch.addmm(start.to(z.dtype), rows, slope.to(z.dtype))
+        B, _, h, w = z.shape
+        return dz.reshape(B, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _rows(z: Tensor) -> Tensor:
+    """The positions of a map, (B h w, r): a view of one that is held channels last."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+
+
+# --- some samples at a time ---------------------------------------------------------------------
+
+
+class _Rectified(torch.autograd.Function):
+    """Second convolution, ReLU and, if ``pool`` is given, max pooling. Holds ``z``, the output and
+    the places of the maxima: what is needed to go backward without computing anything again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: FusedConv2d,
+        pool: nn.MaxPool2d | None,
+        z: Tensor,
+        second: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        # Places fit into two bytes on maps of up to 181 x 181.
+        places, short = [], z.shape[2] * z.shape[3] < 1 << 15
+
+        def run(part: Tensor) -> Tensor:
+            y = layer.expand(part, second, bias).relu_()
+            ctx.shape = y.shape[1:]
+            if pool is None:
+                return y
+            y, place = F.max_pool2d(y, **_settings(pool), return_indices=True)
+            places.append(place.to(torch.int16 if short else torch.int32))
+            return y
+
+        out = _by_parts(run, z, len(second))
+        ctx.layer, ctx.pool, ctx.bias = layer, pool, bias is not None
+        ctx.save_for_backward(z, second, out, *places)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, second, out, *places = ctx.saved_tensors
+        second, pool = second.to(z.dtype), ctx.pool
+        (stride, padding, dilation), size = ctx.layer.second_settings(), _samples(z, len(second))
+        wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
+        dz = torch.empty_like(z) if wanted[0] else None
+        sums: list[Tensor | None] = [None, None]
+        for i in range(0, len(z), size):
+            part = slice(i, i + size)
+            g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
+            if pool is not None:
+                like = _empty((len(g), *ctx.shape), like=g)
+                g = torch.ops.aten.max_pool2d_with_indices_backward(
+                    g, like, *map(_pair, _settings(pool).values()), places[i // size].long()
+                )
+            d_part, *found = torch.ops.aten.convolution_backward(
+                g, z[part], second, [len(second)], stride, padding, dilation, False, [0, 0], 1,
+                wanted,
+            )  # fmt: skip
+            if dz is not None:
+                dz[part] = d_part
+            sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
+        return None, None, dz, *sums
+
+
+class _Recomputed(torch.autograd.Function):
+    """Second convolution and any ``tail``. Holds ``z`` and the weights, and computes the rest again
+    in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: FusedConv2d,
+        tail: nn.Sequential,
+        z: Tensor,
+        second: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        device = z.device.type
+        ctx.layer, ctx.tail, ctx.bias = layer, tail, bias is not None
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+            "cache_enabled": False,
+        }
+        ctx.save_for_backward(z, second, *(() if bias is None else (bias,)))
+        return _by_parts(lambda part: tail(layer.expand(part, second, bias)), z, len(second))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, *weights = (t.detach() for t in ctx.saved_tensors)
+        if not ctx.bias:
+            weights.append(None)
+        weights += ctx.tail.parameters()
+        wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
+        inputs = [
+            w.requires_grad_() if w.is_leaf else w
+            for w, want in zip(weights, wanted, strict=True)
+            if want
+        ]
+        needs_z, size = ctx.needs_input_grad[2], _samples(z, len(weights[0]))
+        dz = torch.empty_like(z) if needs_z else None
+        sums: list[Tensor | None] = [None] * len(inputs)
+        for i in range(0, len(z), size):
+            part = z[i : i + size].requires_grad_(needs_z)
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                out = ctx.tail(ctx.layer.expand(part, *weights[:2]))
+            found = list(torch.autograd.grad(out, [part] * needs_z + inputs, grad[i : i + size]))
+            if dz is not None:
+                dz[i : i + size] = found.pop(0)
+            sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
+        given = iter(sums)
+        return None, None, dz, *(next(given) if want else None for want in wanted)
+
+
+def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
+    """Which weights' gradients this backward pass is for: none of them where it only carries a
+    signal upstream."""
+    kernel = ctx.next_functions[1][0]  # where that of the second convolution comes from
+    leaf = kernel is None or hasattr(kernel, "variable")
+    if not leaf and not torch._C._will_engine_execute_node(kernel):
+        return [False] * len(needed)
+    return list(needed)
+
+
+def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tensor:
+    """``run`` of some samples of ``z`` at a time, in one tensor."""
+    size, out = _samples(z, channels), None
+    for i in range(0, len(z), size):
+        part = run(z[i : i + size])
+        if len(part) == len(z):
+            return part
+        if out is None:
+            out = _empty((len(z), *part.shape[1:]), like=part)
+        out[i : i + size] = part
+    assert out is not None
+    return out
+
+
+def _samples(z: Tensor, channels: int) -> int:
+    """How many samples at a time."""
+    bytes_each = z[0].numel() // z.shape[1] * channels * z.element_size()
+    return max(1, CHUNK.get(z.device.type, CHUNK["cuda"]) // bytes_each)
+
+
+def _empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
+    """Of ``like``'s kind and memory format."""
+    last = like.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
+
+
+def _settings(pool: nn.MaxPool2d) -> dict[str, Any]:
+    return {
+        "kernel_size": pool.kernel_size,
+        "stride": pool.stride,
+        "padding": pool.padding,
+        "dilation": pool.dilation,
+        "ceil_mode": pool.ceil_mode,
+    }
+
+
+def _pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sums of parts, in at least single precision."""
+    if b is None:
+        return a
+    b = b if b.dtype == torch.float64 else b.float()
+    return b if a is None else a.add_(b)

@@ -1,0 +1,304 @@
+"""Fused convolutions compute what the convolution and the modules after it compute, and hold less.
+
+The oracle is the dense convolution of the merged weight followed by torch's own modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.oracles.saved import peak_saved_bytes
+from torch import Tensor, nn
+
+import svdalign as sva
+from svdalign import models
+from svdalign.factors import FusedConv2d, SVDConv2d
+from svdalign.factors.fuse import CHUNK
+from svdalign.metrics import LiveTensors
+
+TAILS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "norm": lambda n: [nn.BatchNorm2d(n)],
+    "norm, relu": lambda n: [nn.BatchNorm2d(n), nn.ReLU()],
+    "norm, relu in place, pool": lambda n: [
+        nn.BatchNorm2d(n), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    ],
+    "overlapping pool": lambda n: [nn.BatchNorm2d(n), nn.ReLU(), nn.MaxPool2d(3, 2, 1)],
+    "relu": lambda n: [nn.ReLU()],
+    "gelu, mean": lambda n: [nn.GELU(), nn.AvgPool2d(2)],
+    "norm, silu, group norm": lambda n: [nn.BatchNorm2d(n), nn.SiLU(), nn.GroupNorm(2, n)],
+    "prelu": lambda n: [nn.BatchNorm2d(n), nn.PReLU(n)],
+    "plain norm": lambda n: [nn.BatchNorm2d(n, affine=False, momentum=None), nn.ReLU()],
+    "norm of the batch alone": lambda n: [nn.BatchNorm2d(n, track_running_stats=False), nn.ReLU()],
+}  # fmt: skip
+
+
+def chain(
+    tail: str, scheme: str, *, bias: bool = True, stride: int = 1, rank: int = 3
+) -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride, 1, bias=bias), *TAILS[tail](6), nn.Conv2d(6, 3, 1)
+    )
+    model = sva.factorize(net.double(), {"0": rank}, scheme)
+    for module in model.modules():  # not the neutral values that norms start with
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def same(found: Tensor | None, wanted: Tensor | None) -> None:
+    assert (found is None) == (wanted is None)
+    if found is not None:
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+@settings(deadline=None, max_examples=8)
+@given(
+    size=st.integers(4, 9),
+    batch=st.integers(2, 5),
+    stride=st.integers(1, 2),
+    bias=st.booleans(),
+    rank=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_output_gradients_and_statistics_are_those_of_the_chain(
+    tail, channels_last, size, batch, stride, bias, rank, seed
+) -> None:
+    torch.manual_seed(seed)
+    net = chain(tail, "channel", bias=bias, stride=stride, rank=rank)
+    model = sva.fuse(net)
+    assert isinstance(model[0], FusedConv2d)
+    x = torch.randn(batch, 2, size, size, dtype=torch.float64)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    out, wanted = model(xs[0]), net(xs[1])
+    same(out, wanted)
+    g = torch.randn_like(wanted)
+    out.backward(g)
+    wanted.backward(g)
+    same(xs[0].grad, xs[1].grad)
+    tails = len(net) - 2
+
+    def place(name: str) -> str:
+        index, _, rest = name.partition(".")
+        return f"0.tail.{int(index) - 1}.{rest}" if 0 < int(index) <= tails else name
+
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    assert len(parameters) == len(dict(net.named_parameters()))
+    for name, parameter in net.named_parameters():
+        same(parameters[place(name)].grad, parameter.grad)
+    for name, buffer in net.named_buffers():
+        same(buffers[place(name)], buffer)
+    model.eval()
+    net.eval()
+    same(model(x), net(x))
+    with torch.no_grad():
+        model.train()
+        net.train()
+        same(model(x), net(x))
+
+
+def test_the_norms_statistics_are_those_of_the_dense_convolutions_output() -> None:
+    torch.manual_seed(0)
+    net = chain("norm", "channel")
+    fused = sva.fuse(net)[0]
+    x = 3 + torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    y = F.conv2d(x, net[0].merged_weight(), net[0].bias, padding=1)
+    norm = copy.deepcopy(fused.tail[0])
+    same(fused(x), norm(y))
+    same(fused.tail[0].running_mean, 0.1 * y.mean((0, 2, 3)))
+    same(fused.tail[0].running_var, 0.9 + 0.1 * y.var((0, 2, 3)))
+
+
+def test_statistics_bear_a_mean_far_from_zero() -> None:
+    torch.manual_seed(0)
+    net = chain("norm", "channel", bias=False).float()
+    model = sva.fuse(net)
+    x = 100 + torch.randn(8, 2, 16, 16)
+    torch.testing.assert_close(model(x), net(x), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("tail", ["norm, relu", "norm, relu in place, pool", "gelu, mean"])
+@pytest.mark.parametrize("size", [1, 500, 10**9])
+def test_parts_of_any_size_give_the_same(tail: str, size: int, monkeypatch) -> None:
+    torch.manual_seed(0)
+    net = chain(tail, "channel")
+    monkeypatch.setitem(CHUNK, "cpu", size)
+    model = sva.fuse(net)
+    x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    for m in (model, net):
+        m(x).square().sum().backward()
+    same(model[0].U.grad, net[0].U.grad)
+    same(model[0].V.grad, net[0].V.grad)
+
+
+@pytest.mark.parametrize("tail", ["relu", "gelu, mean"])
+def test_spatial_factors_fuse_without_a_norm(tail: str) -> None:
+    net = chain(tail, "spatial")
+    model = sva.fuse(net)
+    assert isinstance(model[0], FusedConv2d)
+    x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    same(model(x), net(x))
+
+
+def test_what_cannot_be_exact_stays_as_it_is() -> None:
+    spatial = sva.fuse(chain("norm, relu", "spatial"))
+    assert type(spatial[0]) is SVDConv2d
+    dropout = sva.factorize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(), nn.Conv2d(8, 8, 3)), 2)
+    assert not any(isinstance(m, FusedConv2d) for m in sva.fuse(dropout).modules())
+    read_twice = sva.fuse(ReadTwice())
+    assert not any(isinstance(m, FusedConv2d) for m in read_twice.modules())
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = SVDConv2d.from_dense(nn.Conv2d(2, 4, 3, padding=1), 2, "channel")
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return self.relu(h) + h
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = SVDConv2d.from_dense(nn.Conv2d(2, 4, 3, padding=1), 2, "channel")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def test_a_forward_that_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be traced"):
+        sva.fuse(Branching())
+
+
+def test_a_single_value_per_channel_is_refused_like_torchs_norm() -> None:
+    model = sva.fuse(chain("norm", "channel"))
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        model(torch.randn(1, 2, 1, 1, dtype=torch.float64))
+
+
+def test_frozen_statistics_are_used_while_training() -> None:
+    net = chain("norm, relu", "channel")
+    net[1].running_mean.normal_()
+    net[1].eval()
+    model = sva.fuse(net)
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    before = model[0].tail[0].running_mean.clone()
+    same(model(x), net(x))
+    same(model[0].tail[0].running_mean, before)
+
+
+@pytest.mark.parametrize("frozen", [("U", "s"), ("V",), ("U", "s", "V", "bias")])
+def test_frozen_factors_get_no_gradient_and_the_others_the_same(frozen: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    net = chain("norm, relu in place, pool", "channel")
+    for name in frozen:
+        getattr(net[0], name).requires_grad_(False)
+    model = sva.fuse(net)
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    for m in (model, net):
+        m(x).square().sum().backward()
+    for name in ("U", "s", "V", "bias"):
+        same(getattr(model[0], name).grad, getattr(net[0], name).grad)
+
+
+@pytest.mark.parametrize(
+    "tail", ["norm, relu", "norm, relu in place, pool", "norm, silu, group norm"]
+)
+def test_gradients_for_the_input_alone_are_the_same(tail: str) -> None:
+    """What the engine carries upstream, before weights get their gradients."""
+    torch.manual_seed(0)
+    net = chain(tail, "channel")
+    found = []
+    for m in (sva.fuse(net), net):
+        torch.manual_seed(1)
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+        z = m(x)
+        g = torch.randn_like(z)
+        (alone,) = torch.autograd.grad(z, x, g, retain_graph=True)
+        torch.autograd.backward(z, g, inputs=[m[0].U, m[0].s, m[0].V])
+        found.append((alone, m[0].U.grad, m[0].s.grad, m[0].V.grad))
+    for a, b in zip(*found, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("tail", ["norm, relu in place, pool", "norm, silu, group norm"])
+def test_runs_under_autocast(tail: str) -> None:
+    torch.manual_seed(0)
+    net = chain(tail, "channel").float()
+    model = sva.fuse(net)
+    x = torch.randn(8, 2, 8, 8)
+    grads = []
+    for m in (model, net):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = m(x).float().square().mean()
+        loss.backward()
+        grads.append(m[0].V.grad)
+    assert grads[0].dtype == torch.float32
+    assert F.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["smallconv", "vgg8", "resnet20"])
+@pytest.mark.parametrize("rule", ["ssa", "ssa-local", "dfa", "bp"])
+def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
+    torch.manual_seed(0)
+    net = models.build(name, num_classes=3, image_size=8, width=0.2).double()
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3
+    plain = sva.factorize(net, 0.5, "channel")
+    reports = []
+    for model in (plain, sva.fuse(plain)):
+        learner = sva.Learner(
+            model, rule, example=x, optimizer=lambda p: torch.optim.SGD(p, 0.1), units="block"
+        )
+        reports.append([float(learner.step(x, y).loss) for _ in range(3)])
+    assert reports[0] == pytest.approx(reports[1], rel=1e-8)
+
+
+def test_ranks_shrink_and_compact_leaves_plain_modules() -> None:
+    torch.manual_seed(0)
+    net = models.build("smallconv", num_classes=3, image_size=8, width=0.5)
+    model = sva.fuse(sva.factorize(net, 0.5, "channel"))
+    x = torch.randn(6, 3, 8, 8)
+    model(x)  # statistics
+    sva.reduce_rank(model, rank=0.25)
+    small = sva.compact(model)
+    assert not any(type(m).__module__.startswith("svdalign") for m in small.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+    model.eval()
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_holds_the_reduced_map_in_place_of_the_full_ones() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 4, 1),
+    )  # fmt: skip
+    model = sva.factorize(net, {"0": 8}, "channel")
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(32, 3, 64, 64).to(memory_format=torch.channels_last)
+    full = 32 * 64 * 64 * 64 * 4  # bytes of one map of 64 channels
+    fused = sva.fuse(model)
+    held = peak_saved_bytes(lambda: fused(x))
+    # z, 8 channels of 64; the pooled output; places of its maxima, two bytes each; x; kernels.
+    assert held < full * (8 / 64 + 1 / 4 + 1 / 8) + x.nbytes + 20_000
+    assert peak_saved_bytes(lambda: model(x)) > 2 * full
+
+    def peak(m: nn.Module) -> int:
+        with LiveTensors([x, *m.parameters()]) as live:
+            m(x).sum().backward()
+        return live.peak
+
+    assert peak(fused) < 0.35 * peak(model)
