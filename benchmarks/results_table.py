@@ -231,7 +231,7 @@ def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 row["variant"],
-                accuracy({**row, "accuracy_std": spread}),
+                accuracy({"accuracy": statistics.mean(found), "accuracy_std": spread}),
                 number(row["points_under_fixed"], "{:.1f}"),
                 number(row["worst_dip_points"], "{:.1f}"),
                 f"{row['parameters']:.0%}",

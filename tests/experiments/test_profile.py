@@ -13,6 +13,7 @@ from svdalign.experiments.report import break_even_table, profile_table
 
 TINY: dict[str, Any] = {
     "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,
+    "fuse": False,
 }  # fmt: skip
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 
@@ -45,6 +46,20 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "peak (MiB)" in page
+
+
+def test_fused_convolutions_hold_less_and_the_estimate_knows(tmp_path: Path) -> None:
+    methods = ["bp-dense", "bp", "ssa"]
+    rows = {}
+    for fuse in (False, True):
+        size = {"width": 0.25, "batch_size": 64, "fuse": fuse}
+        config = ProfileConfig(**{**TINY, **size}, methods=methods)
+        rows[fuse] = Profile(config, tmp_path / str(fuse)).run()["methods"]
+    for plain, fused in zip(rows[False][1:], rows[True][1:], strict=True):
+        assert fused["memory"]["activations"] < 0.8 * plain["memory"]["activations"]
+        estimate = fused["estimated_memory"]["peak"]
+        assert estimate == pytest.approx(fused["memory"]["peak"], rel=0.05)
+    assert rows[True][0]["memory"] == rows[False][0]["memory"]
 
 
 def test_an_estimate_runs_nothing(tmp_path: Path) -> None:

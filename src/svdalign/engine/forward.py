@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["first_tensor", "forward", "outside_autocast", "preserved"]
+__all__ = ["first_tensor", "forward", "preserved"]
 
 
 def forward(model: nn.Module, x: Any) -> Tensor:
@@ -59,14 +59,3 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer  # the model may have put another one there
             # Autocast caches low-precision copies of weights; those made without grad stay without.
             torch.clear_autocast_cache()
-
-
-@contextlib.contextmanager
-def outside_autocast() -> Iterator[None]:
-    """Full precision inside: gradients take the dtypes of the forward pass by themselves, and
-    arithmetic on weights must not be rounded because the caller's loop runs under autocast."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

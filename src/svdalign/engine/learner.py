@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rules
+from ..autocast import outside_autocast
 from ..factors import FactoredLayer
 from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Teaching, TeachingUnit
-from .forward import forward, outside_autocast, preserved
+from .forward import forward, preserved
 from .streaming import stream
 from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .forward import first_tensor, forward, outside_autocast
+from ..autocast import outside_autocast
+from .forward import first_tensor, forward
 from .units import Plan, Unit
 
 __all__ = ["Retire", "Teach", "stream"]

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..autocast import outside_autocast, present_autocast
 from ..chains import followers, substitute
 from .layers import SVDConv2d
 
@@ -138,7 +139,7 @@ def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tu
                 "batch norm needs more than one value per channel in training, "
                 f"got a map of shape {tuple(z.shape)}"
             )
-        with torch.autocast(z.device.type, enabled=False):  # variances do not bear rounding
+        with outside_autocast():  # variances do not bear rounding
             mean_z, cov_z = _Moments.apply(z)  # type: ignore[no-untyped-call]
             centre = W.to(mean_z.dtype) @ mean_z
             variance = ((W.to(mean_z.dtype) @ cov_z) * W).sum(1).clamp_min(0.0)
@@ -272,14 +273,8 @@ class _Recomputed(torch.autograd.Function):
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        device = z.device.type
         ctx.layer, ctx.tail, ctx.bias = layer, tail, bias is not None
-        ctx.autocast = {
-            "device_type": device,
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
-            "cache_enabled": False,
-        }
+        ctx.autocast = present_autocast()
         ctx.save_for_backward(z, second, *(() if bias is None else (bias,)))
         return _by_parts(lambda part: tail(layer.expand(part, second, bias)), z, len(second))
 
@@ -301,7 +296,7 @@ class _Recomputed(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(inputs)
         for i in range(0, len(z), size):
             part = z[i : i + size].requires_grad_(needs_z)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            with torch.enable_grad(), ctx.autocast():
                 out = ctx.tail(ctx.layer.expand(part, *weights[:2]))
             found = list(torch.autograd.grad(out, [part] * needs_z + inputs, grad[i : i + size]))
             if dz is not None:

@@ -1,0 +1,37 @@
+"""Autocast around arithmetic of our own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+__all__ = ["outside_autocast", "present_autocast"]
+
+_DEVICES = ("cpu", "cuda")
+
+
+@contextlib.contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Full precision inside: gradients take the dtypes of the forward pass by themselves, and
+    arithmetic on weights must not be rounded because the caller's loop runs under autocast."""
+    with contextlib.ExitStack() as stack:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def present_autocast() -> Callable[[], AbstractContextManager[object]]:
+    """What makes the autocast of this moment hold again, in a backward pass later on."""
+    dtypes = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
+
+    def again() -> AbstractContextManager[object]:
+        stack = contextlib.ExitStack()
+        for device, dtype in dtypes.items():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        return stack
+
+    return again
