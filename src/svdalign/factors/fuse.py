@@ -36,8 +36,10 @@ PER_SAMPLE = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
 )  # fmt: skip
 
-#: Bytes of the widest map at a time: what a processor's cache holds, what fills a GPU.
-CHUNK = {"cpu": 2 << 20, "cuda": 64 << 20}
+#: Bytes of the widest map at a time, by device: what a processor's cache holds (estimates, on the
+#: meta device, are of one), and elsewhere what keeps it busy.
+CHUNK = {"cpu": 2 << 20, "meta": 2 << 20}
+ELSEWHERE = 64 << 20
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -333,7 +335,7 @@ def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tens
 def _samples(z: Tensor, channels: int) -> int:
     """How many samples at a time."""
     bytes_each = z[0].numel() // z.shape[1] * channels * z.element_size()
-    return max(1, CHUNK.get(z.device.type, CHUNK["cuda"]) // bytes_each)
+    return max(1, CHUNK.get(z.device.type, ELSEWHERE) // bytes_each)
 
 
 def _empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
