@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.oracles.saved import peak_saved_bytes
+from tests.zoo.nets import NETS
 from torch import Tensor, nn
 
 import svdalign as sva
@@ -302,3 +303,22 @@ def test_a_step_holds_the_reduced_map_in_place_of_the_full_ones() -> None:
         return live.peak
 
     assert peak(fused) < 0.35 * peak(model)
+
+
+CONVOLUTIONAL = [name for name in NETS if "resnet" in name or name in ("vgg", "mobilenet-v2")]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_any_architecture_keeps_its_function_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    plain = sva.factorize(NETS[name](), 0.3, "channel").double()
+    fused = sva.fuse(plain)
+    assert any(isinstance(m, FusedConv2d) for m in fused.modules())
+    x = torch.randn(4, 1, 16, 16, dtype=torch.float64)
+    norms = []
+    for m in (plain, fused):
+        torch.manual_seed(1)  # of dropout
+        m(x).square().mean().backward()
+        norms.append(sorted(float(p.grad.norm()) for p in m.parameters()))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-8, abs=1e-12)
+    same(fused.eval()(x), plain.eval()(x))
