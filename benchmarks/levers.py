@@ -315,6 +315,9 @@ class AuxiliarySSA(SSA):
         return _Auxiliary(inner, unit.pooled_size(self.grid), 128, generator)
 
 
+#: Three cuts, an epoch apart, each as far as it may go.
+SHRINKING = {"rank": 0.8, "rank_energy": 0.5, "rank_ratio": 0.72, "rank_min": 0.31}
+
 LEVERS: dict[str, Lever] = {
     "as it is": Lever(bp=True),
     # weights and their steps
@@ -339,6 +342,8 @@ LEVERS: dict[str, Lever] = {
     "rank 0.8, cut while training": Lever(
         {"rank": 0.8, "rank_energy": 0.9, "rank_freeze": 5}, bp=True
     ),
+    "rank 0.8, cut to 0.31 early": Lever({**SHRINKING, "rank_warmup": 1}, bp=True),
+    "rank 0.8, cut to 0.31": Lever({**SHRINKING, "rank_warmup": 3}, bp=True),
     "label smoothing 0.1": Lever({"label_smoothing": 0.1}, bp=True),
     "batches of 64": Lever({"batch_size": 64}, bp=True),
     "SGD with momentum, 0.05": Lever({"optimizer": "sgd", "lr": 0.05}, bp=True),

@@ -24,7 +24,7 @@ from svdalign.training.record import Record, provenance
 from svdalign.training.run import train
 from svdalign.training.trainer import Trainer
 
-RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "bp-dense": Method("BP, dense", "bp", factored=False, lr=5e-3),
+    "bp-dense": Method("BP, dense", "bp", factored=False, lr=1e-2),
     "bp": Method("BP, factored", "bp", lr=1e-2),
     "fa": Method("FA", "fa", lr=5e-3),
     "dfa-dense": Method("DFA, dense", "dfa", factored=False, lr=5e-3, options={"grid": 2}),
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "ssa-paper": Method("SSA, as published", "ssa-paper", lr=5e-3),
     "ssa-output": Method("SSA, output error", "ssa", lr=2e-2, options={"error": "output"}),
     "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=2e-2),
-    "ssa": Method("SSA, horizon 1", "ssa", lr=2e-2),
+    "ssa": Method("SSA, horizon 1", "ssa", lr=1e-2),
     "ssa-2": Method("SSA, horizon 2", "ssa", lr=1e-2, options={"horizon": 2}),
     "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False, lr=2e-2),
 }
