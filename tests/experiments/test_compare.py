@@ -152,13 +152,18 @@ def test_interrupted_before_anything_is_measured(tmp_path: Path) -> None:
 
 def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
     def run(seed: int, status: str, accuracy: float | None) -> dict[str, Any]:
-        return {"method": "bp", "seed": seed, "status": status, "accuracy": accuracy}
+        sizes = {"parameters": 100 + seed, "macs": 1000}  # ranks were cut
+        return {"method": "bp", "seed": seed, "status": status, "accuracy": accuracy, **sizes}
 
     whole, part = run(0, "finished", 0.8), run(1, "interrupted", 0.2)
-    (row,) = summarise(["bp"], [whole, part], {})
+    costs = {"bp": {"parameters": 200, "macs": 2000, "step_seconds": 1.0}}
+    (row,) = summarise(["bp"], [whole, part], costs)
     assert (row["accuracy"], row["accuracy_std"], row["runs"]) == (0.8, None, 1)
-    (row,) = summarise(["bp"], [part], {})
-    assert (row["accuracy"], row["complete"]) == (0.2, False)
+    assert (row["parameters"], row["macs"], row["step_seconds"]) == (100, 1000, 1.0)
+    (row,) = summarise(["bp"], [part], costs)
+    assert (row["accuracy"], row["complete"], row["parameters"]) == (0.2, False, 200)
+    (row,) = summarise(["bp"], [whole, run(2, "finished", 0.6)], costs)
+    assert row["parameters"] == 101
 
 
 @pytest.mark.parametrize(

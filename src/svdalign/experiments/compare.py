@@ -167,17 +167,30 @@ class Comparison:
         return content
 
 
-_RUN_KEYS = ("seed", "status", "accuracy", "history", "unfinished_epoch", "config", "wall_seconds")
+_RUN_KEYS = (
+    *("seed", "status", "accuracy", "history", "unfinished_epoch", "config", "wall_seconds"),
+    *("parameters", "macs"),
+)  #: what is kept of a run
 
 
 def summarise(
     names: list[str], runs: list[dict[str, Any]], costs: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """A row a method: accuracy over its complete runs (mean, and standard deviation of the sample
-    from two on), or of an interrupted one so far where there is no complete one, and its costs."""
+    from two on), or of an interrupted one so far where there is no complete one, and its costs.
+
+    Parameters and MACs are those that training ends with, where a run has ended: ranks may have
+    been cut; what a step costs is that of the first.
+    """
     rows = []
     for name in names:
         mine = [run for run in runs if run["method"] == name]
+        ended = [run for run in mine if run["status"] != "interrupted"]
+        sizes = {
+            key: round(statistics.mean(run[key] for run in ended))
+            for key in ("parameters", "macs")
+            if ended
+        }
         whole = [run["accuracy"] for run in mine if run["status"] != "interrupted"]
         part = [run["accuracy"] for run in mine if run["status"] == "interrupted"]
         accuracies = [a for a in (whole or part) if a is not None]
@@ -190,6 +203,7 @@ def summarise(
                 "accuracy": statistics.mean(accuracies) if accuracies else None,
                 "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
                 **costs.get(name, {}),
+                **sizes,
             }
         )
     return rows
