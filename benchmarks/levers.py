@@ -452,7 +452,8 @@ def main() -> None:
                 if (method == "bp" and not lever.bp) or (method, name, lr) in known:
                     continue
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
-                rows.append({"method": method, "lever": name, "lr": lr, "accuracies": found})
+                row = {"method": method, "lever": name, "lr": lr, "accuracies": found}
+                rows.append({**row, "git": provenance("cpu")["git"]})
                 print(
                     f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f} {found}",
                     flush=True,

@@ -206,8 +206,8 @@ def whole(results: Results) -> str:
     return (
         f"{markdown(headings, rows)}\n\n"
         "Images of 32 × 32 pixels, 6 epochs, 3 seeds, learning rates as tuned on a part of "
-        "CIFAR-10 with SmallConv. Parameters: at the end of training, × BP dense. Peak memory: of a "
-        f"training step, measured, × BP dense. Made by\n{'; '.join(made)}."
+        "CIFAR-10 with SmallConv. Parameters: at the end of training, × BP dense. Peak memory: of "
+        f"a training step, measured, × BP dense. Made by\n{'; '.join(made)}."
     )
 
 

@@ -36,10 +36,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tune"), help="folder of the runs")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--model", default="smallconv", help="another network, to see what moves")
+    parser.add_argument("--data", default="cifar10", help="another data set, likewise")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()
     job = JobConfig(
-        data="cifar10",
+        model=options.model,
+        data=options.data,
         data_dir=options.data_dir,
         image_size=16,
         train_limit=20_000,
