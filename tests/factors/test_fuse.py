@@ -191,6 +191,11 @@ def test_a_single_value_per_channel_is_refused_like_torchs_norm() -> None:
         model(torch.randn(1, 2, 1, 1, dtype=torch.float64))
 
 
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    model = sva.fuse(chain("relu", "channel"))
+    assert model[0](torch.empty(0, 2, 6, 6, dtype=torch.float64)).shape == (0, 6, 6, 6)
+
+
 def test_frozen_statistics_are_used_while_training() -> None:
     net = chain("norm, relu", "channel")
     net[1].running_mean.normal_()

@@ -41,7 +41,7 @@ METHODS: dict[str, Method] = {
     "drtp": Method("DRTP", "drtp", lr=5e-3),
     "ssa-paper": Method("SSA, as published", "ssa-paper", lr=5e-3),
     "ssa-output": Method("SSA, output error", "ssa", lr=2e-2, options={"error": "output"}),
-    "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=2e-2),
+    "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
     "ssa": Method("SSA, horizon 1", "ssa", lr=1e-2),
     "ssa-2": Method("SSA, horizon 2", "ssa", lr=1e-2, options={"horizon": 2}),
     "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False, lr=2e-2),

@@ -230,7 +230,7 @@ class _Rectified(torch.autograd.Function):
             return y
 
         out = _by_parts(run, z, len(second))
-        ctx.layer, ctx.pool, ctx.bias = layer, pool, bias is not None
+        ctx.layer, ctx.pool = layer, pool
         ctx.save_for_backward(z, second, out, *places)
         return out
 
@@ -288,11 +288,7 @@ class _Recomputed(torch.autograd.Function):
             weights.append(None)
         weights += ctx.tail.parameters()
         wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
-        inputs = [
-            w.requires_grad_() if w.is_leaf else w
-            for w, want in zip(weights, wanted, strict=True)
-            if want
-        ]
+        inputs = [w.requires_grad_() for w, want in zip(weights, wanted, strict=True) if want]
         needs_z, size = ctx.needs_input_grad[2], _samples(z, len(weights[0]))
         dz = torch.empty_like(z) if needs_z else None
         sums: list[Tensor | None] = [None] * len(inputs)
@@ -321,7 +317,7 @@ def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
 def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tensor:
     """``run`` of some samples of ``z`` at a time, in one tensor."""
     size, out = _samples(z, channels), None
-    for i in range(0, len(z), size):
+    for i in range(0, max(1, len(z)), size):
         part = run(z[i : i + size])
         if len(part) == len(z):
             return part
@@ -334,7 +330,7 @@ def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tens
 
 def _samples(z: Tensor, channels: int) -> int:
     """How many samples at a time."""
-    bytes_each = z[0].numel() // z.shape[1] * channels * z.element_size()
+    bytes_each = z.shape[2] * z.shape[3] * channels * z.element_size()
     return max(1, CHUNK.get(z.device.type, ELSEWHERE) // bytes_each)
 
 

@@ -215,5 +215,5 @@ class Trainer:
         rate = self.config.lr * learning_rate_factor(
             self.config.schedule, self.global_step, self.total_steps, self.config.warmup
         )
-        for group in self.learner.optimizer.param_groups:
+        for group in self.learner.optimizer.param_groups:  # one may have a rate of its own
             group["lr"] = rate * group.get("lr_scale", 1.0)
