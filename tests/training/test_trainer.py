@@ -85,6 +85,14 @@ def test_steps_have_one_size_and_the_scheduled_rate(stripes: ImageData) -> None:
         assert rate == 1e-2 * learning_rate_factor("one-cycle", step, 8, 0.2)
 
 
+def test_a_group_of_parameters_can_have_a_share_of_the_rate(stripes: ImageData) -> None:
+    trainer = make(stripes)
+    trainer.learner.optimizer.param_groups[0]["lr_scale"] = 0.25
+    trainer.step(*next(trainer.batches()))
+    rate = trainer.learner.optimizer.param_groups[0]["lr"]
+    assert rate == 0.25 * 1e-2 * learning_rate_factor("one-cycle", 0, 8, 0.2)
+
+
 def test_a_split_smaller_than_a_batch_is_one_step(stripes: ImageData) -> None:
     trainer = make(stripes, batch_size=100)
     assert [len(y) for _, y in trainer.batches()] == [70]
