@@ -15,6 +15,7 @@ A training step so holds ``r`` channels of full resolution where it held ``2 N``
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -40,6 +41,8 @@ PER_SAMPLE = (
 #: meta device, are of one), and elsewhere what keeps it busy.
 CHUNK = {"cpu": 2 << 20, "meta": 2 << 20}
 ELSEWHERE = 64 << 20
+
+PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -331,7 +334,8 @@ def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tens
 def _samples(z: Tensor, channels: int) -> int:
     """How many samples at a time."""
     bytes_each = z.shape[2] * z.shape[3] * channels * z.element_size()
-    return max(1, CHUNK.get(z.device.type, ELSEWHERE) // bytes_each)
+    fitting = CHUNK.get(z.device.type, ELSEWHERE) // max(1, bytes_each)
+    return max(1, fitting, math.ceil(len(z) / PARTS))
 
 
 def _empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
