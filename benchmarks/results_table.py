@@ -172,9 +172,9 @@ def peers(results: Results) -> str:
 
 JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
-    "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
+    "vgg8": "VGG-8, half as wide, 10,000 images of CIFAR-10",
     "mlp": "MLP, CIFAR-10",
-    "cifar100": "SmallConv, CIFAR-100",
+    "cifar100": "SmallConv, CIFAR-100 at 16×16",
 }  #: files whole_NAME.json and profile_whole_NAME.json
 
 
@@ -205,9 +205,10 @@ def whole(results: Results) -> str:
         made += [made_by(content), made_by(profile)]
     return (
         f"{markdown(headings, rows)}\n\n"
-        "Images of 32 × 32 pixels, 6 epochs, 3 seeds, learning rates as tuned on a part of "
-        "CIFAR-10 with SmallConv. Parameters: at the end of training, × BP dense. Peak memory: of "
-        f"a training step, measured, × BP dense. Made by\n{'; '.join(made)}."
+        "Whole training sets of 32 × 32 pixels unless it says otherwise, 6 epochs, 3 seeds, "
+        "learning rates as tuned on a part of CIFAR-10 with SmallConv. Parameters: at the end of "
+        "training, × BP dense. Peak memory: of a training step, measured, × BP dense. Made by"
+        f"\n{'; '.join(made)}."
     )
 
 
