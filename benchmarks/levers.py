@@ -328,6 +328,7 @@ LEVERS: dict[str, Lever] = {
     "feedback at 4 times the rate": Lever(groups=scaled(feedback=4.0)),
     "feedback at a quarter of the rate": Lever(groups=scaled(feedback=0.25)),
     "U, V turned by equal angles": Lever(groups=by_angle(128.0), bp=True),
+    "U, V turned by equal angles, a quarter": Lever(groups=by_angle(8.0), bp=True),
     "tangent-space step": Lever(prepare=tangent_steps, bp=True),
     "polar retraction": Lever({"retraction": "polar"}, bp=True),
     "decay of the product (of s) 0.05": Lever(
@@ -420,6 +421,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["ssa", "bp"])
     parser.add_argument("--levers", nargs="+", default=list(LEVERS), help="of these")
     parser.add_argument("--model", default="smallconv")
+    parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--train", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rank", type=float, default=0.5)
@@ -428,6 +430,7 @@ def main() -> None:
     options = parser.parse_args()
     job = JobConfig(
         model=options.model,
+        width=options.width,
         data="cifar10",
         data_dir=options.data_dir,
         image_size=options.image_size,
