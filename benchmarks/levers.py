@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -456,13 +457,13 @@ def main() -> None:
                     continue
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
                 row = {"method": method, "lever": name, "lr": lr, "accuracies": found}
-                rows.append({**row, "git": provenance("cpu")["git"]})
+                made = provenance("cpu") | {"command": shlex.join(["python", *sys.argv])}
+                rows.append({**row, "command": made["command"], "git": made["git"]})
                 print(
                     f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f} {found}",
                     flush=True,
                 )
-                content = {"job": dataclasses.asdict(job), "rows": rows, **provenance("cpu")}
-                content["command"] = " ".join(["python", *sys.argv])
+                content = {"job": dataclasses.asdict(job), "rows": rows, **made}
                 options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 

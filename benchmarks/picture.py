@@ -65,7 +65,7 @@ def memory(axes: Axes) -> None:
     for i, (x, y, label) in enumerate(sorted(points)):  # names by turns above and below
         axes.plot(x, y, "o", color=colour(label))
         axes.annotate(label, (x, y), (6, -11 if i % 2 else 5), textcoords="offset points")
-    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %", xlim=(0, 65))
+    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %", xlim=(0, 55))
     axes.margins(y=0.15)
 
 

@@ -5,7 +5,7 @@
 
 A table stands between ``<!-- table:NAME begin -->`` and ``<!-- table:NAME end -->``: one of
 ``TABLES``, or that of the file NAME.json: a profile, an experiment of ``svdalign reproduce``, or
-what ``benchmarks/rank_reduction.py`` measured.
+what ``benchmarks/rank_reduction.py`` or ``benchmarks/levers.py`` measured.
 What is not measured yet is left out.
 """
 
@@ -212,28 +212,34 @@ def whole(results: Results) -> str:
     )
 
 
-def levers(results: Results) -> str:
-    """Changes to the recipe one at a time."""
-    content = results["levers"]
-    found = {(r["method"], r["lever"], r["lr"]): r["accuracies"] for r in content["rows"]}
+def levers(content: Mapping[str, Any]) -> str:
+    """Changes to the recipe one at a time, at one learning rate."""
+    rate, job = 0.01, content["job"]
+    found = {(r["method"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
+    methods = {"ssa": "SSA, horizon 1", "bp": "BP, factored", "bp-dense": "BP, dense"}
+    methods = {key: label for key, label in methods.items() if (key, "as it is") in found}
 
     def cell(method: str, lever: str) -> str:
-        values = found.get((method, lever, 0.01))
-        start = statistics.mean(found[method, "as it is", 0.01])
-        return "" if values is None else f"{100 * (statistics.mean(values) - start):+.1f}"
+        if (method, lever) not in found:
+            return "–"
+        reached, start = (
+            100 * statistics.mean(found[method, name]["accuracies"]) for name in (lever, "as it is")
+        )
+        return f"{reached:.1f}" if lever == "as it is" else f"{reached - start:+.1f}"
 
-    names = dict.fromkeys(lever for _, lever, _ in found)
-    rows = [[name, cell("ssa", name), cell("bp", name) or "–"] for name in names]
-    at = [
-        f"{label} {100 * statistics.mean(found[method, 'as it is', 0.01]):.1f}"
-        for method, label in (("ssa", "SSA"), ("bp", "BP, factored,"))
-    ]
+    names = dict.fromkeys(lever for _, lever in found)
+    rows = [[name, *(cell(method, name) for method in methods)] for name in names]
+    seeds = {len(row["accuracies"]) for row in found.values()}
+    made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
+    machine = content["machine"]
     return (
-        f"{markdown(['lever', 'SSA, horizon 1', 'BP, factored'], rows)}\n\n"
-        f"Points of accuracy on 10,000 held-out training images against the recipe as it is ("
-        f"{', '.join(at)}), SmallConv at rank {content['job']['rank']:g} on 10,000 images of "
-        f"CIFAR-10 at 16×16, {content['job']['epochs']} epochs, two seeds; a difference of half a "
-        f"point is within their noise. Made by {made_by(content)}."
+        f"{markdown(['lever', *methods.values()], rows)}\n\n"
+        f"Accuracy in % on {job['validation']:,} held-out training images, and points more or less "
+        f"than that: {job['model']} at rank {job['rank']:g} on "
+        f"{job['train_limit'] - job['validation']:,} images of CIFAR-10 at {job['image_size']}×"
+        f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
+        f"{min(seeds)} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
+        f"{machine['cpu']}, {machine['threads']} thread(s)."
     )
 
 
@@ -243,7 +249,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "break_even": break_even,
     "peers": peers,
     "whole": whole,
-    "levers": levers,
 }
 
 
@@ -256,14 +261,17 @@ def of_file(content: Mapping[str, Any]) -> str:
         so_far = "" if content["status"] == "finished" else " Not all runs are done."
         lead = f"**{content['title']}.** {content['shows']}{so_far}"
         return f"{lead}\n\n{markdown(*experiment_table(content))}\n\nMade by {made_by(content)}."
+    if "lever" in content.get("rows", [{}])[0]:
+        return levers(content)
     if "marks" in content:
         return f"{markdown(*rank_cuts(content))}\n\nMade by {made_by(content)}."
     config = content["config"]
     how = "worked out" if config["estimate"] else "measured"
+    fused = "fused convolutions, " if config.get("fuse") else ""
     return (
         f"{config['model']}, batch {config['batch_size']} of {config['image_size']} × "
         f"{config['image_size']} pixels, {config['optimizer']}, rank {config['rank']:.3g}, "
-        f"{config['scheme']} scheme, {how}; memory in MiB.\n\n"
+        f"{config['scheme']} scheme, {fused}{how}; memory in MiB.\n\n"
         f"{markdown(*profile(content['methods']))}\n\nMade by {made_by(content)}."
     )
 

@@ -1,7 +1,9 @@
 """The methods that can be compared, with the hyperparameters that each was tuned to.
 
-Every method got the same search of its learning rate (``benchmarks/tune.py``), DFA one of its
-raster besides. What is not named here is the same for all.
+Every method got the same search of its learning rate, DFA one of its raster besides; the six that
+stand for the rest (``bp-dense``, ``bp``, ``dfa``, ``ssa-local``, ``ssa``, ``ssa-2``) got a second
+one on more held-out images (``benchmarks/tune.py``), which settles them. What is not named here is
+the same for all.
 """
 
 from __future__ import annotations
