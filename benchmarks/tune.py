@@ -38,13 +38,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--model", default="smallconv", help="another network, to see what moves")
     parser.add_argument("--data", default="cifar10", help="another data set, likewise")
+    parser.add_argument("--image-size", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     options = parser.parse_args()
     job = JobConfig(
         model=options.model,
         data=options.data,
         data_dir=options.data_dir,
-        image_size=16,
+        image_size=options.image_size,
         train_limit=20_000,
         validation=10_000,
         augment=["crop", "flip"],
@@ -55,7 +57,7 @@ def main() -> None:
     data = load_data(job)
     found: dict[str, dict[str, float]] = {}
     for name in options.methods:
-        for rate in RATES:
+        for rate in options.rates:
             reached = []
             for seed in range(options.seeds):
                 config = method_config(name, job, seed=seed, lr=rate)

@@ -150,6 +150,12 @@ def test_interrupted_before_anything_is_measured(tmp_path: Path) -> None:
     Console(file=io.StringIO()).print(console_table(results))
 
 
+def test_rates_can_be_given_by_method() -> None:
+    config = CompareConfig(**{**TINY, "rules": ["bp", "ssa"], "lr": {"ssa": 0.25}})
+    assert config.run("ssa", 0).lr == 0.25
+    assert config.run("bp", 0).lr == METHODS["bp"].lr
+
+
 def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
     def run(seed: int, status: str, accuracy: float | None) -> dict[str, Any]:
         sizes = {"parameters": 100 + seed, "macs": 1000}  # ranks were cut
@@ -176,6 +182,8 @@ def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, "each once"),
         ({"seeds": [-1]}, "seed must be at least 0"),
         ({"lr": -1.0}, "lr must be a positive number"),
+        ({"lr": {"bpp": 0.1}}, "lr names bpp, but rules are"),
+        ({"lr": {"ssa": -0.1}}, "lr must be a positive number"),
         ({"epochs": -2}, "epochs must be at least 1"),
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"data": "imagenet"}, "unknown data set 'imagenet'"),

@@ -29,7 +29,9 @@ class CompareConfig(JobConfig):
 
     rules: list[str] = option(DEFAULT, f"methods to compare, of {', '.join(METHODS)}")
     seeds: int | list[int] = option(1, "how many seeds, or which: 3 is the same as [0, 1, 2]")
-    lr: float | None = option(None, "one peak learning rate for all, in place of each's tuned one")
+    lr: float | dict[str, float] | None = option(
+        None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,13 +39,22 @@ class CompareConfig(JobConfig):
             values = getattr(self, name)
             if values in ([], 0) or (isinstance(values, list) and len(set(values)) < len(values)):
                 raise ValueError(f"{name} must be at least one, each once, got {values}")
+        if isinstance(self.lr, dict) and (unknown := sorted(set(self.lr) - set(self.rules))):
+            raise ValueError(
+                f"lr names {', '.join(unknown)}, but rules are {', '.join(self.rules)}"
+            )
         list(self.runs())  # names every mistake in a method's own settings
 
     def runs(self) -> Iterator[tuple[str, RunConfig]]:
         """(method, config of its run), seed by seed, so that every method has its first early."""
         for seed in self.seeds if isinstance(self.seeds, list) else range(self.seeds):
             for name in self.rules:
-                yield name, method_config(name, self, seed=seed, lr=self.lr)
+                yield name, self.run(name, seed)
+
+    def run(self, name: str, seed: int) -> RunConfig:
+        """The run of method ``name``."""
+        lr = self.lr.get(name) if isinstance(self.lr, dict) else self.lr
+        return method_config(name, self, seed=seed, lr=lr)
 
 
 class Comparison:
@@ -66,7 +77,7 @@ class Comparison:
             self._open(Path(folder), overwrite)
         self.data = load_data(config)
         for name in config.rules:
-            build_learner(method_config(name, config, seed=0, lr=config.lr), self.data)
+            build_learner(config.run(name, 0), self.data)
         if folder is None:
             self._open(new_folder("runs", "compare"), overwrite)
 
@@ -89,7 +100,7 @@ class Comparison:
         if stored.get("costs_of") == self._costs_of:
             self._costs = stored["costs"]
             return
-        reference = method_config("bp-dense", self.config, seed=0, lr=self.config.lr)
+        reference = self.config.run("bp-dense", 0)
         self._costs = costs.measure(configs, self.data, reference=reference)
 
     def run(
