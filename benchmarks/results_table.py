@@ -207,8 +207,8 @@ def whole(results: Results) -> str:
         f"{markdown(headings, rows)}\n\n"
         "Whole training sets of 32 × 32 pixels unless it says otherwise, 6 epochs, 3 seeds, "
         "learning rates as tuned on a part of CIFAR-10 with SmallConv, the MLP's with an MLP. "
-        "Parameters: at the end of training, × BP dense. Peak memory: of a training step, measured, × BP dense. Made by"
-        f"\n{'; '.join(made)}."
+        "Parameters: at the end of training, × BP dense. Peak memory: of a training step, "
+        f"measured, × BP dense. Made by\n{'; '.join(made)}."
     )
 
 

@@ -36,7 +36,8 @@ example."""
 class _Segment:
     """A unit in the window: its outputs, the leaves handed on for them, and the signals so far.
 
-    They are not summed: autograd does it in place where it can, in the unit's own backward pass.
+    Of a unit that is about to retire they are not summed: autograd does it in place where it can,
+    in the unit's own backward pass.
     """
 
     def __init__(
@@ -49,6 +50,10 @@ class _Segment:
         for received, signal in zip(self.signals, signals, strict=True):
             if signal is not None:
                 received.append(signal)
+
+    def settle(self) -> None:
+        """Sum what has arrived so far."""
+        self.signals = [[sum(s[1:], s[0])] if len(s) > 1 else s for s in self.signals]
 
 
 class _Stream:
@@ -111,6 +116,8 @@ class _Stream:
         self.receive(segment, feature)
         if len(self.window) > self.horizon:
             self.pop()
+        for waiting in self.window:
+            waiting.settle()
         self.active = True
 
     def receive(self, segment: _Segment, feature: int) -> None:
