@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import svdalign as sva
 from svdalign import models
 from svdalign.metrics import parameter_count, pretending, step_macs
 
@@ -191,3 +192,10 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     arguments: dict[str, object] = {"name": "smallconv", "num_classes": 10} | change
     with pytest.raises(ValueError, match=message):
         models.build(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", models.available())
+def test_every_network_can_be_fused(name: str) -> None:
+    with torch.device("meta"):
+        net = models.build(name, num_classes=10, image_size=32, width=0.25)
+    sva.fuse(net)  # raises where the forward cannot be traced

@@ -62,7 +62,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.patches(x).flatten(2).mT
-        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1) + self.positions
+        h = torch.cat([self.token.expand(h.shape[0], -1, -1), h], 1) + self.positions
         logits: Tensor = self.classifier(self.norm(self.blocks(h))[:, 0])
         return logits
 
