@@ -44,8 +44,6 @@ from svdalign.training.config import JobConfig, RunConfig
 from svdalign.training.record import provenance
 from svdalign.training.trainer import Trainer
 
-Groups = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Lever:
@@ -78,11 +76,11 @@ def scaled(**scales: float) -> Callable[[nn.Parameter, str], dict[str, Any]]:
     return lambda p, kind: {"lr_scale": scales.get(kind, 1.0)}
 
 
-def by_angle(reference: float, power: float = 0.5) -> Callable[[nn.Parameter, str], dict[str, Any]]:
+def by_angle(reference: float) -> Callable[[nn.Parameter, str], dict[str, Any]]:
     """A step of Adam turns a column of m entries by lr sqrt(m): as much for any m."""
 
     def group(p: nn.Parameter, kind: str) -> dict[str, Any]:
-        return {"lr_scale": (reference / len(p)) ** power if kind == "factor" else 1.0}
+        return {"lr_scale": (reference / len(p)) ** 0.5 if kind == "factor" else 1.0}
 
     return group
 

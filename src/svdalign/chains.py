@@ -56,17 +56,14 @@ def substitute(
     model: nn.Module,
     replaced: Mapping[nn.Module, nn.Module],
     leaf: type[nn.Module] | tuple[type[nn.Module], ...] = (),
-) -> bool:
-    """Put the values of ``replaced`` where its keys stand, in place; whether ``forward`` can still
-    be traced. If not, it reaches a replaced module by another way than its name, and all is put
-    back."""
+) -> None:
+    """Put the values of ``replaced`` where its keys stand, in place. If ``forward`` can then not be
+    traced any more, it reaches a replaced module by another way than its name: all is put back."""
     _replace(model, replaced)
     try:
         _Tracer(leaf).trace(model)
     except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
         _replace(model, {new: old for old, new in replaced.items()})
-        return False
-    return True
 
 
 def _replace(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:

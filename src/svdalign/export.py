@@ -73,15 +73,9 @@ def _plain_layer(layer: FactoredLayer) -> nn.Module:
     if pair >= weight.numel():
         padding = cast(str | tuple[int, int], layer.padding)
         return _conv(weight, bias, layer.stride, padding, layer.dilation)
-    (stride1, stride2), (dilation1, dilation2) = (
-        layer.split(layer.stride, 1),
-        layer.split(layer.dilation, 1),
-    )
-    padding1, padding2 = layer.paddings()
-    scaled = (second * layer.s[:, None, None]).detach()
     return nn.Sequential(
-        _conv(first.detach(), None, stride1, padding1, dilation1),
-        _conv(scaled, bias, stride2, padding2, dilation2),
+        _conv(first.detach(), None, *layer.first_settings()),
+        _conv(layer.expansion().detach(), bias, *layer.second_settings()),
     )
 
 

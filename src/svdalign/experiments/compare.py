@@ -202,7 +202,7 @@ def summarise(
             for key in ("parameters", "macs")
             if ended
         }
-        whole = [run["accuracy"] for run in mine if run["status"] != "interrupted"]
+        whole = [run["accuracy"] for run in ended]
         part = [run["accuracy"] for run in mine if run["status"] == "interrupted"]
         accuracies = [a for a in (whole or part) if a is not None]
         rows.append(

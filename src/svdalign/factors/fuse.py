@@ -7,7 +7,8 @@ channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
   ``W mean(z) + b``, variance ``diag(W cov(z) W^T)``. The norm becomes a change of ``W`` and ``b``,
   and the map that it would read, of ``N`` channels, need not exist.
 - What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it runs for some
-  samples at a time and once more in the backward pass. Only ``z`` is held.
+  samples at a time. Held are ``z`` and, for a ReLU, the output and the places of its maxima; what
+  follows other activations is computed once more in the backward pass.
 
 A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
 """
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _pair
 
 from ..autocast import outside_autocast, present_autocast
 from ..chains import followers, substitute
@@ -222,18 +224,19 @@ class _Rectified(torch.autograd.Function):
     ) -> Tensor:
         # Places fit into two bytes on maps of up to 181 x 181.
         places, short = [], z.shape[2] * z.shape[3] < 1 << 15
+        window = [] if pool is None else _settings(pool)
 
         def run(part: Tensor) -> Tensor:
             y = layer.expand(part, second, bias).relu_()
             ctx.shape = y.shape[1:]
             if pool is None:
                 return y
-            y, place = F.max_pool2d(y, **_settings(pool), return_indices=True)
+            y, place = F.max_pool2d(y, *window, return_indices=True)
             places.append(place.to(torch.int16 if short else torch.int32))
             return y
 
         out = _by_parts(run, z, len(second))
-        ctx.layer, ctx.pool = layer, pool
+        ctx.layer, ctx.window = layer, window
         ctx.save_for_backward(z, second, out, *places)
         return out
 
@@ -241,7 +244,7 @@ class _Rectified(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, second, out, *places = ctx.saved_tensors
-        second, pool = second.to(z.dtype), ctx.pool
+        second, window = second.to(z.dtype), ctx.window
         (stride, padding, dilation), size = ctx.layer.second_settings(), _samples(z, len(second))
         wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
         dz = torch.empty_like(z) if wanted[0] else None
@@ -249,10 +252,10 @@ class _Rectified(torch.autograd.Function):
         for i in range(0, len(z), size):
             part = slice(i, i + size)
             g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
-            if pool is not None:
+            if window:
                 like = _empty((len(g), *ctx.shape), like=g)
                 g = torch.ops.aten.max_pool2d_with_indices_backward(
-                    g, like, *map(_pair, _settings(pool).values()), places[i // size].long()
+                    g, like, *window, places[i // size].long()
                 )
             d_part, *found = torch.ops.aten.convolution_backward(
                 g, z[part], second, [len(second)], stride, padding, dilation, False, [0, 0], 1,
@@ -278,27 +281,26 @@ class _Recomputed(torch.autograd.Function):
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.layer, ctx.tail, ctx.bias = layer, tail, bias is not None
+        ctx.layer, ctx.tail = layer, tail
         ctx.autocast = present_autocast()
-        ctx.save_for_backward(z, second, *(() if bias is None else (bias,)))
+        ctx.save_for_backward(z, second, bias)
         return _by_parts(lambda part: tail(layer.expand(part, second, bias)), z, len(second))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, *weights = (t.detach() for t in ctx.saved_tensors)
-        if not ctx.bias:
-            weights.append(None)
-        weights += ctx.tail.parameters()
+        z, second, bias = ctx.saved_tensors
+        z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
+        weights = (second, bias, *ctx.tail.parameters())
         wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
         inputs = [w.requires_grad_() for w, want in zip(weights, wanted, strict=True) if want]
-        needs_z, size = ctx.needs_input_grad[2], _samples(z, len(weights[0]))
+        needs_z, size = ctx.needs_input_grad[2], _samples(z, len(second))
         dz = torch.empty_like(z) if needs_z else None
         sums: list[Tensor | None] = [None] * len(inputs)
         for i in range(0, len(z), size):
             part = z[i : i + size].requires_grad_(needs_z)
             with torch.enable_grad(), ctx.autocast():
-                out = ctx.tail(ctx.layer.expand(part, *weights[:2]))
+                out = ctx.tail(ctx.layer.expand(part, second, bias))
             found = list(torch.autograd.grad(out, [part] * needs_z + inputs, grad[i : i + size]))
             if dz is not None:
                 dz[i : i + size] = found.pop(0)
@@ -345,18 +347,10 @@ def _empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
 
 
-def _settings(pool: nn.MaxPool2d) -> dict[str, Any]:
-    return {
-        "kernel_size": pool.kernel_size,
-        "stride": pool.stride,
-        "padding": pool.padding,
-        "dilation": pool.dilation,
-        "ceil_mode": pool.ceil_mode,
-    }
-
-
-def _pair(value: Any) -> Any:
-    return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+def _settings(pool: nn.MaxPool2d) -> list[Any]:
+    """Kernel size, stride, padding, dilation, by axis, and ceil mode."""
+    by_axis = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return [*map(_pair, by_axis), pool.ceil_mode]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
