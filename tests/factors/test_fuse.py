@@ -273,6 +273,16 @@ def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
     assert reports[0] == pytest.approx(reports[1], rel=1e-8)
 
 
+@pytest.mark.parametrize("rule", ["fa", "sign-symmetric"])
+def test_rules_that_need_each_layer_by_itself_refuse_fused_ones(rule: str) -> None:
+    model = sva.fuse(chain("norm, relu", "channel"))
+    with pytest.raises(ValueError, match=f"rule '{rule}' .* leave svdalign.fuse out"):
+        sva.Learner(
+            model, rule, example=torch.randn(2, 2, 6, 6, dtype=torch.float64),
+            optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        )  # fmt: skip
+
+
 def test_ranks_shrink_and_compact_leaves_plain_modules() -> None:
     torch.manual_seed(0)
     net = models.build("smallconv", num_classes=3, image_size=8, width=0.5)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factors import FactoredLayer
+from ..factors import FactoredLayer, FusedConv2d
 from ..factors.stiefel import qr_retract
 from .bp import BP
 
@@ -36,6 +36,11 @@ class FA(BP):
         return mirror
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
+        if fused := [name for name, m in model.named_modules() if isinstance(m, FusedConv2d)]:
+            raise ValueError(
+                f"rule {self.name!r} sends errors back through each layer by itself, but model has "
+                f"fused convolutions ({', '.join(fused)}): leave svdalign.fuse out"
+            )
         kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
         return nn.ModuleDict(
             {
