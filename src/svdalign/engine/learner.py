@@ -119,7 +119,11 @@ class Learner:
         self._teaching_units: dict[str, TeachingUnit] = {}
         for i, unit in enumerate(self.plan.units):
             view = TeachingUnit(
-                unit.name, unit.features_shape, self.plan.output_shape, tuple(_layers(model, unit))
+                unit.name,
+                unit.features_shape,
+                self.plan.output_shape,
+                tuple(_layers(model, unit)),
+                self._dtype,
             )
             self._teaching_units[unit.name] = view
             if unit.name != OUTPUT and self.horizon is not None:
@@ -255,31 +259,22 @@ class Learner:
         losses: dict[str, Tensor] = {}
 
         def teach(unit: Unit, h: Tensor) -> Tensor:
-            features = h.detach().requires_grad_()
             if unit.name == OUTPUT:
-                feedback, loss = None, self.loss(features, y)
+                loss = self.loss(h, y)
             else:
-                feedback = self.feedback_of(unit)
-                # In the weights' precision: what autocast hands on is too coarse for sums.
-                view = unit.layout(features).to(self._dtype)
-                loss = self.rule.loss(self.teaching_unit(unit), feedback, view, teaching)
-            learned = (
-                [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
-            )
-            with outside_autocast():
-                delta, *grads = torch.autograd.grad(
-                    scale(loss), [features, *learned], allow_unused=True
+                loss = self.rule.loss(
+                    self.teaching_unit(unit), self.feedback_of(unit), unit.layout(h), teaching
                 )
-            for parameter, grad in zip(learned, grads, strict=True):
-                _accumulate(parameter, grad)
             losses[unit.name] = loss.detach()
-            return torch.zeros_like(features) if delta is None else delta
+            return scale(loss)
 
         def retire(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
                 parameters = [self.model.get_parameter(name) for name in unit.parameters]
             else:
                 parameters = reached(heads, list(self.model.parameters()))
+            if (feedback := self.feedback_of(unit)) is not None:
+                parameters = [*parameters, *feedback.parameters()]
             parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 torch.autograd.backward(heads, inputs=parameters)

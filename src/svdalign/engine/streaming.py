@@ -1,9 +1,10 @@
 """The local step: a forward pass that teaches each unit as it goes, and forgets it.
 
-At a unit's exit its output ``h`` is replaced by a fresh leaf, its teaching signal ``delta`` at
-``h`` is found, carried at most ``horizon`` units upstream, and the unit that has then received
-everything it will receive gets its gradients. Its graph dies there. At any moment ``horizon + 1``
-units hold activations.
+At a unit's exit its output ``h`` is handed on as a fresh leaf, and the rule's loss on ``h`` joins
+the unit's graph. Once the losses of ``horizon`` units more are there, the oldest of them retires:
+signals travel from the newest unit back to it, a unit at a time, each unit's own loss adding to
+what comes from beyond it. Its graph dies there. At any moment ``horizon + 1`` units hold
+activations, and between retirements no signal is held: a unit's own is a loss away.
 """
 
 from __future__ import annotations
@@ -24,36 +25,41 @@ from .units import Plan, Unit
 __all__ = ["Retire", "Teach", "stream"]
 
 Teach = Callable[[Unit, Tensor], Tensor]
-"""``(unit, h) -> delta``: the teaching signal at the unit's output, of its shape."""
+"""``(unit, h) -> loss``: the unit's own loss on its output ``h``, 0-dim, part of its graph."""
 
 Retire = Callable[[Unit, list[Tensor], bool], None]
-"""``(unit, heads, planned)``: everything that will reach the unit has: take its gradients, those of
-the 0-dim ``heads``, in one backward pass. ``planned``: the exits before it came in the plan's
-order, so that it is made of what the plan says; else control flow went another way than for the
-example."""
+"""``(unit, heads, planned)``: take the unit's gradients, those of the 0-dim ``heads``, its own loss
+and all that reaches it from units after it, in one backward pass. ``planned``: the exits before it
+came in the plan's order, so that it is made of what the plan says; else control flow went another
+way than for the example."""
 
 
 class _Segment:
-    """A unit in the window: its outputs, the leaves handed on for them, and the signals so far.
-
-    Of a unit that is about to retire they are not summed: autograd does it in place where it can,
-    in the unit's own backward pass.
-    """
+    """A unit in the window: its outputs, the leaves handed on for them, its own loss, and the
+    signals that have just come in."""
 
     def __init__(
-        self, unit: Unit, outputs: list[Tensor], leaves: list[Tensor], planned: bool
+        self,
+        unit: Unit,
+        outputs: list[Tensor],
+        leaves: list[Tensor],
+        loss: Tensor,
+        planned: bool,
     ) -> None:
-        self.unit, self.outputs, self.leaves, self.planned = unit, outputs, leaves, planned
+        self.unit, self.outputs, self.leaves = unit, outputs, leaves
+        self.loss, self.planned = loss, planned
         self.signals: list[list[Tensor]] = [[] for _ in outputs]
 
-    def receive(self, signals: list[Tensor | None]) -> None:
-        for received, signal in zip(self.signals, signals, strict=True):
-            if signal is not None:
-                received.append(signal)
-
-    def settle(self) -> None:
-        """Sum what has arrived so far."""
-        self.signals = [[sum(s[1:], s[0])] if len(s) > 1 else s for s in self.signals]
+    def heads(self) -> list[Tensor]:
+        """0-dim tensors whose gradients are those of the loss and of the signals, which go."""
+        heads = [
+            _Deliver.apply(output, [signal])  # type: ignore[no-untyped-call]
+            for output, signals in zip(self.outputs, self.signals, strict=True)
+            for signal in signals
+        ]
+        for signals in self.signals:
+            signals.clear()
+        return [self.loss, *heads] if self.loss.requires_grad else heads
 
 
 class _Stream:
@@ -111,57 +117,38 @@ class _Stream:
 
     def learn(self, index: int, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
         self.active = False
-        segment = _Segment(self.plan.units[index], outputs, leaves, self.advance(index))
-        self.window.append(segment)
-        self.receive(segment, feature)
-        if len(self.window) > self.horizon:
-            self.pop()
-        for waiting in self.window:
-            waiting.settle()
-        self.active = True
-
-    def receive(self, segment: _Segment, feature: int) -> None:
-        """Teach the newest unit, and carry its signal upstream."""
+        unit, planned = self.plan.units[index], self.advance(index)
         # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            delta = self.teach(segment.unit, segment.outputs[feature])
-        own: list[Tensor | None] = [None] * len(segment.outputs)
-        own[feature] = delta
-        segment.receive(own)
-        with outside_autocast():
-            self.carry(own)
-
-    def carry(self, own: list[Tensor | None]) -> None:
-        """Carry the newest unit's own signal upstream, to every unit left in the window."""
-        segments = list(self.window)
-        travelling: dict[int, list[Tensor | None]] = {len(segments) - 1: own}
-        for i in range(len(segments) - 1, 0, -1):
-            signals = travelling.get(i)
-            if signals is None:
-                continue
-            upstream = segments[:i]  # the window is no longer than the horizon allows
-            leaves = [leaf for segment in upstream for leaf in segment.leaves]
-            arrived = iter(_vjp(segments[i].outputs, signals, leaves))
-            for segment in upstream:
-                grads = [next(arrived) for _ in segment.leaves]
-                if all(g is None for g in grads):
-                    continue
-                segment.receive(grads)
-                j = segments.index(segment)
-                before = travelling.get(j, [None] * len(grads))
-                travelling[j] = [_sum(a, b) for a, b in zip(before, grads, strict=True)]
+            loss = self.teach(unit, outputs[feature])
+        self.window.append(_Segment(unit, outputs, leaves, loss, planned))
+        if len(self.window) > self.horizon:
+            self.pop()
+        self.active = True
 
     def pop(self) -> None:
-        segment = self.window.popleft()
-        held = [
-            (output, [signal])
-            for output, signals in zip(segment.outputs, segment.signals, strict=True)
-            for signal in signals
-        ]
-        segment.signals.clear()
+        """Retire the oldest unit in the window, by all that reaches it from the others."""
+        segments = list(self.window)
         with outside_autocast():
-            heads = [_Deliver.apply(output, signal) for output, signal in held]  # type: ignore[no-untyped-call]
-            self.retire(segment.unit, heads, segment.planned)
+            for i in range(len(segments) - 1, 0, -1):
+                _carry(segments[i], segments[:i])
+            oldest = self.window.popleft()
+            if heads := oldest.heads():
+                self.retire(oldest.unit, heads, oldest.planned)
+
+
+def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
+    """Carry all that ``segment`` has, its own signal included, to the units it took inputs from."""
+    leaves = [(s.signals[i], leaf) for s in upstream for i, leaf in enumerate(s.leaves)]
+    heads = segment.heads()
+    if not heads or not leaves:
+        return
+    grads = torch.autograd.grad(
+        heads, [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True
+    )
+    for (signals, _), grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            signals.append(grad)
 
 
 class _Deliver(torch.autograd.Function):
@@ -214,20 +201,3 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterat
 
 def _as_it_is(saved: Tensor) -> Tensor:
     return saved
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _vjp(
-    outputs: list[Tensor], signals: list[Tensor | None], inputs: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    pairs = [(t, s) for t, s in zip(outputs, signals, strict=True) if s is not None]
-    if not pairs or not inputs:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(
-        [t for t, _ in pairs], inputs, [s for _, s in pairs], retain_graph=True, allow_unused=True
-    )

@@ -249,13 +249,14 @@ class _Rectified(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
         dz = torch.empty_like(z) if wanted[0] else None
         sums: list[Tensor | None] = [None, None]
+        full = _empty((min(size, len(z)), *ctx.shape), like=grad) if window else grad
         for i in range(0, len(z), size):
             part = slice(i, i + size)
             g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
             if window:
-                like = _empty((len(g), *ctx.shape), like=g)
-                g = torch.ops.aten.max_pool2d_with_indices_backward(
-                    g, like, *window, places[i // size].long()
+                like = full[: len(g)]  # of the pooling's input the shape is read alone
+                g = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                    g, like, *window, places[i // size].long(), grad_input=like
                 )
             d_part, *found = torch.ops.aten.convolution_backward(
                 g, z[part], second, [len(second)], stride, padding, dilation, False, [0, 0], 1,

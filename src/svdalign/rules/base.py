@@ -29,13 +29,15 @@ class TeachingUnit:
 
     ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
     (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
-    for the example. ``layers``: its factored layers in order of execution.
+    for the example. ``layers``: its factored layers in order of execution. ``dtype``: precision of
+    the weights, and of what feedback reads.
     """
 
     name: str
     features_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     layers: tuple[FactoredLayer, ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def classes(self) -> int:
@@ -45,7 +47,7 @@ class TeachingUnit:
 
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
         """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`."""
-        return pool(h, grid, self._rows(h.shape))
+        return pool(h, grid, self._rows(h.shape), self.dtype)
 
     def pooled_size(self, grid: int | None) -> int:
         """``d``: the last dimension of :meth:`pool`."""
@@ -156,7 +158,8 @@ class Rule:
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
     ) -> Tensor:
         """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
-        its gradient in the feedback's parameters teaches the feedback."""
+        its gradient in the feedback's parameters teaches the feedback. Under autocast ``h`` may be
+        in half precision, too coarse for sums; ``unit.pool(h, grid)`` is in ``unit.dtype``."""
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
 
     def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor | None:
