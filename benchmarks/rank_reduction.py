@@ -52,6 +52,7 @@ class DroppingTrainer(Trainer):
         cuts = reduce_rank(
             model,
             energy=self.config.rank_energy,
+            parameters=self._parameters_to_keep(),
             ratio=self.config.rank_ratio,
             min_rank=self.config.rank_min,
         )
@@ -67,7 +68,7 @@ class DroppingTrainer(Trainer):
 def variant_config(name: str, base: RunConfig, seed: int, gamma: float) -> RunConfig:
     changes: dict[str, Any] = {"seed": seed}
     if name == "fixed":
-        changes["rank_energy"] = None
+        changes |= {"rank_energy": None, "rank_parameters": None}
     if name == "cut, hoyer":
         changes["options"] = {**base.options, "gamma": gamma}
     return dataclasses.replace(base, **changes)

@@ -477,7 +477,9 @@ def test_ranks_of_a_state_dict_are_taken_over():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({}, ValueError, "either energy or rank"),
+        ({}, ValueError, "either energy or rank or parameters"),
+        ({"energy": 0.5, "parameters": 0.5}, ValueError, "either energy or rank or parameters"),
+        ({"parameters": 1.5}, ValueError, "parameters must be a whole number"),
         ({"energy": 0.5, "rank": 3}, ValueError, "either energy or rank"),
         ({"energy": 0.0}, ValueError, r"energy must be in \(0, 1\], got 0.0"),
         ({"energy": math.nan}, ValueError, "energy must be"),
@@ -508,3 +510,61 @@ def test_no_warning_for_what_is_carried():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reduce_rank(model, optimizer, rank=2)
+
+
+# --- a budget of parameters ---------------------------------------------------------------------
+
+
+def two_layers() -> nn.Sequential:
+    """Squares of ``s``: 16, 9, 4, 1 of 30 at 9 parameters a direction; 36, 4, 4, 4 of 48 at 21."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 16, bias=False))
+    model = factorize(model, {"0": 4, "1": 4}).double()
+    with torch.no_grad():
+        model[0].s.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        model[1].s.copy_(torch.tensor([2.0, -6.0, 2.0, 2.0]))
+    return model
+
+
+def best_ranks(budget: int) -> tuple[int, int]:
+    """By trying all: a direction is kept if it is worth more per parameter than one that is not."""
+    worth = [
+        [x / 30 / 9 for x in (16.0, 9.0, 4.0, 1.0)],
+        [x / 48 / 21 for x in (36.0, 4.0, 4.0, 4.0)],
+    ]
+    found = (1, 1)
+    for a in range(1, 5):
+        for b in range(1, 5):
+            dropped = [*worth[0][a:], *worth[1][b:]]
+            least = min([*worth[0][1:a], *worth[1][1:b]], default=math.inf)
+            if 9 * a + 21 * b <= budget and least >= max(dropped, default=0.0):
+                found = max(found, (a, b), key=sum)
+    return found
+
+
+@pytest.mark.parametrize("budget", range(30, 125, 3))
+def test_a_budget_keeps_what_is_worth_most_per_parameter(budget):
+    model = two_layers()
+    cuts = reduce_rank(model, parameters=budget)
+    assert tuple(cut.after for cut in cuts) == best_ranks(budget)
+    assert sum(p.numel() for p in model.parameters()) <= budget
+
+
+def test_a_share_is_of_the_dense_parameters():
+    model = two_layers()
+    reduce_rank(model, parameters=0.75)  # of 16 + 64
+    assert tuple(layer.rank for layer in model) == best_ranks(60)
+    assert sum(p.numel() for p in model.parameters()) == 48  # the next would take 21
+
+
+def test_a_budget_gives_way_to_limits():
+    model = two_layers()
+    reduce_rank(model, parameters=30, ratio=0.5, min_rank=3)
+    assert tuple(layer.rank for layer in model) == (3, 3)
+
+
+def test_a_budget_out_of_reach_is_refused_and_nothing_is_cut():
+    model = two_layers()
+    with pytest.raises(ValueError, match=r"parameters=0.3 asks for 24 .* take 30"):
+        reduce_rank(model, parameters=0.3)
+    assert tuple(layer.rank for layer in model) == (4, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import svdalign
 from svdalign import storage
 from svdalign.cli import main
 from svdalign.data import ImageData
@@ -135,9 +137,34 @@ def test_ranks_shrink_by_schedule(stripes: ImageData) -> None:
             assert state["exp_avg"].shape == module.U.shape
 
 
-def test_a_checkpoint_can_be_loaded_into_a_learner(stripes: ImageData, tmp_path: Path) -> None:
-    import svdalign
+def test_ranks_shrink_to_a_number_of_parameters_by_equal_ratios(stripes: ImageData) -> None:
+    schedule = {"rank_warmup": 1, "rank_period": 2, "rank_freeze": 5, "rank_ratio": 0.0}
+    options = {"epochs": 6, "rank_energy": None, "rank_min": 1, **schedule}
+    trainer = make(stripes, rank_parameters=2000, **options)
+    counts = [sum(p.numel() for p in trainer.learner.model.parameters())]
 
+    def count(learner: svdalign.Learner) -> dict[str, Any]:
+        counts.append(sum(p.numel() for p in learner.model.parameters()))
+        return {}
+
+    trainer.measure = count
+    trainer.run()
+    factored = [m for m in trainer.learner.model.modules() if isinstance(m, FactoredLayer)]
+    cost = max(len(m.U) + 1 + len(m.V) for m in factored)  # of one direction
+    assert 2000 - cost < counts[-1] <= 2000
+    first, second, third = counts[1], counts[3], counts[5]
+    assert [counts[i] for i in (2, 4, 6)] == [first, second, third]
+    ratio = (2000 / counts[0]) ** (1 / 3)
+    assert counts[0] * ratio - cost < first <= counts[0] * ratio
+    assert math.sqrt(first * 2000) - cost < second <= math.sqrt(first * 2000)
+
+
+def test_a_number_of_parameters_out_of_reach_is_refused_at_the_start(stripes: ImageData) -> None:
+    with pytest.raises(ValueError, match=r"parameters=0.01 asks for"):
+        make(stripes, rank_energy=None, rank_parameters=0.01, rank_freeze=2)
+
+
+def test_a_checkpoint_can_be_loaded_into_a_learner(stripes: ImageData, tmp_path: Path) -> None:
     trainer = make(stripes)
     train(trainer, Record(tmp_path))
     learner = build_learner(trainer.config, stripes)

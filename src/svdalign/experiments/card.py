@@ -16,7 +16,7 @@ from ..data import ImageData, batches
 from ..factors import FactoredLayer
 from ..metrics import alternate, inference_macs, parameter_count
 from ..training.build import build_model, evaluate, example_batch, memory_format
-from ..training.config import RunConfig
+from ..training.config import DENSE, RunConfig
 from ..training.record import provenance, write_json
 from ..training.trainer import Trainer
 
@@ -98,9 +98,6 @@ def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dic
         "config": dataclasses.asdict(config),
         **provenance(config.device),
     }
-
-
-DENSE: dict[str, Any] = {"rank": None, "rank_energy": None}  #: what makes a config's weights dense
 
 
 @torch.inference_mode()

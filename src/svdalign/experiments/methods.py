@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.config import JobConfig, RunConfig
+from ..training.config import DENSE, JobConfig, RunConfig
 
 __all__ = ["DEFAULT", "METHODS", "Method", "method_config"]
 
@@ -63,7 +63,7 @@ def method_config(
         method = METHODS[method]
     shared = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
     if not method.factored:
-        shared |= {"rank": None, "rank_energy": None}
+        shared |= DENSE
     return RunConfig(
         **shared,
         rule=method.rule,

@@ -45,6 +45,7 @@ __all__ = [
     "Rediagonalized",
     "energy_rank",
     "match_ranks",
+    "parameter_budget",
     "rediagonalize",
     "reduce_rank",
     "spectrum",
@@ -120,6 +121,7 @@ def reduce_rank(
     *,
     energy: float | None = None,
     rank: int | float | Mapping[str, int | float] | None = None,
+    parameters: int | float | None = None,
     ratio: float = 0.0,
     min_rank: int | float = 1,
 ) -> tuple[RankCut, ...]:
@@ -127,8 +129,11 @@ def reduce_rank(
 
     ``energy`` in (0, 1]: keep the smallest rank whose share of ``sum s^2`` is at least this. Or
     ``rank``: an absolute rank, a fraction in (0, 1] of each layer's full rank, or a mapping
-    ``{layer name: either}`` that leaves other layers alone. Never below ``ceil(ratio * r)``, ``r``
-    the present rank, nor below ``min_rank``, absolute or a fraction of full rank.
+    ``{layer name: either}`` that leaves other layers alone. Or ``parameters``: of the whole model,
+    a number or a fraction in (0, 1] of what it would have with dense weights; kept are the
+    directions with the largest share of their layer's energy for each parameter that they cost.
+    Never below ``ceil(ratio * r)``, ``r`` the present rank, nor below ``min_rank``, absolute or a
+    fraction of full rank; ``parameters`` gives way to these limits.
     ``||W - W'||_F^2`` is the energy of what is dropped, the least for any matrix of that rank;
     what is kept is not rescaled.
 
@@ -142,19 +147,27 @@ def reduce_rank(
     """
     optimizers = _optimizers(optimizer)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
-    _check(layers, energy, rank, ratio, min_rank)
+    _check(layers, energy, rank, parameters, ratio, min_rank)
+    turned_layers = {name: _turned(layer) for name, layer in layers.items()}
+    spectra = {
+        name: layer.s.detach().double() if (turned := turned_layers[name]) is None else turned.s
+        for name, layer in layers.items()
+    }
+    floors = {
+        name: max(absolute_rank(min_rank, m.full_rank), math.ceil(ratio * m.rank - 1e-9))
+        for name, m in layers.items()
+    }
+    if parameters is not None:
+        rank = _affordable_ranks(model, layers, spectra, floors, parameters)
     cuts = []
     for name, layer in layers.items():
-        r = layer.rank
-        turned = _turned(layer)
-        s = turned.s if turned is not None else layer.s.detach().double()
+        r, turned, s = layer.rank, turned_layers[name], spectra[name]
         if energy is not None:
             wanted = energy_rank(s, energy)
         else:
             of_layer = rank.get(name) if isinstance(rank, Mapping) else rank
             wanted = r if of_layer is None else absolute_rank(of_layer, layer.full_rank)
-        floor = max(absolute_rank(min_rank, layer.full_rank), math.ceil(ratio * r - 1e-9))
-        after = min(r, max(wanted, floor))
+        after = min(r, max(wanted, floors[name]))
         # The largest, in the order they stand in: a column that stays keeps its place.
         keep = s.abs().argsort(descending=True, stable=True)[:after].sort().values
         whole, kept = s.square().sum().item(), s[keep].square().sum().item()
@@ -163,6 +176,51 @@ def reduce_rank(
         share = kept / whole if whole else 1.0
         cuts.append(RankCut(name, r, after, layer.full_rank, share, max(whole - kept, 0.0)))
     return tuple(cuts)
+
+
+def _affordable_ranks(
+    model: nn.Module,
+    layers: Mapping[str, FactoredLayer],
+    spectra: Mapping[str, Tensor],
+    floors: Mapping[str, int],
+    parameters: int | float,
+) -> dict[str, int]:
+    """Ranks at which ``model`` has at most ``parameters``, if the floors let it: of all directions
+    of all layers the ones with the largest share of their layer's energy per parameter."""
+    ranks = {name: min(floors[name], layer.rank) for name, layer in layers.items()}
+    left = parameter_budget(model, parameters) - sum(p.numel() for p in model.parameters())
+    left += sum(_cost(layer) * (layer.rank - ranks[name]) for name, layer in layers.items())
+    worth = []
+    for name, s in spectra.items():
+        shares = s.square().sort(descending=True).values / s.square().sum().clamp_min(1e-300)
+        worth += [(x / _cost(layers[name]), name) for x in shares[ranks[name] :].tolist()]
+    for _, name in sorted(worth, key=lambda item: -item[0]):
+        left -= _cost(layers[name])
+        if left < 0:
+            break
+        ranks[name] += 1
+    return ranks
+
+
+def parameter_budget(model: nn.Module, parameters: int | float) -> int:
+    """``parameters`` as a number, if a fraction then of those ``model`` would have with dense
+    weights in its factored layers. ValueError if rank 1 in all of these takes more."""
+    layers = [m for m in model.modules() if isinstance(m, FactoredLayer)]
+    others = sum(p.numel() for p in model.parameters()) - sum(_cost(m) * m.rank for m in layers)
+    budget = parameters
+    if isinstance(parameters, float):
+        budget = int(parameters * (others + sum(len(m.U) * len(m.V) for m in layers)))
+    if (least := others + sum(map(_cost, layers))) > budget:
+        raise ValueError(
+            f"parameters={parameters!r} asks for {budget:,} parameters at most, but what is not "
+            f"factored and rank 1 of each layer take {least:,}"
+        )
+    return int(budget)
+
+
+def _cost(layer: FactoredLayer) -> int:
+    """Parameters of a direction."""
+    return len(layer.U) + 1 + len(layer.V)
 
 
 def match_ranks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -273,13 +331,14 @@ def _check(
     layers: Mapping[str, FactoredLayer],
     energy: float | None,
     rank: int | float | Mapping[str, int | float] | None,
+    parameters: int | float | None,
     ratio: float,
     min_rank: int | float,
 ) -> None:
     if not layers:
         raise ValueError("model has no factored layer; svdalign.factorize makes them")
-    if (energy is None) == (rank is None):
-        raise ValueError("give either energy or rank")
+    if [energy, rank, parameters].count(None) != 2:
+        raise ValueError("give either energy or rank or parameters")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy!r}")
     if isinstance(rank, Mapping) and (unknown := sorted(set(rank) - set(layers))):
@@ -292,6 +351,11 @@ def _check(
                 "rank must be a whole number of at least 1, a fraction in (0, 1] or a mapping from "
                 f"layer names to these, got {value!r}"
             )
+    if not (parameters is None or _is_rank(parameters)):
+        raise ValueError(
+            "parameters must be a whole number of at least 1 or a fraction in (0, 1], "
+            f"got {parameters!r}"
+        )
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio!r}")
     if not _is_rank(min_rank):

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 
 __all__ = [
+    "DENSE",
     "Augmentation",
     "DataConfig",
     "JobConfig",
@@ -28,6 +29,9 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 Augmentation = Literal["crop", "flip", "cutout"]
+
+#: What makes a config's weights dense.
+DENSE: Mapping[str, Any] = {"rank": None, "rank_energy": None, "rank_parameters": None}
 
 
 def option(default: T, help: str) -> T:
@@ -105,6 +109,11 @@ class RankConfig:
     rank_energy: float | None = option(
         None, "share of each layer's energy that a cut keeps, in (0, 1]; null: ranks stay"
     )
+    rank_parameters: int | float | None = option(
+        None,
+        "parameters of the whole model that the last cut leaves, as a number or a share of those "
+        "of dense weights; cuts before it lead there by equal ratios",
+    )
     rank_warmup: int = option(1, "epochs before the first cut")
     rank_period: int = option(1, "epochs from one cut to the next")
     rank_freeze: int | None = option(None, "no cut after this many epochs")
@@ -116,17 +125,17 @@ class RankConfig:
     def __post_init__(self) -> None:
         if self.rank_energy is not None and not 0 < self.rank_energy <= 1:
             raise ValueError(f"rank_energy must be in (0, 1], got {self.rank_energy}")
+        if self.rank_parameters is not None:
+            _rank(self, "rank_parameters")
+            if self.rank_energy is not None:
+                raise ValueError("give either rank_energy or rank_parameters, not both")
+            if self.rank_freeze is None:
+                raise ValueError("rank_parameters needs rank_freeze, the epoch of the last cut")
         if not 0 <= self.rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
         for name in ("rank_warmup", "rank_period"):
             _at_least(self, name, 1)
-        if isinstance(self.rank_min, int):
-            _at_least(self, "rank_min", 1)
-        elif not 0 < self.rank_min <= 1:
-            raise ValueError(
-                "rank_min must be a whole number of at least 1, or a fraction in (0, 1], "
-                f"got {self.rank_min}"
-            )
+        _rank(self, "rank_min")
         if self.rank_freeze is not None:
             _at_least(self, "rank_freeze", self.rank_warmup)
 
@@ -135,11 +144,16 @@ class RankConfig:
         since = epoch - self.rank_warmup
         frozen = self.rank_freeze is not None and epoch > self.rank_freeze
         return (
-            self.rank_energy is not None
+            (self.rank_energy is not None or self.rank_parameters is not None)
             and since >= 0
             and since % self.rank_period == 0
             and not frozen
         )
+
+    def cuts_left_after(self, epoch: int) -> int:
+        """Cuts that come once that after ``epoch`` epochs is done; for a given ``rank_freeze``."""
+        assert self.rank_freeze is not None
+        return (self.rank_freeze - epoch) // self.rank_period
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +208,9 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
     def __post_init__(self) -> None:
         for part in (DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
             part.__post_init__(self)
-        if self.rank is None and self.rank_energy is not None:
-            raise ValueError("rank_energy needs factored weights, but rank is null")
+        for name in ("rank_energy", "rank_parameters"):
+            if self.rank is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs factored weights, but rank is null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +264,16 @@ def _at_least(config: object, name: str, least: float) -> None:
     value = getattr(config, name)
     if not (math.isfinite(value) and value >= least):
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def _rank(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, int):
+        _at_least(config, name, 1)
+    elif not 0 < value <= 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, or a fraction in (0, 1], got {value}"
+        )
 
 
 def _positive(config: object, name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data import ImageData, batches, num_batches
 from ..engine import Learner
 from ..factors import reduce_rank
+from ..factors.rank import parameter_budget
 from ..storage import ranks
 from .build import augmentation, evaluate, memory_format, precision
 from .config import RunConfig
@@ -74,6 +75,8 @@ class Trainer:
         # Steps of one size: what is left over of an epoch is dropped, other images each time.
         self._drop_last = len(data.train) > config.batch_size
         self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
+        if config.rank_parameters is not None:  # refused now if it cannot be reached
+            parameter_budget(learner.model, config.rank_parameters)
 
     @property
     def total_steps(self) -> int:
@@ -206,10 +209,20 @@ class Trainer:
             self.learner.model,
             self.learner.optimizer,
             energy=self.config.rank_energy,
+            parameters=self._parameters_to_keep(),
             ratio=self.config.rank_ratio,
             min_rank=self.config.rank_min,
         )
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
+
+    def _parameters_to_keep(self) -> int | None:
+        """What this cut leaves of the model, so that those to come cut by the same ratio."""
+        if self.config.rank_parameters is None:
+            return None
+        wanted = parameter_budget(self.learner.model, self.config.rank_parameters)
+        now = sum(p.numel() for p in self.learner.model.parameters())
+        left = self.config.cuts_left_after(self.epoch + 1)
+        return wanted if wanted > now else int(now * (wanted / now) ** (1 / (left + 1)))
 
     def _set_learning_rate(self) -> None:
         rate = self.config.lr * learning_rate_factor(
