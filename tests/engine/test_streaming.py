@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import svdalign as sva
 from svdalign import rules
 from svdalign.feedback import GaussianFeedback
+from svdalign.metrics import LiveTensors
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 SSA = replace(rules.get("ssa"), alpha=0.7)
@@ -552,3 +554,25 @@ def test_long_skips_reach_over_many_units() -> None:
     zero = learner_of(toy, model, SSA, horizon=0).gradients(x, y)
     four = learner_of(toy, model, SSA, horizon=4).gradients(x, y)
     assert not torch.allclose(zero["stages.0.weight"], four["stages.0.weight"])
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2, 3])
+def test_between_units_nothing_waits_but_what_they_put_out(horizon: int) -> None:
+    B, d = 4096, 64
+    sizes = [*[d] * 7, 2]
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes))).double()
+    x, y = torch.randn(B, d, dtype=torch.float64), torch.randint(2, (B,))
+    learner = sva.Learner(model, replace(SSA, alpha=0.0), horizon=horizon, optimizer=sgd, example=x)
+    learner.step(x, y)
+    counts: list[float] = []
+    with LiveTensors([x, y, *model.parameters()]) as live:
+        start = live.live
+        for layer in model:
+            layer.register_forward_pre_hook(
+                lambda *_: counts.append((live.live - start) / (B * d * 8))  # type: ignore[func-returns-value]
+            )
+        learner.step(x, y)
+    # The outputs of the units in the window, and that of the one before, which the oldest reads.
+    # Gradients and readouts' scores are little beside them.
+    expected = [min(i, horizon + 1) for i in range(7)]
+    assert [round(count) for count in counts] == expected
