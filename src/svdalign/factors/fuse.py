@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -247,25 +247,22 @@ class _Rectified(torch.autograd.Function):
         second, window = second.to(z.dtype), ctx.window
         (stride, padding, dilation), size = ctx.layer.second_settings(), _samples(z, len(second))
         wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
-        dz = torch.empty_like(z) if wanted[0] else None
-        sums: list[Tensor | None] = [None, None]
         full = _empty((min(size, len(z)), *ctx.shape), like=grad) if window else grad
-        for i in range(0, len(z), size):
-            part = slice(i, i + size)
+
+        def run(part: slice) -> tuple[Tensor | None, ...]:
             g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
             if window:
                 like = full[: len(g)]  # of the pooling's input the shape is read alone
                 g = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                    g, like, *window, places[i // size].long(), grad_input=like
+                    g, like, *window, places[part.start // size].long(), grad_input=like
                 )
-            d_part, *found = torch.ops.aten.convolution_backward(
+            found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
                 g, z[part], second, [len(second)], stride, padding, dilation, False, [0, 0], 1,
                 wanted,
             )  # fmt: skip
-            if dz is not None:
-                dz[part] = d_part
-            sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
-        return None, None, dz, *sums
+            return found
+
+        return None, None, *_gradients_by_parts(run, z, size, wanted)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -295,19 +292,33 @@ class _Recomputed(torch.autograd.Function):
         weights = (second, bias, *ctx.tail.parameters())
         wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
         inputs = [w.requires_grad_() for w, want in zip(weights, wanted, strict=True) if want]
-        needs_z, size = ctx.needs_input_grad[2], _samples(z, len(second))
-        dz = torch.empty_like(z) if needs_z else None
-        sums: list[Tensor | None] = [None] * len(inputs)
-        for i in range(0, len(z), size):
-            part = z[i : i + size].requires_grad_(needs_z)
+        wanted = [ctx.needs_input_grad[2], *wanted]
+
+        def run(rows: slice) -> Iterator[Tensor | None]:
+            part = z[rows].requires_grad_(wanted[0])
             with torch.enable_grad(), ctx.autocast():
                 out = ctx.tail(ctx.layer.expand(part, second, bias))
-            found = list(torch.autograd.grad(out, [part] * needs_z + inputs, grad[i : i + size]))
-            if dz is not None:
-                dz[i : i + size] = found.pop(0)
-            sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
-        given = iter(sums)
-        return None, None, dz, *(next(given) if want else None for want in wanted)
+            found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, grad[rows]))
+            return (next(found) if want else None for want in wanted)
+
+        size = _samples(z, len(second))
+        return None, None, *_gradients_by_parts(run, z, size, wanted)
+
+
+def _gradients_by_parts(
+    run: Callable[[slice], Iterable[Tensor | None]], z: Tensor, size: int, wanted: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``z``, put together, and of weights, summed, from those that ``run`` finds for
+    ``size`` samples at a time; None where none is wanted."""
+    dz = torch.empty_like(z) if wanted[0] else None
+    sums: list[Tensor | None] = [None] * len(wanted[1:])
+    for i in range(0, len(z), size):
+        part = slice(i, i + size)
+        d_part, *found = run(part)
+        if dz is not None and d_part is not None:
+            dz[part] = d_part
+        sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
+    return [dz, *sums]
 
 
 def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
