@@ -95,7 +95,9 @@ class _Spread(torch.autograd.Function):
         h, mean, spread = ctx.saved_tensors
         positions = h.numel() // mean.numel()
         slope = (grad.reshape(spread.shape) / (positions * spread)).masked_fill(spread == 0, 0.0)
-        return (h - mean).mul_(slope).to(h.dtype), None, None
+        # In h's precision at once: in the statistics' there would be a map of twice the bytes.
+        start = (-mean * slope).to(h.dtype)
+        return torch.addcmul(start, h, slope.to(h.dtype)), None, None
 
 
 def _spread(h: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -39,10 +39,10 @@ PER_SAMPLE = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
 )  # fmt: skip
 
-#: Bytes of the widest map at a time, by device: what a processor's cache holds (estimates, on the
+#: Values of the widest map at a time, by device: what a processor's cache holds (estimates, on the
 #: meta device, are of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 2 << 20, "meta": 2 << 20}
-ELSEWHERE = 64 << 20
+CHUNK = {"cpu": 1 << 19, "meta": 1 << 19}
+ELSEWHERE = 1 << 24
 
 PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
 
@@ -347,8 +347,8 @@ def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tens
 
 def _samples(z: Tensor, channels: int) -> int:
     """How many samples at a time."""
-    bytes_each = z.shape[2] * z.shape[3] * channels * z.element_size()
-    fitting = CHUNK.get(z.device.type, ELSEWHERE) // max(1, bytes_each)
+    values_each = z.shape[2] * z.shape[3] * channels
+    fitting = CHUNK.get(z.device.type, ELSEWHERE) // max(1, values_each)
     return max(1, fitting, math.ceil(len(z) / PARTS))
 
 
