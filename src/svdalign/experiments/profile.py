@@ -33,6 +33,7 @@ from ..training.build import (
     build_model,
     example_batch,
     memory_format,
+    precision,
     prepare_machine,
 )
 from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
@@ -77,6 +78,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
 
     methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
+    precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
     estimate: bool = option(False, "work memory and arithmetic out without running anything")
     seconds: float = option(60.0, "for the timing of steps; at least three rounds")
     break_even: bool = option(
@@ -93,6 +95,8 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
             raise ValueError(f"unknown method {unknown[0]!r}; available: {', '.join(known)}")
         if self.break_even and self.estimate:
             raise ValueError("break_even times layers, but estimate runs nothing")
+        if self.estimate and self.precision != "fp32":
+            raise ValueError(f"estimate works out fp32 alone, got precision {self.precision!r}")
         if self.break_even and self.factored is None:
             raise ValueError(
                 "break_even needs a method with factored weights, got methods "
@@ -118,11 +122,13 @@ class _Step:
     """One training step, over and over, on one batch."""
 
     learner: Learner
+    config: RunConfig
     x: Tensor
     y: Tensor
 
     def __call__(self) -> None:
-        self.learner.step(self.x, self.y)
+        with precision(self.config):
+            self.learner.step(self.x, self.y)
 
     def memory(self) -> Memory:
         learner = self.learner
@@ -163,7 +169,8 @@ class Profile:
         rows = []
         for name, row in self._estimates.items():
             if not self.config.estimate:
-                row["estimated_memory"] = row["memory"]
+                if self.config.precision == "fp32":
+                    row["estimated_memory"] = row["memory"]
                 row["memory"] = self._step(name, self.config.device).memory().as_dict()
             rows.append(row)
         if not self.config.estimate:
@@ -180,7 +187,7 @@ class Profile:
         return content
 
     def _estimate(self, name: str) -> dict[str, Any]:
-        with pretending():
+        with pretending():  # in single precision: there is no autocast without numbers
             if name in CHECKPOINTED:
                 self._choose_segment_size(name)
             step = self._step(name, "meta")
@@ -234,11 +241,13 @@ class Profile:
 
     def _step(self, name: str, device: str) -> _Step:
         config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
+        if device == "meta":
+            config = dataclasses.replace(config, precision="fp32")
         net = build_model(config, data)
         if name in CHECKPOINTED:
             net = checkpointed(net, self._segment_sizes[name])
         x = example_batch(config, data, config.batch_size)
-        return _Step(build_learner(config, data, net), x, data.train.labels)
+        return _Step(build_learner(config, data, net), config, x, data.train.labels)
 
     def _choose_segment_size(self, name: str) -> None:
         """Of the two segmentations, the one with the lower peak; for a local rule every block on

@@ -222,8 +222,7 @@ class _Rectified(torch.autograd.Function):
         second: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        # Places fit into two bytes on maps of up to 181 x 181.
-        places, short = [], z.shape[2] * z.shape[3] < 1 << 15
+        places: list[Tensor] = []
         window = [] if pool is None else _settings(pool)
 
         def run(part: Tensor) -> Tensor:
@@ -232,7 +231,9 @@ class _Rectified(torch.autograd.Function):
             if pool is None:
                 return y
             y, place = F.max_pool2d(y, *window, return_indices=True)
-            places.append(place.to(torch.int16 if short else torch.int32))
+            if not places:
+                ctx.corners, ctx.narrow = _corners(window, ctx.shape[-1], place)
+            places.append((place - ctx.corners).to(ctx.narrow))
             return y
 
         out = _by_parts(run, z, len(second))
@@ -253,9 +254,11 @@ class _Rectified(torch.autograd.Function):
             g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
             if window:
                 like = full[: len(g)]  # of the pooling's input the shape is read alone
+                place = ctx.corners + places[part.start // size]
                 g = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                    g, like, *window, places[part.start // size].long(), grad_input=like
+                    g, like, *window, place, grad_input=like
                 )
+                del place  # before the next is made
             found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
                 g, z[part], second, [len(second)], stride, padding, dilation, False, [0, 0], 1,
                 wanted,
@@ -363,6 +366,15 @@ def _settings(pool: nn.MaxPool2d) -> list[Any]:
     """Kernel size, stride, padding, dilation, by axis, and ceil mode."""
     by_axis = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     return [*map(_pair, by_axis), pool.ceil_mode]
+
+
+def _corners(window: list[Any], width: int, place: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Where in a map of ``width`` the windows of a max pooling begin, (h, w) of its output, and a
+    dtype for the way from there to a maximum: mostly a byte does."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), _ = window
+    rows, columns = (torch.arange(n, device=place.device) for n in place.shape[-2:])
+    corners = (rows * sh - ph)[:, None] * width + (columns * sw - pw)
+    return corners, torch.uint8 if dh * (kh - 1) * width + dw * (kw - 1) < 256 else torch.int32
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
