@@ -34,6 +34,7 @@ from svdalign.losses import similarity_matrix
 from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
 from svdalign.rules.base import task_loss
 from svdalign.training.build import (
+    build_learner,
     build_model,
     example_batch,
     load_data,
@@ -342,6 +343,9 @@ LEVERS: dict[str, Lever] = {
     "rank 0.8, cut while training": Lever(
         {"rank": 0.8, "rank_energy": 0.9, "rank_freeze": 5}, bp=True
     ),
+    "half the parameters by the third epoch": Lever(
+        {"rank_parameters": 0.5, "rank_warmup": 1, "rank_freeze": 3, "rank_min": 1}, bp=True
+    ),
     "rank 0.8, cut to 0.31 early": Lever({**SHRINKING, "rank_warmup": 1}, bp=True),
     "rank 0.8, cut to 0.31": Lever({**SHRINKING, "rank_warmup": 3}, bp=True),
     "label smoothing 0.1": Lever({"label_smoothing": 0.1}, bp=True),
@@ -350,7 +354,10 @@ LEVERS: dict[str, Lever] = {
     # feedback and losses
     "horizon 0": Lever({"horizon": 0}),
     "horizon 2": Lever({"horizon": 2}),
+    "horizon 4": Lever({"horizon": 4}),
     "units of two blocks": Lever({"units": 2}),
+    "units of three blocks": Lever({"units": 3}),
+    "units of three blocks, horizon 2": Lever({"units": 3, "horizon": 2}),
     "no alignment": Lever({"options": {"alpha": 0.0}}),
     "alignment 1": Lever({"options": {"alpha": 1.0}}),
     "alignment 16": Lever({"options": {"alpha": 16.0}}),
@@ -380,28 +387,12 @@ def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, l
     torch.manual_seed(seed)
     lever.weights(model)
 
-    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
         kind = kinds(model, parameters)
-        groups = [{"params": [p], **lever.groups(p, kind[p])} for p in parameters]
-        if config.optimizer == "sgd":
-            return torch.optim.SGD(
-                groups, config.lr, config.momentum, weight_decay=config.weight_decay
-            )
-        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+        return [{"params": [p], **lever.groups(p, kind[p])} for p in parameters]
 
-    def smoothed(z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z, y, label_smoothing=config.label_smoothing)
-
-    learner = Learner(
-        model,
-        lever.rule(make_rule(config)),
-        units=config.units,
-        retraction=config.retraction,
-        optimizer=optimizer,
-        example=example_batch(config, data),
-        loss=smoothed if config.label_smoothing else None,
-        seed=seed,
-    )
+    rule = lever.rule(make_rule(config))
+    learner = build_learner(config, data, model, rule=rule, groups=groups)
     lever.prepare(learner, config, data)
     trainer = Trainer(config, data, learner)
     trainer.run()

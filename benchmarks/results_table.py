@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svdalign.experiments.methods import METHODS
 from svdalign.experiments.page import count, number
 from svdalign.experiments.paper.draw import experiment_table
 from svdalign.experiments.report import break_even_rows
@@ -216,7 +217,7 @@ def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
     rate, job = 0.01, content["job"]
     found = {(r["method"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
-    methods = {"ssa": "SSA, horizon 1", "bp": "BP, factored", "bp-dense": "BP, dense"}
+    methods = {key: METHODS[key].label for key in ("ssa", "ssa-2", "ssa-dense", "bp", "bp-dense")}
     methods = {key: label for key, label in methods.items() if (key, "as it is") in found}
 
     def cell(method: str, lever: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -106,16 +106,23 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     return net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload,no-any-return]
 
 
-def build_learner(config: RunConfig, data: ImageData, model: nn.Module | None = None) -> Learner:
-    """The learner that the config describes, ready for its first step. ``model``: in place of its
-    own."""
+def build_learner(
+    config: RunConfig,
+    data: ImageData,
+    model: nn.Module | None = None,
+    *,
+    rule: Rule | None = None,
+    groups: Callable[[list[nn.Parameter]], Iterable[Any]] = list,
+) -> Learner:
+    """The learner that the config describes, ready for its first step. ``model``, ``rule``: in
+    place of its own. ``groups``: makes the optimizer's parameter groups."""
     loss = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     return Learner(
         build_model(config, data) if model is None else model,
-        make_rule(config),
+        make_rule(config) if rule is None else rule,
         units=config.units,
         retraction=config.retraction,
-        optimizer=partial(_optimizer, config),
+        optimizer=lambda parameters: _optimizer(config, groups(parameters)),
         example=example_batch(config, data),
         loss=loss if config.label_smoothing else None,
         seed=config.seed,
@@ -172,7 +179,7 @@ def _plain_batches(
     return batches(split, size, mean=data.mean, std=data.std, memory_format=memory_format(config))
 
 
-def _optimizer(config: RunConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
