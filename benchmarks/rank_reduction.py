@@ -49,13 +49,7 @@ class DroppingTrainer(Trainer):
 
     def _cut_ranks(self) -> dict[str, float]:
         model, state = self.learner.model, self.learner.optimizer.state
-        cuts = reduce_rank(
-            model,
-            energy=self.config.rank_energy,
-            parameters=self._parameters_to_keep(),
-            ratio=self.config.rank_ratio,
-            min_rank=self.config.rank_min,
-        )
+        cuts = reduce_rank(model, **self._limits())
         smaller = {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
         for name in smaller:
             layer = model.get_submodule(name)

@@ -62,6 +62,18 @@ def test_fused_convolutions_hold_less_and_the_estimate_knows(tmp_path: Path) -> 
     assert rows[True][0]["memory"] == rows[False][0]["memory"]
 
 
+def test_half_precision_holds_little_more_than_half(tmp_path: Path) -> None:
+    held = {}
+    for precision in ("fp32", "bf16"):
+        config = ProfileConfig(
+            **{**TINY, "width": 0.5, "batch_size": 128}, methods=["ssa"], precision=precision
+        )
+        (row,) = Profile(config, tmp_path / precision).run()["methods"]
+        held[precision] = row["memory"]["activations"]
+        assert ("estimated_memory" in row) == (precision == "fp32")
+    assert 0.4 < held["bf16"] / held["fp32"] < 0.75
+
+
 def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
     big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 4096, "estimate": True}
     results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa-local"]), tmp_path).run()
@@ -110,6 +122,7 @@ def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"image_size": 4}, "image_size must be at least 8"),
         ({"break_even": True, "estimate": True}, "but estimate runs nothing"),
+        ({"estimate": True, "precision": "bf16"}, "estimate works out fp32 alone"),
         ({"break_even": True, "methods": ["bp-dense"]}, "needs a method with factored weights"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),
     ],

@@ -138,7 +138,7 @@ def test_ranks_shrink_by_schedule(stripes: ImageData) -> None:
 
 
 def test_ranks_shrink_to_a_number_of_parameters_by_equal_ratios(stripes: ImageData) -> None:
-    schedule = {"rank_warmup": 1, "rank_period": 2, "rank_freeze": 5, "rank_ratio": 0.0}
+    schedule = {"rank_warmup": 1, "rank_period": 2, "rank_freeze": 5}
     options = {"epochs": 6, "rank_energy": None, "rank_min": 1, **schedule}
     trainer = make(stripes, rank_parameters=2000, **options)
     counts = [sum(p.numel() for p in trainer.learner.model.parameters())]

@@ -37,6 +37,22 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -
         RunConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_parameters": 1.5}, "rank_parameters must be a whole number of at least 1"),
+        ({"rank_parameters": 0}, "rank_parameters must be at least 1, got 0"),
+        ({"rank_parameters": 0.5}, "rank_parameters needs rank_freeze"),
+        ({"rank_parameters": 0.5, "rank_energy": 0.9}, "not both"),
+        ({"rank_parameters": 0.5, "rank_freeze": 5}, "rank_freeze, .* at most .* 4, got 5"),
+        ({"rank_parameters": 0.5, "rank_freeze": 2, "rank": None}, "needs factored weights"),
+    ],
+)
+def test_a_budget_of_parameters_needs_a_way_there(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**changes)
+
+
 def test_yaml_gives_the_config_back() -> None:
     config = RunConfig(rule="ssa", rank=None, augment=["flip"], options={"alpha": 0.5}, lr=1e-4)
     assert RunConfig(**yaml.safe_load(to_yaml(config))) == config

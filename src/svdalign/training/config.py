@@ -117,7 +117,7 @@ class RankConfig:
     rank_warmup: int = option(1, "epochs before the first cut")
     rank_period: int = option(1, "epochs from one cut to the next")
     rank_freeze: int | None = option(None, "no cut after this many epochs")
-    rank_ratio: float = option(0.5, "a cut leaves at least this share of the present rank")
+    rank_ratio: float = option(0.5, "a cut by energy leaves at least this share of a rank")
     rank_min: int | float = option(
         4, "no cut goes below this rank: a whole number, or a fraction of full rank"
     )
@@ -208,6 +208,11 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
     def __post_init__(self) -> None:
         for part in (DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
             part.__post_init__(self)
+        if self.rank_parameters is not None and (self.rank_freeze or 0) > self.epochs:
+            raise ValueError(
+                "rank_freeze, the epoch of the last cut, must be at most the number of epochs, "
+                f"{self.epochs}, got {self.rank_freeze}"
+            )
         for name in ("rank_energy", "rank_parameters"):
             if self.rank is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} needs factored weights, but rank is null")

@@ -205,24 +205,22 @@ class Trainer:
 
     def _cut_ranks(self) -> dict[str, float]:
         """Cut the factored layers; share of the energy that was kept of each that was cut."""
-        cuts = reduce_rank(
-            self.learner.model,
-            self.learner.optimizer,
-            energy=self.config.rank_energy,
-            parameters=self._parameters_to_keep(),
-            ratio=self.config.rank_ratio,
-            min_rank=self.config.rank_min,
-        )
+        cuts = reduce_rank(self.learner.model, self.learner.optimizer, **self._limits())
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
 
-    def _parameters_to_keep(self) -> int | None:
-        """What this cut leaves of the model, so that those to come cut by the same ratio."""
-        if self.config.rank_parameters is None:
-            return None
-        wanted = parameter_budget(self.learner.model, self.config.rank_parameters)
-        now = sum(p.numel() for p in self.learner.model.parameters())
-        left = self.config.cuts_left_after(self.epoch + 1)
-        return wanted if wanted > now else int(now * (wanted / now) ** (1 / (left + 1)))
+    def _limits(self) -> dict[str, Any]:
+        """What this epoch's cut leaves, as arguments of :func:`reduce_rank`."""
+        config, model = self.config, self.learner.model
+        if config.rank_parameters is None:
+            return {
+                "energy": config.rank_energy,
+                "ratio": config.rank_ratio,
+                "min_rank": config.rank_min,
+            }
+        wanted = parameter_budget(model, config.rank_parameters)
+        now = sum(p.numel() for p in model.parameters())
+        share = min(1.0, wanted / now) ** (1 / (config.cuts_left_after(self.epoch + 1) + 1))
+        return {"parameters": max(wanted, int(now * share)), "min_rank": config.rank_min}
 
     def _set_learning_rate(self) -> None:
         rate = self.config.lr * learning_rate_factor(
