@@ -47,9 +47,11 @@ MARKS = {"parameters": 0.35, "macs": 0.40, "latency": 0.6, "points": 0.5}
 class DroppingTrainer(Trainer):
     """Cuts ranks without carrying the optimizer's state."""
 
-    def _cut_ranks(self) -> dict[str, float]:
+    def _cut_ranks(self, epoch: int) -> dict[str, float]:
+        if not self.config.cuts_rank_after(epoch):
+            return {}
         model, state = self.learner.model, self.learner.optimizer.state
-        cuts = reduce_rank(model, **self._limits())
+        cuts = reduce_rank(model, **self._limits(epoch))
         smaller = {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
         for name in smaller:
             layer = model.get_submodule(name)

@@ -159,6 +159,18 @@ def test_ranks_shrink_to_a_number_of_parameters_by_equal_ratios(stripes: ImageDa
     assert math.sqrt(first * 2000) - cost < second <= math.sqrt(first * 2000)
 
 
+def test_initial_weights_can_be_cut(stripes: ImageData, tmp_path: Path) -> None:
+    options = {"rank_energy": None, "rank_min": 1, "rank_warmup": 0, "rank_freeze": 0}
+    trainer = make(stripes, rank_parameters=2000, **options)
+    count = sum(p.numel() for p in trainer.learner.model.parameters())
+    assert count <= 2000
+    train(trainer, Record(tmp_path))
+    assert sum(p.numel() for p in trainer.learner.model.parameters()) == count
+    again = make(stripes, rank_parameters=2000, **options)
+    load_checkpoint(again, tmp_path / "checkpoint.safetensors")
+    assert same(again.learner.state_dict(), trainer.learner.state_dict())
+
+
 def test_a_number_of_parameters_out_of_reach_is_refused_at_the_start(stripes: ImageData) -> None:
     with pytest.raises(ValueError, match=r"parameters=0.01 asks for"):
         make(stripes, rank_energy=None, rank_parameters=0.01, rank_freeze=2)

@@ -114,7 +114,7 @@ class RankConfig:
         "parameters of the whole model that the last cut leaves, as a number or a share of those "
         "of dense weights; cuts before it lead there by equal ratios",
     )
-    rank_warmup: int = option(1, "epochs before the first cut")
+    rank_warmup: int = option(1, "epochs before the first cut; 0: the initial weights are cut")
     rank_period: int = option(1, "epochs from one cut to the next")
     rank_freeze: int | None = option(None, "no cut after this many epochs")
     rank_ratio: float = option(0.5, "a cut by energy leaves at least this share of a rank")
@@ -133,8 +133,8 @@ class RankConfig:
                 raise ValueError("rank_parameters needs rank_freeze, the epoch of the last cut")
         if not 0 <= self.rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
-        for name in ("rank_warmup", "rank_period"):
-            _at_least(self, name, 1)
+        _at_least(self, "rank_warmup", 0)
+        _at_least(self, "rank_period", 1)
         _rank(self, "rank_min")
         if self.rank_freeze is not None:
             _at_least(self, "rank_freeze", self.rank_warmup)

@@ -77,6 +77,7 @@ class Trainer:
         self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
         if config.rank_parameters is not None:  # refused now if it cannot be reached
             parameter_budget(learner.model, config.rank_parameters)
+        self._cut_ranks(0)  # a checkpoint that is loaded after this brings ranks of its own
 
     @property
     def total_steps(self) -> int:
@@ -168,7 +169,7 @@ class Trainer:
         running, speed = self.running(), self.images_per_second
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
-        kept = self._cut_ranks() if self.config.cuts_rank_after(self.epoch + 1) else {}
+        kept = self._cut_ranks(self.epoch + 1)
         test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
         row = {
             "epoch": self.epoch + 1,
@@ -203,13 +204,16 @@ class Trainer:
             device = self.loss_sum.device
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
 
-    def _cut_ranks(self) -> dict[str, float]:
-        """Cut the factored layers; share of the energy that was kept of each that was cut."""
-        cuts = reduce_rank(self.learner.model, self.learner.optimizer, **self._limits())
+    def _cut_ranks(self, epoch: int) -> dict[str, float]:
+        """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
+        was kept of each that was cut."""
+        if not self.config.cuts_rank_after(epoch):
+            return {}
+        cuts = reduce_rank(self.learner.model, self.learner.optimizer, **self._limits(epoch))
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
 
-    def _limits(self) -> dict[str, Any]:
-        """What this epoch's cut leaves, as arguments of :func:`reduce_rank`."""
+    def _limits(self, epoch: int) -> dict[str, Any]:
+        """What the cut after ``epoch`` epochs leaves, as arguments of :func:`reduce_rank`."""
         config, model = self.config, self.learner.model
         if config.rank_parameters is None:
             return {
@@ -219,7 +223,7 @@ class Trainer:
             }
         wanted = parameter_budget(model, config.rank_parameters)
         now = sum(p.numel() for p in model.parameters())
-        share = min(1.0, wanted / now) ** (1 / (config.cuts_left_after(self.epoch + 1) + 1))
+        share = min(1.0, wanted / now) ** (1 / (config.cuts_left_after(epoch) + 1))
         return {"parameters": max(wanted, int(now * share)), "min_rank": config.rank_min}
 
     def _set_learning_rate(self) -> None:
