@@ -175,6 +175,7 @@ JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
     "mlp": "MLP, CIFAR-10",
+    "cifar100_vgg8": "the same VGG-8, 20,000 images of CIFAR-100",
     "cifar100": "SmallConv, CIFAR-100 at 16×16",
 }  #: files whole_NAME.json and profile_whole_NAME.json
 
@@ -184,8 +185,10 @@ def whole(results: Results) -> str:
     headings = ["job", "method", "test accuracy, %", "under BP dense", "parameters", "peak memory"]
     rows, made = [], []
     for name, title in JOBS.items():
-        content = results[f"whole_{name}"]
-        profile = results[f"profile_whole_{name}"]
+        try:
+            content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
+        except KeyError:  # not measured yet
+            continue
         memory = {row["method"]: row["memory"]["peak"] for row in profile["methods"]}
         dense = next(row for row in content["summary"] if row["method"] == "bp-dense")
         for row in content["summary"]:
@@ -208,8 +211,8 @@ def whole(results: Results) -> str:
         f"{markdown(headings, rows)}\n\n"
         "Whole training sets of 32 × 32 pixels unless it says otherwise, 6 epochs, 3 seeds, "
         "learning rates as tuned on a part of CIFAR-10 with SmallConv, the MLP's with an MLP. "
-        "Parameters: at the end of training, × BP dense. Peak memory: of a training step, "
-        f"measured, × BP dense. Made by\n{'; '.join(made)}."
+        "Parameters: at the end of training, × BP dense. Peak memory: of a training step at the "
+        f"first rank, measured, × BP dense. Made by\n{'; '.join(made)}."
     )
 
 
