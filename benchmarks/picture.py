@@ -20,6 +20,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).resolve().parent
+#: Names that stand below their points, where they would cover others.
+BELOW = {
+    "BP, factored": -11,
+    "BP, checkpointed": -11,
+    "BP, factored, checkpointed": -22,
+    "SSA, horizon 2": -11,
+}
 COLOURS = {"BP": "#5b6675", "DFA": "#c77f2a", "SSA": "#2f6fb3"}
 
 
@@ -52,20 +59,22 @@ def overview(left: Axes, right: Axes) -> None:
     right.legend(frameon=False)
 
 
-def memory(axes: Axes) -> None:
-    """ResNet-32 on CIFAR-10: accuracy of table 2, peak memory of a step of the same size. With
+def memory(axes: Axes, model: str) -> None:
+    """A network on CIFAR-10: accuracy of table 2, peak memory of a step of the same size. With
     gradient checkpointing BP computes the same."""
     trained = {row["variant"]: row["accuracy"] for row in read("reproduce/table2")["rows"]}
     same = {"bp-checkpointed": "bp-dense", "bp-factored-checkpointed": "bp"}
     points = []
-    for row in read("estimate_resnet32_16")["methods"]:
-        variant = f"resnet32-cifar10-{same.get(row['method'], row['method'])}"
+    for row in read(f"estimate_{model}_16")["methods"]:
+        variant = f"{model}-cifar10-{same.get(row['method'], row['method'])}"
         if variant in trained:
             points.append((row["memory"]["peak"] / 2**20, 100 * trained[variant], row["label"]))
-    for i, (x, y, label) in enumerate(sorted(points)):  # names by turns above and below
+    for x, y, label in points:
         axes.plot(x, y, "o", color=colour(label))
-        axes.annotate(label, (x, y), (6, -11 if i % 2 else 5), textcoords="offset points")
-    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %", xlim=(0, 55))
+        offset = (6, BELOW.get(label, 5))
+        axes.annotate(label, (x, y), offset, textcoords="offset points")
+    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %")
+    axes.set_xlim(0, 1.4 * max(points)[0])
     axes.margins(y=0.15)
 
 
@@ -88,10 +97,16 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     overview(left, right)
     figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
-    for draw in (memory, rank):
-        figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-        draw(axes)
-        figure.savefig(HERE.parent / "docs" / f"{draw.__name__}.svg", metadata={"Date": None})
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for axes, (model, title) in zip(
+        panels, {"vgg13": "VGG-13", "resnet32": "ResNet-32"}.items(), strict=True
+    ):
+        memory(axes, model)
+        axes.set_title(title)
+    figure.savefig(HERE.parent / "docs" / "memory.svg", metadata={"Date": None})
+    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    rank(axes)
+    figure.savefig(HERE.parent / "docs" / "rank.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
