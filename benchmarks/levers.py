@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from svdalign.data import ImageData
 from svdalign.engine import Learner
-from svdalign.experiments.methods import method_config
+from svdalign.experiments.methods import METHODS, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
@@ -442,7 +442,7 @@ def main() -> None:
         for method in options.methods:
             for name in options.levers:
                 lever = LEVERS[name]
-                if (method == "bp" and not lever.bp) or (method, name, lr) in known:
+                if (METHODS[method].rule == "bp" and not lever.bp) or (method, name, lr) in known:
                     continue
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
                 row = {"method": method, "lever": name, "lr": lr, "accuracies": found}
