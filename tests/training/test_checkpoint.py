@@ -172,7 +172,7 @@ def test_initial_weights_can_be_cut(stripes: ImageData, tmp_path: Path) -> None:
 
 
 def test_a_number_of_parameters_out_of_reach_is_refused_at_the_start(stripes: ImageData) -> None:
-    with pytest.raises(ValueError, match=r"parameters=0.01 asks for"):
+    with pytest.raises(ValueError, match=r"rank_parameters=0.01 asks for"):
         make(stripes, rank_energy=None, rank_parameters=0.01, rank_freeze=2)
 
 

@@ -76,7 +76,10 @@ class Trainer:
         self._drop_last = len(data.train) > config.batch_size
         self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
         if config.rank_parameters is not None:  # refused now if it cannot be reached
-            parameter_budget(learner.model, config.rank_parameters)
+            try:
+                parameter_budget(learner.model, config.rank_parameters)
+            except ValueError as error:
+                raise ValueError(f"rank_{error}") from None
         self._cut_ranks(0)  # a checkpoint that is loaded after this brings ranks of its own
 
     @property
