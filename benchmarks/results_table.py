@@ -175,6 +175,7 @@ JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
     "mlp": "MLP, CIFAR-10",
+    "resnet32": "ResNet-32, half as wide, in units of 4 blocks, 10,000 images at 16×16, 8 epochs",
     "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
     "cifar100": "SmallConv, CIFAR-100 at 16×16",
 }  #: files whole_NAME.json and profile_whole_NAME.json
