@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from svdalign import compact, reduce_rank
+from svdalign import RankCut, compact, reduce_rank
 from svdalign.experiments.card import DENSE, latency
 from svdalign.factors import FactoredLayer
 from svdalign.metrics import inference_macs, parameter_count
@@ -47,18 +47,16 @@ MARKS = {"parameters": 0.35, "macs": 0.40, "latency": 0.6, "points": 0.5}
 class DroppingTrainer(Trainer):
     """Cuts ranks without carrying the optimizer's state."""
 
-    def _cut_ranks(self, epoch: int) -> dict[str, float]:
-        if not self.config.cuts_rank_after(epoch):
-            return {}
+    def _reduce_rank(self, limits: dict[str, Any]) -> tuple[RankCut, ...]:
         model, state = self.learner.model, self.learner.optimizer.state
-        cuts = reduce_rank(model, **self._limits(epoch))
-        smaller = {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
-        for name in smaller:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, FactoredLayer)
-            for factor in (layer.U, layer.s, layer.V):
-                state.pop(factor, None)
-        return smaller
+        cuts = reduce_rank(model, **limits)
+        for cut in cuts:
+            if cut.after < cut.before:
+                layer = model.get_submodule(cut.name)
+                assert isinstance(layer, FactoredLayer)
+                for factor in (layer.U, layer.s, layer.V):
+                    state.pop(factor, None)
+        return cuts
 
 
 def variant_config(name: str, base: RunConfig, seed: int, gamma: float) -> RunConfig:

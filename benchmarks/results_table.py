@@ -186,10 +186,7 @@ def whole(results: Results) -> str:
     headings = ["job", "method", "test accuracy, %", "under BP dense", "parameters", "peak memory"]
     rows, made = [], []
     for name, title in JOBS.items():
-        try:
-            content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
-        except KeyError:  # not measured yet
-            continue
+        content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
         memory = {row["method"]: row["memory"]["peak"] for row in profile["methods"]}
         dense = next(row for row in content["summary"] if row["method"] == "bp-dense")
         for row in content["summary"]:

@@ -148,20 +148,17 @@ def reduce_rank(
     optimizers = _optimizers(optimizer)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     _check(layers, energy, rank, parameters, ratio, min_rank)
-    turned_layers = {name: _turned(layer) for name, layer in layers.items()}
-    spectra = {
-        name: layer.s.detach().double() if (turned := turned_layers[name]) is None else turned.s
-        for name, layer in layers.items()
-    }
     floors = {
         name: max(absolute_rank(min_rank, m.full_rank), math.ceil(ratio * m.rank - 1e-9))
         for name, m in layers.items()
     }
     if parameters is not None:
-        rank = _affordable_ranks(model, layers, spectra, floors, parameters)
+        rank = _affordable_ranks(model, layers, floors, parameters)
     cuts = []
     for name, layer in layers.items():
-        r, turned, s = layer.rank, turned_layers[name], spectra[name]
+        r = layer.rank
+        turned = _turned(layer)
+        s = turned.s if turned is not None else layer.s.detach().double()
         if energy is not None:
             wanted = energy_rank(s, energy)
         else:
@@ -181,7 +178,6 @@ def reduce_rank(
 def _affordable_ranks(
     model: nn.Module,
     layers: Mapping[str, FactoredLayer],
-    spectra: Mapping[str, Tensor],
     floors: Mapping[str, int],
     parameters: int | float,
 ) -> dict[str, int]:
@@ -191,9 +187,10 @@ def _affordable_ranks(
     left = parameter_budget(model, parameters) - sum(p.numel() for p in model.parameters())
     left += sum(_cost(layer) * (layer.rank - ranks[name]) for name, layer in layers.items())
     worth = []
-    for name, s in spectra.items():
-        shares = s.square().sort(descending=True).values / s.square().sum().clamp_min(1e-300)
-        worth += [(x / _cost(layers[name]), name) for x in shares[ranks[name] :].tolist()]
+    for name, layer in layers.items():
+        energy = spectrum(layer).square()
+        shares = energy / energy.sum().clamp_min(1e-300)
+        worth += [(x / _cost(layer), name) for x in shares[ranks[name] :].tolist()]
     for _, name in sorted(worth, key=lambda item: -item[0]):
         left -= _cost(layers[name])
         if left < 0:

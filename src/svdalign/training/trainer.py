@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..data import ImageData, batches, num_batches
 from ..engine import Learner
-from ..factors import reduce_rank
+from ..factors import RankCut, reduce_rank
 from ..factors.rank import parameter_budget
+from ..metrics import parameter_count
 from ..storage import ranks
 from .build import augmentation, evaluate, memory_format, precision
 from .config import RunConfig
@@ -212,8 +213,11 @@ class Trainer:
         was kept of each that was cut."""
         if not self.config.cuts_rank_after(epoch):
             return {}
-        cuts = reduce_rank(self.learner.model, self.learner.optimizer, **self._limits(epoch))
+        cuts = self._reduce_rank(self._limits(epoch))
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
+
+    def _reduce_rank(self, limits: dict[str, Any]) -> tuple[RankCut, ...]:
+        return reduce_rank(self.learner.model, self.learner.optimizer, **limits)
 
     def _limits(self, epoch: int) -> dict[str, Any]:
         """What the cut after ``epoch`` epochs leaves, as arguments of :func:`reduce_rank`."""
@@ -225,7 +229,7 @@ class Trainer:
                 "min_rank": config.rank_min,
             }
         wanted = parameter_budget(model, config.rank_parameters)
-        now = sum(p.numel() for p in model.parameters())
+        now = parameter_count(model)
         share = min(1.0, wanted / now) ** (1 / (config.cuts_left_after(epoch) + 1))
         return {"parameters": max(wanted, int(now * share)), "min_rank": config.rank_min}
 
