@@ -30,7 +30,7 @@ from svdalign.experiments.methods import METHODS, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
-from svdalign.losses import similarity_matrix
+from svdalign.losses import similarity_alignment, similarity_matrix
 from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
 from svdalign.rules.base import task_loss
 from svdalign.training.build import (
@@ -315,6 +315,38 @@ class AuxiliarySSA(SSA):
         return _Auxiliary(inner, unit.pooled_size(self.grid), 128, generator)
 
 
+class _Path(Feedback):
+    """A readout through a convolution of its own, half as fine and four times as wide."""
+
+    def __init__(self, inner: Feedback, channels: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        K = torch.randn(4 * channels, channels, 3, 3, generator=generator)
+        self.K = nn.Parameter(K * (2 / (9 * channels)) ** 0.5)
+
+    def path(self, h: Tensor) -> Tensor:
+        return torch.relu(F.conv2d(h, self.K.to(h.dtype), stride=2, padding=1))
+
+    def readout(self, p: Tensor) -> Tensor:
+        return self.inner.readout(p)
+
+
+class WideningSSA(SSA):
+    """Maps are widened by a convolution before they are read: narrow units are no poor readers."""
+
+    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+        B, channels, h, w = unit.features_shape
+        wide = dataclasses.replace(
+            unit, features_shape=(B, 4 * channels, (h + 1) // 2, (w + 1) // 2)
+        )
+        return _Path(super().feedback(wide, generator), channels, generator)
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        pooled = unit.pool(feedback.path(h), self.grid)
+        similarity = self.alpha * similarity_alignment(h, teaching.target_matrix())
+        return task_loss(self.error, feedback, pooled, teaching) + similarity
+
+
 #: Three cuts, an epoch apart, each as far as it may go.
 SHRINKING = {"rank": 0.8, "rank_energy": 0.5, "rank_ratio": 0.72, "rank_min": 0.31}
 
@@ -358,6 +390,15 @@ LEVERS: dict[str, Lever] = {
     "units of two blocks": Lever({"units": 2}),
     "units of three blocks": Lever({"units": 3}),
     "units of three blocks, horizon 2": Lever({"units": 3, "horizon": 2}),
+    "units of two blocks, horizon 2": Lever({"units": 2, "horizon": 2}),
+    "units of four blocks, horizon 2": Lever({"units": 4, "horizon": 2}),
+    "raster 1": Lever({"options": {"grid": 1}}),
+    "raster 2": Lever({"options": {"grid": 2}}),
+    "raster 8": Lever({"options": {"grid": 8}}),
+    "feedback of rank 64": Lever({"options": {"rank": 64}}),
+    "feedback of rank 32": Lever({"options": {"rank": 32}}),
+    "feedback of rank 16": Lever({"options": {"rank": 16}}),
+    "maps widened for the readout": Lever(rule=changed(WideningSSA)),
     "no alignment": Lever({"options": {"alpha": 0.0}}),
     "alignment 1": Lever({"options": {"alpha": 1.0}}),
     "alignment 16": Lever({"options": {"alpha": 16.0}}),
@@ -410,6 +451,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-2])
     parser.add_argument("--methods", nargs="+", default=["ssa", "bp"])
     parser.add_argument("--levers", nargs="+", default=list(LEVERS), help="of these")
+    parser.add_argument("--data", default="cifar10")
     parser.add_argument("--model", default="smallconv")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--train", type=int, default=10_000, help="training images")
@@ -421,7 +463,7 @@ def main() -> None:
     job = JobConfig(
         model=options.model,
         width=options.width,
-        data="cifar10",
+        data=options.data,
         data_dir=options.data_dir,
         image_size=options.image_size,
         train_limit=options.train + 10_000,
