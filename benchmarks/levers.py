@@ -487,7 +487,8 @@ def main() -> None:
                 if (METHODS[method].rule == "bp" and not lever.bp) or (method, name, lr) in known:
                     continue
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
-                row = {"method": method, "lever": name, "lr": lr, "accuracies": found}
+                row = {"method": method, "label": METHODS[method].label, "lever": name}
+                row |= {"lr": lr, "accuracies": found}
                 made = provenance("cpu") | {"command": shlex.join(["python", *sys.argv])}
                 rows.append({**row, "command": made["command"], "git": made["git"]})
                 print(

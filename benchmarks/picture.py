@@ -62,13 +62,16 @@ def overview(left: Axes, right: Axes) -> None:
 def memory(axes: Axes, model: str) -> None:
     """A network on CIFAR-10: accuracy of table 2, peak memory of a step of the same size. With
     gradient checkpointing BP computes the same."""
-    trained = {row["variant"]: row["accuracy"] for row in read("reproduce/table2")["rows"]}
-    same = {"bp-checkpointed": "bp-dense", "bp-factored-checkpointed": "bp"}
+    trained = {
+        row["label"]: row["accuracy"]
+        for row in read("reproduce/table2")["rows"]
+        if row["variant"].startswith(f"{model}-cifar10-")
+    }
     points = []
     for row in read(f"estimate_{model}_16")["methods"]:
-        variant = f"{model}-cifar10-{same.get(row['method'], row['method'])}"
-        if variant in trained:
-            points.append((row["memory"]["peak"] / 2**20, 100 * trained[variant], row["label"]))
+        same = row["label"].removesuffix(", checkpointed")
+        if same in trained:
+            points.append((row["memory"]["peak"] / 2**20, 100 * trained[same], row["label"]))
     for x, y, label in points:
         axes.plot(x, y, "o", color=colour(label))
         offset = (6, BELOW.get(label, 5))

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdalign.experiments.methods import METHODS
 from svdalign.experiments.page import count, number
 from svdalign.experiments.paper.draw import experiment_table
 from svdalign.experiments.report import break_even_rows
@@ -89,13 +88,13 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def comparison(results: Results) -> str:
     """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
     embedded, cifar = results["embedded"], results["cifar10"]
-    on_embedded = {row["method"]: row for row in embedded["summary"]}
+    on_embedded = {row["label"]: row for row in embedded["summary"]}
 
     headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
     rows = [
         [
             row["label"],
-            accuracy(on_embedded.get(row["method"])),
+            accuracy(on_embedded.get(row["label"])),
             accuracy(row),
             f"{row['parameters']:,}",
             count(row["macs"]),
@@ -187,8 +186,9 @@ def whole(results: Results) -> str:
     rows, made = [], []
     for name, title in JOBS.items():
         content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
-        memory = {row["method"]: row["memory"]["peak"] for row in profile["methods"]}
+        memory = {row["label"]: row["memory"]["peak"] for row in profile["methods"]}
         dense = next(row for row in content["summary"] if row["method"] == "bp-dense")
+        whole = memory[dense["label"]]
         for row in content["summary"]:
             under = 100 * (dense["accuracy"] - row["accuracy"])
             rows.append(
@@ -198,11 +198,11 @@ def whole(results: Results) -> str:
                     accuracy(row),
                     f"{under:.1f}" if row is not dense else "–",
                     f"{row['parameters'] / dense['parameters']:.2f}",
-                    f"{memory[row['method']] / memory['bp-dense']:.2f}",
+                    f"{memory[row['label']] / whole:.2f}",
                 ]
             )
             if row is dense:
-                share = f"{memory['bp-checkpointed'] / memory['bp-dense']:.2f}"
+                share = f"{memory['BP, checkpointed'] / whole:.2f}"
                 rows.append([title, "BP, checkpointed", "the same", "–", "1.00", share])
         made += [made_by(content), made_by(profile)]
     return (
@@ -217,9 +217,8 @@ def whole(results: Results) -> str:
 def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
     rate, job = 0.01, content["job"]
-    found = {(r["method"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
-    methods = {key: METHODS[key].label for key in ("ssa", "ssa-2", "ssa-dense", "bp", "bp-dense")}
-    methods = {key: label for key, label in methods.items() if (key, "as it is") in found}
+    found = {(r["label"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
+    methods = sorted({label for label, _ in found}, key=lambda label: (label[:2] == "BP", label))
 
     def cell(method: str, lever: str) -> str:
         if (method, lever) not in found:
@@ -235,7 +234,7 @@ def levers(content: Mapping[str, Any]) -> str:
     made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
     machine = content["machine"]
     return (
-        f"{markdown(['lever', *methods.values()], rows)}\n\n"
+        f"{markdown(['lever', *methods], rows)}\n\n"
         f"Accuracy in % on {job['validation']:,} held-out training images, and points more or less "
         f"than that: {job['model']} at rank {job['rank']:g} on "
         f"{job['train_limit'] - job['validation']:,} images of CIFAR-10 at {job['image_size']}×"

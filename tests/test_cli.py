@@ -101,7 +101,7 @@ def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *TINY, "--rules", "bp-dense", "ssa", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
-    for part in ("BP, dense", "SSA, horizon 1", "±", "MiB", "report: runs/compare-001/report.html"):
+    for part in ("BP, dense", "SSA, horizon 2", "±", "MiB", "report: runs/compare-001/report.html"):
         assert part in out
     results = json.loads(Path("runs/compare-001/results.json").read_text())
     assert len(results["runs"]) == 4

@@ -77,7 +77,7 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
         assert f"before {name}\n" in fresh
         assert f"\nafter {name}\n" in fresh
     accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
-    assert f"| SSA, horizon 1 | {100 * accuracy:.1f} ± " in fresh
+    assert f"| SSA, horizon 2 | {100 * accuracy:.1f} ± " in fresh
     assert "| BP, checkpointed |" in fresh
     assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh

@@ -87,7 +87,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 4
     assert "BP, dense" in page
-    assert "SSA, horizon 1" in page
+    assert "SSA, horizon 2" in page
     assert 'name="viewport"' in page
     for outside in ("<script", "<link", "<img", "@import", "url(http"):
         assert outside not in page

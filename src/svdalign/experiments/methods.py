@@ -1,7 +1,7 @@
 """The methods that can be compared, with the hyperparameters that each was tuned to.
 
 Every method got the same search of its learning rate, DFA one of its raster besides; the six that
-stand for the rest (``bp-dense``, ``bp``, ``dfa``, ``ssa-local``, ``ssa``, ``ssa-2``) got a second
+stand for the rest (``bp-dense``, ``bp``, ``dfa``, ``ssa-local``, ``ssa-1``, ``ssa``) got a second
 one on more held-out images (``benchmarks/tune.py``), which settles them. What is not named here is
 the same for all.
 """
@@ -44,9 +44,9 @@ METHODS: dict[str, Method] = {
     "ssa-paper": Method("SSA, as published", "ssa-paper", lr=5e-3),
     "ssa-output": Method("SSA, output error", "ssa", lr=2e-2, options={"error": "output"}),
     "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
-    "ssa": Method("SSA, horizon 1", "ssa", lr=1e-2),
-    "ssa-2": Method("SSA, horizon 2", "ssa", lr=1e-2, options={"horizon": 2}),
-    "ssa-dense": Method("SSA, horizon 1, dense", "ssa", factored=False, lr=2e-2),
+    "ssa-1": Method("SSA, horizon 1", "ssa", lr=1e-2, options={"horizon": 1}),
+    "ssa": Method("SSA, horizon 2", "ssa", lr=1e-2),
+    "ssa-dense": Method("SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2),
 }
 
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise

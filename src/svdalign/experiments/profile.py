@@ -49,11 +49,11 @@ __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
 CHECKPOINTED = {
     "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
     "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
-    "ssa-checkpointed": ("ssa", "SSA, horizon 1, checkpointed"),
+    "ssa-checkpointed": ("ssa", "SSA, horizon 2, checkpointed"),
 }
 DEFAULT = [
     *("bp-dense", "bp-checkpointed", "bp", "bp-factored-checkpointed"),
-    *("dfa", "ssa-local", "ssa", "ssa-checkpointed", "ssa-2"),
+    *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
 ]
 
 

@@ -42,7 +42,7 @@ class SSA(Rule):
     """
 
     name: str = "ssa"
-    horizon: int | None = 1
+    horizon: int | None = 2
     error: ErrorSource = "local"
     alpha: float = 4.0
     alignment: Alignment = "similarity"

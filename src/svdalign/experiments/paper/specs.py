@@ -105,7 +105,7 @@ def _ranks() -> dict[str, Variant]:
         for name in ("bp", "dfa", "ssa")
         for rank in (0.1, 0.2, 0.35, 0.5, 0.75)
     }
-    shrinking = _method("ssa", "SSA, horizon 1, rank reduced while training")
+    shrinking = _method("ssa", "SSA, horizon 2, rank reduced while training")
     return {**variants, "ssa-shrinking": Variant(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
@@ -138,7 +138,7 @@ def _deeper() -> dict[str, Variant]:
         )
         for where, changes in data.items()
         for label, model in (("VGG-13", "vgg13"), ("ResNet-32", "resnet32"))
-        for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa", "ssa-2")
+        for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa-1", "ssa")
     }
 
 
@@ -171,7 +171,7 @@ def _ablation() -> dict[str, Variant]:
         "dfa-similarity": similarity,
         "bp-task": _method("bp", "task"),
     }
-    settings = {"ssa": "SSA, horizon 1", "dfa": "DFA", "bp": "BP, factored"}
+    settings = {name: METHODS[name].label for name in ("ssa", "dfa", "bp")}
     variants = {
         key: Variant(method, setting=settings[key.partition("-")[0]])
         for key, method in methods.items()
@@ -224,7 +224,7 @@ _AXES = {
 
 def _sensitivity() -> dict[str, Variant]:
     """A decade around each default of ``ssa``, two settings at a time."""
-    rates, alphas = (5e-3, 1e-2, 2e-2, 5e-2), (1.25, 4.0, 12.5)
+    rates, alphas = (3e-3, 1e-2, 3e-2), (1.25, 4.0, 12.5)
     grids: dict[str, list[tuple[float, float, Method, dict[str, Any]]]] = {
         "learning rate and alignment": [
             (lr, alpha, dataclasses.replace(_method("ssa", alpha=alpha), lr=lr), {})
@@ -243,7 +243,7 @@ def _sensitivity() -> dict[str, Variant]:
         ],
         "orthogonality by penalty alone": [
             (lr, beta, dataclasses.replace(_method("ssa", beta=beta), lr=lr), {"retraction": None})
-            for lr in (1e-2, 2e-2, 5e-2)
+            for lr in rates
             for beta in (0.01, 0.03, 0.1)
         ],
     }
@@ -325,7 +325,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "sensitivity": Experiment(
         "Sensitivity to the settings",
         "Test accuracy of SSA on SmallConv over a decade of each setting, two at a time, the "
-        "others at their defaults: learning rate 0.01, α 4, horizon 1, grid 4, k 10, retraction.",
+        "others at their defaults: learning rate 0.01, α 4, horizon 2, grid 4, k 10, retraction.",
         "maps", SMALLCONV, _sensitivity(), axes=_AXES,
         seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
