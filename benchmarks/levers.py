@@ -378,6 +378,17 @@ LEVERS: dict[str, Lever] = {
     "half the parameters by the third epoch": Lever(
         {"rank_parameters": 0.5, "rank_warmup": 1, "rank_freeze": 3, "rank_min": 1}, bp=True
     ),
+    "units of three blocks, horizon 2, from rank 0.8 to half the parameters": Lever(
+        {"units": 3, "horizon": 2, "rank": 0.8, "rank_parameters": 0.5,
+         "rank_warmup": 3, "rank_freeze": 4, "rank_min": 1},
+    ),
+    "units of three blocks, horizon 2, maps widened for the readout": Lever(
+        {"units": 3, "horizon": 2}, rule=changed(WideningSSA)
+    ),
+    "units of three blocks, horizon 2, alignment 1": Lever(
+        {"units": 3, "horizon": 2, "options": {"alpha": 1.0}}
+    ),
+    "units of three blocks, horizon 2, rank 0.8": Lever({"units": 3, "horizon": 2, "rank": 0.8}),
     "rank 0.8, cut to 0.31 early": Lever({**SHRINKING, "rank_warmup": 1}, bp=True),
     "rank 0.8, cut to 0.31": Lever({**SHRINKING, "rank_warmup": 3}, bp=True),
     "label smoothing 0.1": Lever({"label_smoothing": 0.1}, bp=True),

@@ -40,7 +40,7 @@ def colour(label: str) -> str:
 
 
 def overview(left: Axes, right: Axes) -> None:
-    rows = list(reversed(read("cifar10")["summary"]))
+    rows = list(reversed(read("reproduce/table1")["rows"]))
     left.barh(
         [row["label"] for row in rows],
         [100 * row["accuracy"] for row in rows],

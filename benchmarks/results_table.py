@@ -87,30 +87,33 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def comparison(results: Results) -> str:
     """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
-    embedded, cifar = results["embedded"], results["cifar10"]
-    on_embedded = {row["label"]: row for row in embedded["summary"]}
-
-    headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
+    embedded, cifar = results["embedded"], results["reproduce/table1"]
+    costs = results["profile_smallconv"]
+    on_cifar = {row["label"]: row for row in cifar["rows"]}
+    cost = {row["label"]: row for row in costs["methods"]}
+    whole = cost["BP, dense"]["memory"]["peak"]
     rows = [
         [
-            row["label"],
-            accuracy(on_embedded.get(row["label"])),
+            label := row["label"],
             accuracy(row),
-            f"{row['parameters']:,}",
-            count(row["macs"]),
-            f"{row['step_ratio']:.2f} ×",
+            accuracy(on_cifar[label]),
+            f"{on_cifar[label]['parameters']:,}",
+            count(on_cifar[label]["macs"]),
+            f"{cost[label]['memory']['peak'] / whole:.2f} ×",
+            f"{cost[label]['step_ratio']:.2f} ×",
         ]
-        for row in cifar["summary"]
+        for row in embedded["summary"]
     ]
-    runs = embedded["config"]["seeds"]
+    headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
     return (
-        f"{markdown([*headings, 'time per step'], rows)}\n\n"
+        f"{markdown([*headings, 'peak memory', 'time per step'], rows)}\n\n"
         f"SmallConv, 10,000 training images of each, {embedded['config']['epochs']} epochs of "
-        f"28×28 grey and {cifar['config']['epochs']} epochs of 16×16 colour; test accuracy, mean "
-        f"± standard deviation over {runs} seeds; every method at the learning rate that one "
-        "search chose for it on held-out images. Parameters, multiply-accumulates of an inference "
-        "and time per training step (× BP dense, CPU) are those on CIFAR-10. Made by\n"
-        f"{made_by(embedded)}; {made_by(cifar)}."
+        f"28×28 grey and {cifar['rows'][0]['config']['epochs']} epochs of 16×16 colour; test "
+        f"accuracy, mean ± standard deviation over {embedded['config']['seeds']} seeds; every "
+        "method at the learning rate that one search chose for it on held-out images. Parameters, "
+        "multiply-accumulates of an inference, peak memory and time of a step (× BP dense, "
+        f"CPU) are those on CIFAR-10. Made by\n{made_by(embedded)}; {made_by(cifar)}; "
+        f"{made_by(costs)}."
     )
 
 

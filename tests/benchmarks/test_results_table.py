@@ -36,8 +36,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     comparison = Comparison(config, folder / "runs")
     comparison.measure_costs()
-    profile = ProfileConfig(model="mlp", width=0.05, batch_size=4, image_size=8, estimate=True)
-    profiled = Profile(profile, folder / "profile").run()
+    size: dict[str, Any] = {"model": "mlp", "width": 0.05, "batch_size": 4, "image_size": 8}
+    profiled = Profile(ProfileConfig(**size, estimate=True), folder / "profile").run()
+    timed = ProfileConfig(**size, methods=["bp-dense", "ssa"], seconds=0.1)
     ran: dict[str, Any] = comparison.run()
     experiment = {
         "experiment": "table1", "title": "A title", "shows": "What it shows.", "drawing": "table",
@@ -46,6 +47,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs": 2, "parameters": 1234, "macs": 2e6,
         }],
     }  # fmt: skip
+    same = {"parameters": 1234, "macs": 2e6, "config": {"epochs": 3}}
+    table1 = [{**row, **same} for row in ran["summary"]]
     cut = {"parameters": 0.311, "macs": 0.352, "latency, batch 1": 0.5, "points_under_fixed": 0.4}
     cuts = {
         "marks": {},
@@ -55,13 +58,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = {key: ran[key] for key in ("git", "command", "machine", "status", "torch")}
     for name, content in {
         "embedded": ran,
-        "cifar10": ran,
+        "reproduce/table1": {**experiment, **source, "rows": table1},
+        "profile_smallconv": Profile(timed, folder / "timed").run(),
         "profile": profiled,
         "break_even": profiled,
         "experiment": {**experiment, **source},
         "cuts": {**cuts, **source},
     }.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
     return folder
 
 
@@ -78,6 +84,7 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
         assert f"\nafter {name}\n" in fresh
     accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
     assert f"| SSA, horizon 2 | {100 * accuracy:.1f} ± " in fresh
+    assert "28×28 grey and 3 epochs of 16×16 colour" in fresh
     assert "| BP, checkpointed |" in fresh
     assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
