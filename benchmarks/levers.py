@@ -253,6 +253,23 @@ class PooledSimilaritySSA(SSA):
         return loss + self.alpha * F.mse_loss(similarity_matrix(pooled), wanted)
 
 
+class FewFeaturesSSA(SSA):
+    """A coarser raster where feedback would read more than 1024 numbers of a unit."""
+
+    def coarser(self, unit: TeachingUnit) -> SSA:
+        grid = self.grid
+        while grid is not None and grid > 1 and unit.pooled_size(grid) > 1024:
+            grid -= 1
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return SSA(**{**settings, "grid": grid})
+
+    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+        return self.coarser(unit).feedback(unit, generator)
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        return self.coarser(unit).loss(unit, feedback, h, teaching)
+
+
 class MixedErrorSSA(SSA):
     """Half the output's error, half the unit's own."""
 
@@ -409,6 +426,10 @@ LEVERS: dict[str, Lever] = {
     "feedback of rank 64": Lever({"options": {"rank": 64}}),
     "feedback of rank 32": Lever({"options": {"rank": 32}}),
     "feedback of rank 16": Lever({"options": {"rank": 16}}),
+    "at most 1024 features": Lever(rule=changed(FewFeaturesSSA)),
+    "at most 1024 features, feedback of rank 64": Lever(
+        {"options": {"rank": 64}}, rule=changed(FewFeaturesSSA)
+    ),
     "maps widened for the readout": Lever(rule=changed(WideningSSA)),
     "no alignment": Lever({"options": {"alpha": 0.0}}),
     "alignment 1": Lever({"options": {"alpha": 1.0}}),
