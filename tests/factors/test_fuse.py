@@ -21,7 +21,7 @@ import svdalign as sva
 from svdalign import models
 from svdalign.factors import FusedConv2d, SVDConv2d
 from svdalign.factors.fuse import CHUNK
-from svdalign.metrics import LiveTensors
+from svdalign.metrics import LiveTensors, storage_bytes
 
 TAILS: dict[str, Callable[[int], list[nn.Module]]] = {
     "norm": lambda n: [nn.BatchNorm2d(n)],
@@ -118,6 +118,17 @@ def test_the_norms_statistics_are_those_of_the_dense_convolutions_output() -> No
     same(fused(x), norm(y))
     same(fused.tail[0].running_mean, 0.1 * y.mean((0, 2, 3)))
     same(fused.tail[0].running_var, 0.9 + 0.1 * y.var((0, 2, 3)))
+
+
+def test_statistics_of_a_map_take_little_beside_it(monkeypatch) -> None:
+    monkeypatch.setitem(CHUNK, "cpu", 1 << 16)
+    x = torch.randn(64, 8, 32, 32).to(torch.bfloat16)
+    layer = SVDConv2d.from_dense(nn.Conv2d(8, 64, 3), rank=32, scheme="channel")
+    fused = FusedConv2d(layer, [nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(30)])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), LiveTensors([x]) as live:
+        fused(x)
+    reduced = 64 * 32 * 30 * 30 * 2  # bytes, in half precision
+    assert live.peak < storage_bytes([x, *fused.parameters()]) + 1.5 * reduced
 
 
 def test_statistics_bear_a_mean_far_from_zero() -> None:

@@ -182,12 +182,20 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        rows = _rows(z)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        mean = rows.mean(0)
-        centred = rows - mean  # before the products: differences of large squares would lose digits
+        size, count = _samples(z, z.shape[1]), z.numel() // z.shape[1]
+        parts = [z[i : i + size] for i in range(0, len(z), size)]  # copies of them are small
+
+        def rows(part: Tensor) -> Tensor:
+            found = _rows(part)
+            return found if found.dtype == torch.float64 else found.float()
+
+        mean = torch.stack([rows(part).sum(0) for part in parts]).sum(0) / count
+        cov = mean.new_zeros(len(mean), len(mean))
+        for part in parts:
+            centred = rows(part) - mean  # before the products: large squares would lose digits
+            cov.addmm_(centred.mT, centred)
         ctx.save_for_backward(z, mean)
-        return mean, (centred.mT @ centred) / len(rows)
+        return mean, cov / count
 
     @staticmethod
     @once_differentiable
