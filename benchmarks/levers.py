@@ -367,6 +367,14 @@ class WideningSSA(SSA):
 #: Three cuts, an epoch apart, each as far as it may go.
 SHRINKING = {"rank": 0.8, "rank_energy": 0.5, "rank_ratio": 0.72, "rank_min": 0.31}
 
+#: Units of several blocks, for residual networks.
+LARGE = {"units": 3, "horizon": 2}
+
+#: Two cuts in the middle of eight epochs.
+HALVED = {
+    "rank": 0.8, "rank_parameters": 0.5, "rank_warmup": 3, "rank_freeze": 4, "rank_min": 1
+}  # fmt: skip
+
 LEVERS: dict[str, Lever] = {
     "as it is": Lever(bp=True),
     # weights and their steps
@@ -396,11 +404,14 @@ LEVERS: dict[str, Lever] = {
         {"rank_parameters": 0.5, "rank_warmup": 1, "rank_freeze": 3, "rank_min": 1}, bp=True
     ),
     "units of three blocks, horizon 2, from rank 0.8 to half the parameters": Lever(
-        {"units": 3, "horizon": 2, "rank": 0.8, "rank_parameters": 0.5,
-         "rank_warmup": 3, "rank_freeze": 4, "rank_min": 1},
+        {**LARGE, **HALVED}
+    ),
+    "from rank 0.8 to half the parameters": Lever(HALVED, bp=True),
+    "the same with maps widened for the readout": Lever(
+        {**LARGE, **HALVED}, rule=changed(WideningSSA)
     ),
     "units of three blocks, horizon 2, maps widened for the readout": Lever(
-        {"units": 3, "horizon": 2}, rule=changed(WideningSSA)
+        LARGE, rule=changed(WideningSSA)
     ),
     "units of three blocks, horizon 2, alignment 1": Lever(
         {"units": 3, "horizon": 2, "options": {"alpha": 1.0}}
@@ -417,7 +428,7 @@ LEVERS: dict[str, Lever] = {
     "horizon 4": Lever({"horizon": 4}),
     "units of two blocks": Lever({"units": 2}),
     "units of three blocks": Lever({"units": 3}),
-    "units of three blocks, horizon 2": Lever({"units": 3, "horizon": 2}),
+    "units of three blocks, horizon 2": Lever(LARGE),
     "units of two blocks, horizon 2": Lever({"units": 2, "horizon": 2}),
     "units of four blocks, horizon 2": Lever({"units": 4, "horizon": 2}),
     "raster 1": Lever({"options": {"grid": 1}}),
