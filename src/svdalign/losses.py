@@ -5,12 +5,11 @@ All return 0-dim tensors and are differentiable in every floating argument.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .readings import spread, statistics
 
 __all__ = [
     "channel_statistics",
@@ -19,6 +18,7 @@ __all__ = [
     "orthogonality_penalty",
     "similarity_alignment",
     "similarity_matrix",
+    "statistics_alignment",
     "subspace_share",
 ]
 
@@ -66,42 +66,11 @@ def channel_statistics(h: Tensor) -> Tensor:
 
     In at least single precision, whatever autocast hands on.
     """
-    dtype = torch.promote_types(h.dtype, torch.float32)
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
-        return _spread(h, (2, 3), dtype)
+        return spread(h)
     if h.ndim == 3:
-        return h.mean(1, dtype=dtype)
-    return h.flatten(1).to(dtype)
-
-
-class _Spread(torch.autograd.Function):
-    """Standard deviation over ``dims``, dividing by the number of values; on CPU ``torch.std``
-    takes twenty times as long. Its gradient where a channel is constant is 0.
-
-    In closed form, because autograd would hold and make several maps of the size of ``h``, which
-    decides the peak of a unit that holds little else.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        mean = h.mean(dims, keepdim=True, dtype=dtype)
-        spread = (h - mean).square_().mean(dims, keepdim=True).sqrt_()
-        ctx.save_for_backward(h, mean, spread)
-        return spread.squeeze(dims)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        h, mean, spread = ctx.saved_tensors
-        positions = h.numel() // mean.numel()
-        slope = (grad.reshape(spread.shape) / (positions * spread)).masked_fill(spread == 0, 0.0)
-        # In h's precision at once: in the statistics' there would be a map of twice the bytes.
-        start = (-mean * slope).to(h.dtype)
-        return torch.addcmul(start, h, slope.to(h.dtype)), None, None
-
-
-def _spread(h: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return cast(Tensor, _Spread.apply(h, dims, dtype))  # type: ignore[no-untyped-call]
+        return h.mean(1, dtype=statistics(h.dtype))
+    return h.flatten(1).to(statistics(h.dtype))
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
@@ -116,8 +85,14 @@ def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
     ``h``: a unit's output (B, ...); ``targets``: (B, C), one-hot labels or real targets.
     Source: Noekland and Eidnes, *Training Neural Networks with Local Error Signals* (2019), eq. 1.
     """
-    rows = channel_statistics(h)
-    return F.mse_loss(similarity_matrix(rows), similarity_matrix(targets.to(rows.dtype)))
+    return statistics_alignment(channel_statistics(h), targets)
+
+
+def statistics_alignment(statistics: Tensor, targets: Tensor) -> Tensor:
+    """:func:`similarity_alignment` of activations whose :func:`channel_statistics` (B, d) are at
+    hand."""
+    wanted = similarity_matrix(targets.to(statistics.dtype))
+    return F.mse_loss(similarity_matrix(statistics), wanted)
 
 
 def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:

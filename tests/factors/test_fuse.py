@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import svdalign as sva
 from svdalign import models
 from svdalign.factors import FusedConv2d, SVDConv2d
-from svdalign.factors.fuse import CHUNK
+from svdalign.held import CHUNK
 from svdalign.metrics import LiveTensors, storage_bytes
 
 TAILS: dict[str, Callable[[int], list[nn.Module]]] = {

@@ -1,10 +1,12 @@
 """The local step: a forward pass that teaches each unit as it goes, and forgets it.
 
-At a unit's exit its output ``h`` is handed on as a fresh leaf, and the rule's loss on ``h`` joins
-the unit's graph. Once the losses of ``horizon`` units more are there, the oldest of them retires:
-signals travel from the newest unit back to it, a unit at a time, each unit's own loss adding to
-what comes from beyond it. Its graph dies there. At any moment ``horizon + 1`` units hold
-activations, and between retirements no signal is held: a unit's own is a loss away.
+At a unit's exit its output ``h`` is cut off its graph and handed on, and the rule's loss on ``h``
+joins the unit's graph. Once the losses of ``horizon`` units more are there, the oldest of them
+retires: signals travel from the newest unit back to it, a unit at a time, each unit's own loss
+adding to what comes from beyond it. Its graph dies there. At any moment ``horizon + 1`` units hold
+activations, and between retirements no signal is held: a unit's own is a loss away. Nor does the
+window hold ``h``, only the edges of the graph where signals leave a unit and enter the one before:
+what of ``h`` is needed backward is for those to hold that need it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..autocast import outside_autocast
@@ -35,30 +38,27 @@ way than for the example."""
 
 
 class _Segment:
-    """A unit in the window: its outputs, the leaves handed on for them, its own loss, and the
-    signals that have just come in."""
+    """A unit in the window: where signals for its outputs come from (``edges``, in the graphs of
+    units after it) and where they enter its own graph (``ports``), and its own loss."""
 
     def __init__(
-        self,
-        unit: Unit,
-        outputs: list[Tensor],
-        leaves: list[Tensor],
-        loss: Tensor,
-        planned: bool,
+        self, unit: Unit, outputs: list[Tensor], edges: list[GradientEdge], planned: bool
     ) -> None:
-        self.unit, self.outputs, self.leaves = unit, outputs, leaves
-        self.loss, self.planned = loss, planned
-        self.signals: list[list[Tensor]] = [[] for _ in outputs]
+        self.unit, self.edges, self.planned = unit, edges, planned
+        self.outputs, self.ports = outputs, list[Tensor]()
+        self.signals: list[list[Tensor]] = [[] for _ in edges]
+        if edges:
+            entered = [_Port.apply(h, s) for h, s in zip(outputs, self.signals, strict=True)]  # type: ignore[no-untyped-call]
+            self.outputs, self.ports = map(list, zip(*entered, strict=True))
+
+    def learn(self, teach: Teach, feature: int) -> None:
+        """Have the unit's own loss, on one of its outputs, join its graph."""
+        self.loss = teach(self.unit, self.outputs[feature])
+        self.outputs.clear()  # which are not to be held
 
     def heads(self) -> list[Tensor]:
         """0-dim tensors whose gradients are those of the loss and of the signals, which go."""
-        heads = [
-            _Deliver.apply(output, [signal])  # type: ignore[no-untyped-call]
-            for output, signals in zip(self.outputs, self.signals, strict=True)
-            for signal in signals
-        ]
-        for signals in self.signals:
-            signals.clear()
+        heads = [port for port, signals in zip(self.ports, self.signals, strict=True) if signals]
         return [self.loss, *heads] if self.loss.requires_grad else heads
 
 
@@ -71,6 +71,7 @@ class _Stream:
         self.window: deque[_Segment] = deque()
         self.calls: dict[str, int] = {}
         self.active = True
+        self.anchor = torch.zeros((), requires_grad=True)  # makes what is handed on require grad
 
     def hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -82,15 +83,22 @@ class _Stream:
 
         return hook
 
-    def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """What is handed on for ``output``, its tensors that require grad, and their leaves."""
+    def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[GradientEdge]]:
+        """What is handed on for ``output``, its tensors that require grad, and where the gradients
+        of what is handed on for them arrive (nowhere at horizon 0)."""
         values, structure = tree_flatten(output)
-        at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
-        outputs = [values[i] for i in at]
-        leaves = [t.detach().requires_grad_(self.horizon > 0) for t in outputs]
-        for i, leaf in zip(at, leaves, strict=True):
-            values[i] = leaf.clone() if path in self.inplace and self.horizon > 0 else leaf
-        return tree_unflatten(values, structure), outputs, leaves
+        outputs, edges = [], []
+        for i, value in enumerate(values):
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                continue
+            outputs.append(value)
+            values[i] = value.detach()
+            if self.horizon > 0:
+                values[i] = _Entry.apply(self.anchor, values[i])  # type: ignore[no-untyped-call]
+                edges.append(get_gradient_edge(values[i]))
+                if path in self.inplace:
+                    values[i] = values[i].clone()
+        return tree_unflatten(values, structure), outputs, edges
 
     def exit(self, path: str, output: Any) -> Any:
         call = self.calls.get(path, 0)
@@ -102,12 +110,12 @@ class _Stream:
                 "the example batch: a model whose control flow depends on the data needs units "
                 "around it, for example units=callable naming the enclosing module"
             )
-        handed_on, outputs, leaves = self.cut(path, output)
+        handed_on, outputs, edges = self.cut(path, output)
         if not outputs:  # frozen, and so is all before it
             self.advance(index)
             return output
         feature = next((i for i, t in enumerate(outputs) if t is first_tensor(output)), 0)
-        self.learn(index, outputs, leaves, feature)
+        self.learn(index, outputs, edges, feature)
         return handed_on
 
     def advance(self, index: int) -> bool:
@@ -115,13 +123,16 @@ class _Stream:
         planned, self.next = index == self.next, index + 1
         return planned
 
-    def learn(self, index: int, outputs: list[Tensor], leaves: list[Tensor], feature: int) -> None:
+    def learn(
+        self, index: int, outputs: list[Tensor], edges: list[GradientEdge], feature: int
+    ) -> None:
         self.active = False
         unit, planned = self.plan.units[index], self.advance(index)
         # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            loss = self.teach(unit, outputs[feature])
-        self.window.append(_Segment(unit, outputs, leaves, loss, planned))
+            segment = _Segment(unit, outputs, edges, planned)
+            segment.learn(self.teach, feature)
+        self.window.append(segment)
         if len(self.window) > self.horizon:
             self.pop()
         self.active = True
@@ -139,33 +150,62 @@ class _Stream:
 
 def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
     """Carry all that ``segment`` has, its own signal included, to the units it took inputs from."""
-    leaves = [(s.signals[i], leaf) for s in upstream for i, leaf in enumerate(s.leaves)]
+    edges = [edge for s in upstream for edge in s.edges]
     heads = segment.heads()
-    if not heads or not leaves:
+    if not heads or not edges:
         return
-    grads = torch.autograd.grad(
-        heads, [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True
-    )
-    for (signals, _), grad in zip(leaves, grads, strict=True):
+    grads = torch.autograd.grad(heads, edges, retain_graph=True, allow_unused=True)
+    inboxes = [signals for s in upstream for signals in s.signals]
+    known: set[int] = set()
+    for signals, grad in zip(inboxes, grads, strict=True):
         if grad is not None:
-            signals.append(grad)
+            signals.append(_own(grad, known))
 
 
-class _Deliver(torch.autograd.Function):
-    """A 0-dim head on ``h`` whose gradient in ``h`` is the one tensor in ``signal``.
+def _own(grad: Tensor, known: set[int]) -> Tensor:
+    """``grad``, or a copy if it shares its memory with itself or another: to be added to in place.
+    ``known``: storages that are taken."""
+    dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
+    pointer = grad.untyped_storage().data_ptr()
+    if dense and pointer not in known:
+        known.add(pointer)
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+class _Entry(torch.autograd.Function):
+    """``h`` as it is, with an edge to take its gradient at. A leaf would hold ``h`` for that."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, h: Tensor) -> Tensor:
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _Port(torch.autograd.Function):
+    """``h`` as it is, and a 0-dim head. ``signals`` join the gradient of what is made of ``h``;
+    where nothing is, the head's gradient, whatever it is, brings them in.
 
     Given to autograd as an argument, a signal, as large as ``h``, would live until the whole unit
-    has gone backward; this way it dies where it has been used, before the unit's peak.
+    has gone backward. This way it becomes the sum with what the unit's own loss brings, and dies
+    where that has been used.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, signal: list[Tensor]) -> Tensor:
-        ctx.signal = signal
-        return h.new_zeros(())
+    def forward(ctx: Any, h: Tensor, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.signals = signals
+        return h, h.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.signal.pop(), None
+    def backward(ctx: Any, total: Tensor | None, head: Tensor | None) -> tuple[Tensor | None, None]:
+        while ctx.signals:
+            signal = ctx.signals.pop()
+            total = signal if total is None else signal.add_(total)
+        return total, None
 
 
 def stream(

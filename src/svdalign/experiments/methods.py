@@ -2,8 +2,8 @@
 
 Every method got the same search of its learning rate, DFA one of its raster besides; the six that
 stand for the rest (``bp-dense``, ``bp``, ``dfa``, ``ssa-local``, ``ssa-1``, ``ssa``) got a second
-one on more held-out images (``benchmarks/tune.py``), which settles them, and so did ``ssa-output``
-and ``ssa-dense`` at the horizon that is now the default. What is not named here is the same for all.
+one on more held-out images (``benchmarks/tune.py``), which settles them; so did ``ssa-output`` and
+``ssa-dense``, at the default horizon. What is not named here is the same for all.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ A training step so holds ``r`` channels of full resolution where it held ``2 N``
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from torch.nn.modules.utils import _pair
 
 from ..autocast import outside_autocast, present_autocast
 from ..chains import followers, substitute
+from ..held import Held, by_parts, hold, made_of, memory_format, parts_of
 from .layers import SVDConv2d
 
 __all__ = ["FusedConv2d", "fuse"]
@@ -38,13 +38,6 @@ PER_SAMPLE = (
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
 )  # fmt: skip
-
-#: Values of the widest map at a time, by device: what a processor's cache holds (estimates, on the
-#: meta device, are of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 1 << 19, "meta": 1 << 19}
-ELSEWHERE = 1 << 24
-
-PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -111,7 +104,7 @@ class FusedConv2d(SVDConv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return cast(Tensor, self.tail(super().forward(x)))
-        z, second, tail = self.reduce(x), self.expansion(), list(self.tail)
+        z, second, tail = _reduce(self, x), self.expansion(), list(self.tail)
         bias: Tensor | None = self.bias
         if isinstance(norm := tail[0], nn.BatchNorm2d):
             kernel, bias = _norm(norm, z, second[:, :, 0, 0], bias)
@@ -182,8 +175,8 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        size, count = _samples(z, z.shape[1]), z.numel() // z.shape[1]
-        parts = [z[i : i + size] for i in range(0, len(z), size)]  # copies of them are small
+        count = z.numel() // z.shape[1]
+        parts = [z[rows] for rows in parts_of(z)]  # copies of them are small
 
         def rows(part: Tensor) -> Tensor:
             found = _rows(part)
@@ -217,9 +210,51 @@ def _rows(z: Tensor) -> Tensor:
 # --- some samples at a time ---------------------------------------------------------------------
 
 
+def _reduce(layer: FusedConv2d, x: Tensor) -> Tensor:
+    """The first convolution, (B, r, h, w)."""
+    if isinstance(layer.padding, str):
+        return layer.reduce(x)
+    return cast(Tensor, _Reduced.apply(layer, x, layer.kernels()[0]))  # type: ignore[no-untyped-call]
+
+
+class _Reduced(torch.autograd.Function):
+    """First convolution. Holds what its input is made of, if that is known, and makes the input
+    again where the weights' gradient asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: FusedConv2d, x: Tensor, first: Tensor) -> Tensor:
+        held = hold(x)
+        ctx.layer, ctx.held = layer, held.without_tensors()
+        ctx.save_for_backward(first, *held.tensors)
+        return layer.reduce(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, *tensors = ctx.saved_tensors
+        held: Held = ctx.held
+        stride, padding, dilation = ctx.layer.first_settings()
+        for_x, for_first = (
+            needed and _asked_for(node)
+            for needed, (node, _) in zip(ctx.needs_input_grad[1:], ctx.next_functions, strict=True)
+        )
+        kernel = first.to(grad.dtype)
+
+        def run(rows: slice) -> tuple[Tensor | None, ...]:
+            # For the signal alone the input's shape is enough.
+            x = (held.of if for_first else held.like)(rows, tensors).to(grad.dtype)
+            dx, dW, _ = torch.ops.aten.convolution_backward(
+                grad[rows], x, kernel, None, stride, padding, dilation, False, [0, 0], 1,
+                [for_x, for_first, False],
+            )  # fmt: skip
+            return None if dx is None else dx.to(held.dtype), dW
+
+        return None, *_gradients_by_parts(run, held.parts, [for_x, for_first])
+
+
 class _Rectified(torch.autograd.Function):
-    """Second convolution, ReLU and, if ``pool`` is given, max pooling. Holds ``z``, the output and
-    the places of the maxima: what is needed to go backward without computing anything again."""
+    """Second convolution, ReLU and, if ``pool`` is given, max pooling. Holds ``z`` and, of pooled
+    maps, the output and the places of the maxima."""
 
     @staticmethod
     def forward(
@@ -244,25 +279,36 @@ class _Rectified(torch.autograd.Function):
             places.append((place - ctx.corners).to(ctx.narrow))
             return y
 
-        out = _by_parts(run, z, len(second))
-        ctx.layer, ctx.window = layer, window
-        ctx.save_for_backward(z, second, out, *places)
+        parts = parts_of(z, len(second))
+        out = by_parts(lambda rows: run(z[rows]), parts)
+        if pool is None and z.numel() < out.numel():
+            weights = (second,) if bias is None else (second, bias.clone())  # it may be a parameter
+            made_of(out, _rectified_again(layer), (z, *weights), parts)
+        held = hold(out)
+        ctx.layer, ctx.window, ctx.held = layer, window, held.without_tensors()
+        ctx.save_for_backward(z, second, *places, *held.tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, second, out, *places = ctx.saved_tensors
-        second, window = second.to(z.dtype), ctx.window
-        (stride, padding, dilation), size = ctx.layer.second_settings(), _samples(z, len(second))
+        z, second, *saved = ctx.saved_tensors
+        second, window, held = second.to(z.dtype), ctx.window, ctx.held
+        stride, padding, dilation = ctx.layer.second_settings()
+        parts = parts_of(z, len(second))
+        places, tensors = (saved[: len(parts)], saved[len(parts) :]) if window else ([], saved)
         wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
-        full = _empty((min(size, len(z)), *ctx.shape), like=grad) if window else grad
+        full = torch.empty(
+            (parts[0].stop, *ctx.shape), dtype=grad.dtype, device=grad.device,
+            memory_format=memory_format(grad),
+        ) if window else grad  # fmt: skip
 
         def run(part: slice) -> tuple[Tensor | None, ...]:
-            g = torch.ops.aten.threshold_backward(grad[part], out[part], 0)
+            out = held.of(part, tensors)
+            g = torch.ops.aten.threshold_backward(grad[part], out, 0)
             if window:
                 like = full[: len(g)]  # of the pooling's input the shape is read alone
-                place = ctx.corners + places[part.start // size]
+                place = ctx.corners + places[part.start // parts[0].stop]
                 g = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
                     g, like, *window, place, grad_input=like
                 )
@@ -273,7 +319,7 @@ class _Rectified(torch.autograd.Function):
             )  # fmt: skip
             return found
 
-        return None, None, *_gradients_by_parts(run, z, size, wanted)
+        return None, None, *_gradients_by_parts(run, parts, wanted)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -293,7 +339,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.layer, ctx.tail = layer, tail
         ctx.autocast = present_autocast()
         ctx.save_for_backward(z, second, bias)
-        return _by_parts(lambda part: tail(layer.expand(part, second, bias)), z, len(second))
+        parts = parts_of(z, len(second))
+        return by_parts(lambda rows: tail(layer.expand(z[rows], second, bias)), parts)
 
     @staticmethod
     @once_differentiable
@@ -312,62 +359,47 @@ class _Recomputed(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, grad[rows]))
             return (next(found) if want else None for want in wanted)
 
-        size = _samples(z, len(second))
-        return None, None, *_gradients_by_parts(run, z, size, wanted)
+        return None, None, *_gradients_by_parts(run, parts_of(z, len(second)), wanted)
+
+
+def _rectified_again(layer: FusedConv2d) -> Callable[..., Tensor]:
+    def samples(rows: slice, z: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None else bias.to(z.dtype)
+        return layer.expand(z[rows], second.to(z.dtype), bias).relu_()
+
+    return samples
 
 
 def _gradients_by_parts(
-    run: Callable[[slice], Iterable[Tensor | None]], z: Tensor, size: int, wanted: list[bool]
+    run: Callable[[slice], Iterable[Tensor | None]], parts: list[slice], wanted: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of ``z``, put together, and of weights, summed, from those that ``run`` finds for
-    ``size`` samples at a time; None where none is wanted."""
-    dz = torch.empty_like(z) if wanted[0] else None
+    """Gradients of a map, put together, and of weights, summed, from those that ``run`` finds for
+    ``parts`` of the samples; None where none is wanted."""
     sums: list[Tensor | None] = [None] * len(wanted[1:])
-    for i in range(0, len(z), size):
-        part = slice(i, i + size)
-        d_part, *found = run(part)
-        if dz is not None and d_part is not None:
-            dz[part] = d_part
-        sums = [_add(a, b) for a, b in zip(sums, found, strict=True)]
-    return [dz, *sums]
+
+    def one(rows: slice) -> Any:
+        part, *found = run(rows)
+        sums[:] = [_add(a, b) for a, b in zip(sums, found, strict=True)]
+        return part
+
+    if wanted[0]:
+        return [by_parts(one, parts), *sums]
+    for rows in parts:
+        one(rows)
+    return [None, *sums]
 
 
 def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
     """Which weights' gradients this backward pass is for: none of them where it only carries a
     signal upstream."""
     kernel = ctx.next_functions[1][0]  # where that of the second convolution comes from
-    leaf = kernel is None or hasattr(kernel, "variable")
-    if not leaf and not torch._C._will_engine_execute_node(kernel):
-        return [False] * len(needed)
-    return list(needed)
+    return list(needed) if _asked_for(kernel) else [False] * len(needed)
 
 
-def _by_parts(run: Callable[[Tensor], Tensor], z: Tensor, channels: int) -> Tensor:
-    """``run`` of some samples of ``z`` at a time, in one tensor."""
-    size, out = _samples(z, channels), None
-    for i in range(0, max(1, len(z)), size):
-        part = run(z[i : i + size])
-        if len(part) == len(z):
-            return part
-        if out is None:
-            out = _empty((len(z), *part.shape[1:]), like=part)
-        out[i : i + size] = part
-    assert out is not None
-    return out
-
-
-def _samples(z: Tensor, channels: int) -> int:
-    """How many samples at a time."""
-    values_each = z.shape[2] * z.shape[3] * channels
-    fitting = CHUNK.get(z.device.type, ELSEWHERE) // max(1, values_each)
-    return max(1, fitting, math.ceil(len(z) / PARTS))
-
-
-def _empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
-    """Of ``like``'s kind and memory format."""
-    last = like.is_contiguous(memory_format=torch.channels_last)
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
+def _asked_for(node: Any) -> bool:
+    """Whether the running backward pass goes on to ``node``; taken for granted of leaves."""
+    leaf = node is None or hasattr(node, "variable")
+    return leaf or bool(torch._C._will_engine_execute_node(node))
 
 
 def _settings(pool: nn.MaxPool2d) -> list[Any]:

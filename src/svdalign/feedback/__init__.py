@@ -1,6 +1,13 @@
 """How an error comes back to a unit: feedback matrices, and pooling that shrinks a feature map."""
 
 from .matrices import Feedback, GaussianFeedback, StructuredFeedback
-from .pooling import pool, pooled_size
+from .pooling import pool, pooled_size, raster_size
 
-__all__ = ["Feedback", "GaussianFeedback", "StructuredFeedback", "pool", "pooled_size"]
+__all__ = [
+    "Feedback",
+    "GaussianFeedback",
+    "StructuredFeedback",
+    "pool",
+    "pooled_size",
+    "raster_size",
+]

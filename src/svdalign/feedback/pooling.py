@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["pool", "pooled_size"]
+from ..readings import raster
+
+__all__ = ["pool", "pooled_size", "raster_size"]
 
 
 def pool(
@@ -37,15 +37,26 @@ def pool(
     if h.ndim == 4:
         if len(output_shape) == 4:
             return h.permute(0, 2, 3, 1).to(dtype)
-        if grid is not None:
-            size = (min(grid, h.shape[2]), min(grid, h.shape[3]))
-            # Mean over both axes is the 1 x 1 raster, and many times faster than adaptive pooling.
-            h = h.mean((2, 3), dtype=dtype) if size == (1, 1) else _raster(h, size, dtype)
+        if (size := raster_size(h.shape, grid, output_shape)) is not None:
+            h = raster(h, size, dtype)
+        elif grid is not None:
+            h = h.mean((2, 3), dtype=dtype)
         return h.flatten(1).to(dtype)
     if h.ndim == 3:
         per_token = len(output_shape) == 3 and output_shape[1] == h.shape[1]
         return h.to(dtype) if per_token else h.mean(1, dtype=dtype)
     return h.flatten(1).to(dtype)
+
+
+def raster_size(
+    shape: Sequence[int], grid: int | None, output_shape: Sequence[int]
+) -> tuple[int, int] | None:
+    """The raster that features of ``shape`` are averaged onto; None where they are not, or onto a
+    single cell: that is a mean over both axes, many times faster than adaptive pooling."""
+    if len(shape) != 4 or len(output_shape) == 4 or grid is None:
+        return None
+    size = (min(grid, shape[2]), min(grid, shape[3]))
+    return None if size == (1, 1) else size
 
 
 def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[int, ...]) -> int:
@@ -58,26 +69,3 @@ def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[in
             return channels * height * width
         return channels * min(grid, height) * min(grid, width)
     return shape[-1] if len(shape) == 3 else math.prod(shape[1:])
-
-
-class _Raster(torch.autograd.Function):
-    """Adaptive average pooling of ``h`` (B, C, h, w) in ``dtype``. Its gradient is made in ``h``'s
-    own precision and memory format: torch's is made as the incoming one is, and then copied."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(h)
-        return F.adaptive_avg_pool2d(h.to(dtype), size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (h,) = ctx.saved_tensors
-        last = h.is_contiguous(memory_format=torch.channels_last)
-        form = torch.channels_last if last else torch.contiguous_format
-        grad = grad.to(h.dtype).contiguous(memory_format=form)
-        return torch.ops.aten._adaptive_avg_pool2d_backward(grad, h), None, None
-
-
-def _raster(h: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return cast(Tensor, _Raster.apply(h, size, dtype))  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..factors import FactoredLayer
-from ..feedback import Feedback, pool, pooled_size
-from ..losses import hoyer_sparsity, orthogonality_penalty
+from ..feedback import Feedback, pool, pooled_size, raster_size
+from ..losses import channel_statistics, hoyer_sparsity, orthogonality_penalty
+from ..readings import raster_and_spread
 
 __all__ = ["ErrorSource", "Rule", "Teaching", "TeachingUnit"]
 
@@ -48,6 +49,15 @@ class TeachingUnit:
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
         """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`."""
         return pool(h, grid, self._rows(h.shape), self.dtype)
+
+    def pool_and_statistics(self, h: Tensor, grid: int | None) -> tuple[Tensor, Tensor]:
+        """:meth:`pool`, and what similarity compares, :func:`losses.channel_statistics` (B, d): of
+        a map with one gradient for both."""
+        size = raster_size(h.shape, grid, self.output_shape)
+        if size is None:
+            return self.pool(h, grid), channel_statistics(h)
+        pooled, spread = raster_and_spread(h, size, self.dtype)
+        return pooled.flatten(1), spread
 
     def pooled_size(self, grid: int | None) -> int:
         """``d``: the last dimension of :meth:`pool`."""

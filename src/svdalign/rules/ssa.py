@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..feedback import Feedback, StructuredFeedback
 from ..losses import (
     cosine_alignment,
-    similarity_alignment,
+    statistics_alignment,
     subspace_share,
 )
 from .base import (
@@ -74,13 +74,14 @@ class SSA(Rule):
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
+        aligned = self.alpha > 0 and teaching.one_class_a_sample
+        if aligned and self.alignment == "similarity":
+            pooled, statistics = unit.pool_and_statistics(h, self.grid)
+            alignment = statistics_alignment(statistics, teaching.target_matrix())
+            return task_loss(self.error, feedback, pooled, teaching) + self.alpha * alignment
         pooled = unit.pool(h, self.grid)
         loss = task_loss(self.error, feedback, pooled, teaching)
-        if not self.alpha or not teaching.one_class_a_sample:
-            return loss
-        if self.alignment == "similarity":
-            loss = loss + self.alpha * similarity_alignment(h, teaching.target_matrix())
-        elif self.alignment == "cosine":
+        if aligned and self.alignment == "cosine":
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
             loss = loss + self.alpha * cosine_alignment(pooled, directions)
         return loss
