@@ -47,7 +47,7 @@ class SSA(Rule):
     alpha: float = 4.0
     alignment: Alignment = "similarity"
     grid: int | None = 4
-    rank: int | None = 256
+    rank: int | None = 64
     learn: bool = True
 
     def __post_init__(self) -> None:
