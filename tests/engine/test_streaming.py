@@ -576,3 +576,32 @@ def test_between_units_nothing_waits_but_what_they_put_out(horizon: int) -> None
     # Gradients and readouts' scores are little beside them.
     expected = [min(i, horizon + 1) for i in range(7)]
     assert [round(count) for count in counts] == expected
+
+
+def test_a_unit_more_in_the_window_costs_its_reduced_map_alone() -> None:
+    B, N, side, rank = 16, 32, 16, 4
+
+    def unit(channels: int) -> list[nn.Module]:
+        conv = nn.Conv2d(channels, N, 3, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(N), nn.ReLU()]
+
+    units = [m for i in range(6) for m in unit(3 if i == 0 else N)]
+    net = nn.Sequential(*units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(N, 2))
+    names = {f"{3 * i}": rank for i in range(6)}
+    model = sva.fuse(sva.factorize(net, names, "channel"))
+    x, y = torch.randn(B, 3, side, side), torch.randint(2, (B,))
+
+    rule = replace(SSA, grid=1)  # what a readout holds of a unit is little
+
+    def peak(horizon: int) -> int:
+        learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
+        learner.step(x, y)
+        existing = [x, y, *model.parameters(), *model.buffers(), *learner.feedback.parameters()]
+        with LiveTensors(existing) as live:
+            learner.step(x, y)
+        return live.peak
+
+    reduced, full = B * rank * side * side * 4, B * N * side * side * 4
+    peaks = [peak(horizon) for horizon in (1, 2, 3, 4)]
+    for less, more in pairwise(peaks):
+        assert more - less < reduced + 0.1 * full  # what a loss keeps, and gradients of weights
