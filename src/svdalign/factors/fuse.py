@@ -7,8 +7,9 @@ channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
   ``W mean(z) + b``, variance ``diag(W cov(z) W^T)``. The norm becomes a change of ``W`` and ``b``,
   and the map that it would read, of ``N`` channels, need not exist.
 - What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it runs for some
-  samples at a time. Held are ``z`` and, for a ReLU, the output and the places of its maxima; what
-  follows other activations is computed once more in the backward pass.
+  samples at a time. Held is ``z``, and where a ReLU's output is pooled, that and the places of the
+  maxima; what else the backward pass needs is made again, for those who come after as well
+  (:mod:`svdalign.held`).
 
 A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
 """

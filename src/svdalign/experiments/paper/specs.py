@@ -130,15 +130,24 @@ def _deeper() -> dict[str, Variant]:
     data: dict[str, dict[str, Any]] = {
         "CIFAR-10": {},
         "CIFAR-100": {"data": "cifar100"},
-        "image folder": {"data": "folder", "image_size": 64},
+        "image folder": {"data": "folder", "image_size": 32},
     }
+    names = ("bp-dense", "bp", "dfa", "ssa-local", "ssa-1", "ssa")
+    methods: dict[str, tuple[Method, dict[str, Any]]] = {
+        name: (METHODS[name], {}) for name in names
+    }
+    # Early blocks of a residual network are too narrow to be taught one by one.
+    larger = _method("ssa", f"{METHODS['ssa'].label}, units of 3 blocks")
     return {
         f"{model}-{changes.get('data', 'cifar10')}-{name}": Variant(
-            METHODS[name], {"model": model, **changes}, f"{label}, {where}", smoke=not changes
+            method, {"model": model, **changes, **units}, f"{label}, {where}", smoke=not changes
         )
         for where, changes in data.items()
-        for label, model in (("VGG-13", "vgg13"), ("ResNet-32", "resnet32"))
-        for name in ("bp-dense", "bp", "dfa", "ssa-local", "ssa-1", "ssa")
+        for label, model, rows in (
+            ("VGG-13", "vgg13", methods),
+            ("ResNet-32", "resnet32", {**methods, "ssa-larger": (larger, {"units": 3})}),
+        )
+        for name, (method, units) in rows.items()
     }
 
 
