@@ -146,10 +146,10 @@ def test_similarity_is_for_one_class_a_sample(fashion: tuple[Tensor, Tensor]) ->
 
 
 def test_a_large_vocabulary_keeps_its_feedback_small() -> None:
-    """B of d x C is held as factors of rank k: (d + C + 1) k numbers, k at most 256 by default."""
+    """B of d x C is held as factors of rank k: (d + C + 1) k numbers, k at most 64 by default."""
     unit = TeachingUnit("u", (2, 8, 1024), (2, 8, 50_000), ())
     generator = torch.Generator().manual_seed(0)
-    for rule, k in ((rules.get("ssa"), 256), (replace(rules.get("ssa"), rank=8), 8)):
+    for rule, k in ((rules.get("ssa"), 64), (replace(rules.get("ssa"), rank=8), 8)):
         feedback = rule.feedback(unit, generator)
         assert sum(p.numel() for p in feedback.parameters()) == (1024 + 50_000 + 1) * k
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ class _Stream:
             # it has to meet the same cuts, and nothing else.
             return self.exit(path, output) if self.active else self.cut(path, output)[0]
 
-        return hook
+        # A module that is compiled with its hooks would take the edges into its own graph.
+        return cast(Callable[..., Any], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
     def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[GradientEdge]]:
         """What is handed on for ``output``, its tensors that require grad, and where the gradients
@@ -152,9 +153,11 @@ def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
     """Carry all that ``segment`` has, its own signal included, to the units it took inputs from."""
     edges = [edge for s in upstream for edge in s.edges]
     heads = segment.heads()
-    if not heads or not edges:
-        return
-    grads = torch.autograd.grad(heads, edges, retain_graph=True, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = (None,) * len(edges)
+    if heads and edges:
+        grads = torch.autograd.grad(heads, edges, retain_graph=True, allow_unused=True)
+    for signals in segment.signals:
+        signals.clear()  # those that led to none of the edges too: they come again
     inboxes = [signals for s in upstream for signals in s.signals]
     known: set[int] = set()
     for signals, grad in zip(inboxes, grads, strict=True):
@@ -178,7 +181,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, h: Tensor) -> Tensor:
-        return h
+        return h.detach()  # as it is it would be a view, not to be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
@@ -198,7 +201,7 @@ class _Port(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.signals = signals
-        return h, h.new_zeros(())
+        return h.detach(), h.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, total: Tensor | None, head: Tensor | None) -> tuple[Tensor | None, None]:
