@@ -407,7 +407,8 @@ LEVERS: dict[str, Lever] = {
         {**LARGE, **HALVED}
     ),
     "from rank 0.8 to half the parameters": Lever(HALVED, bp=True),
-    "the same with maps widened for the readout": Lever(
+    "units of three blocks, horizon 2, from rank 0.8 to half the parameters, "
+    "maps widened for the readout": Lever(
         {**LARGE, **HALVED}, rule=changed(WideningSSA)
     ),
     "units of three blocks, horizon 2, maps widened for the readout": Lever(

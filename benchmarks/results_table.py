@@ -177,7 +177,7 @@ JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
     "mlp": "MLP, CIFAR-10",
-    "resnet32": "ResNet-32, half as wide, in units of 4 blocks, 10,000 images at 16×16, 8 epochs",
+    "resnet32": "ResNet-32, half as wide, in units of 3 blocks, 10,000 images at 16×16, 8 epochs",
     "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
     "cifar100": "SmallConv, CIFAR-100 at 16×16",
 }  #: files whole_NAME.json and profile_whole_NAME.json
@@ -235,12 +235,12 @@ def levers(content: Mapping[str, Any]) -> str:
     rows = [[name, *(cell(method, name) for method in methods)] for name in names]
     seeds = {len(row["accuracies"]) for row in found.values()}
     made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
-    machine = content["machine"]
+    machine, name = content["machine"], job["data"].replace("cifar", "CIFAR-")
     return (
         f"{markdown(['lever', *methods], rows)}\n\n"
         f"Accuracy in % on {job['validation']:,} held-out training images, and points more or less "
         f"than that: {job['model']} at rank {job['rank']:g} on "
-        f"{job['train_limit'] - job['validation']:,} images of CIFAR-10 at {job['image_size']}×"
+        f"{job['train_limit'] - job['validation']:,} images of {name} at {job['image_size']}×"
         f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
         f"{min(seeds)} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
         f"{machine['cpu']}, {machine['threads']} thread(s)."
