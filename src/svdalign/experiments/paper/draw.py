@@ -54,7 +54,7 @@ def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
 
 
 def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    """Headings and rows of an experiment's table, as plain text."""
+    """Headings and rows of an experiment's table, as plain text: of what has been run."""
     if results["drawing"] == "costs":
         headings = ["network", "method", "peak (MiB)", "of BP dense", "MACs of a step", "step × BP"]
         return headings, [
@@ -79,6 +79,8 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
     headings += ["mean angle", "layers downhill", "steps downhill"] if angles else []
     rows = []
     for row in results["rows"]:
+        if not row["runs"]:
+            continue
         accuracy = number(row["accuracy"], "{:.2%}")
         if row["accuracy_std"] is not None:
             accuracy += f" ± {100 * row['accuracy_std']:.2f}"
