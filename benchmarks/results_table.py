@@ -217,6 +217,29 @@ def whole(results: Results) -> str:
     )
 
 
+def image_folder(results: Results) -> str:
+    """A folder of images in ImageNet's layout."""
+    content = results["image_folder"]
+    config, summary = content["config"], content["summary"]
+    whole = summary[0]["memory"]["peak"]
+    rows = [
+        [
+            row["label"],
+            accuracy(row),
+            f"{row['parameters']:,}",
+            f"{row['memory']['peak'] / whole:.2f} ×",
+        ]
+        for row in summary
+    ]
+    headings = ["method", "test accuracy, %", "parameters", "peak memory"]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"{config['model']} at width {config['width']:g} on 5,000 images of twenty classes "
+        f"(`scripts/make_image_folder.py`) at {config['image_size']}×{config['image_size']}, "
+        f"{config['epochs']} epochs, {config['seeds']} seed(s). Made by {made_by(content)}."
+    )
+
+
 def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
     rate, job = 0.01, content["job"]
@@ -253,6 +276,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "break_even": break_even,
     "peers": peers,
     "whole": whole,
+    "image_folder": image_folder,
 }
 
 
