@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -260,8 +260,7 @@ class FewFeaturesSSA(SSA):
         grid = self.grid
         while grid is not None and grid > 1 and unit.pooled_size(grid) > 1024:
             grid -= 1
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return SSA(**{**settings, "grid": grid})
+        return cast(SSA, dataclasses.replace(changed(SSA)(self), grid=grid))
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
         return self.coarser(unit).feedback(unit, generator)
@@ -415,9 +414,9 @@ LEVERS: dict[str, Lever] = {
         LARGE, rule=changed(WideningSSA)
     ),
     "units of three blocks, horizon 2, alignment 1": Lever(
-        {"units": 3, "horizon": 2, "options": {"alpha": 1.0}}
+        {**LARGE, "options": {"alpha": 1.0}}
     ),
-    "units of three blocks, horizon 2, rank 0.8": Lever({"units": 3, "horizon": 2, "rank": 0.8}),
+    "units of three blocks, horizon 2, rank 0.8": Lever({**LARGE, "rank": 0.8}),
     "rank 0.8, cut to 0.31 early": Lever({**SHRINKING, "rank_warmup": 1}, bp=True),
     "rank 0.8, cut to 0.31": Lever({**SHRINKING, "rank_warmup": 3}, bp=True),
     "label smoothing 0.1": Lever({"label_smoothing": 0.1}, bp=True),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autocast import outside_autocast
 
-__all__ = ["Held", "by_parts", "empty_like", "hold", "made_of", "memory_format", "parts_of"]
+__all__ = ["Held", "by_parts", "empty", "hold", "made_of", "parts_of"]
 
 _NAME = "_svdalign_made_of"
 
@@ -84,7 +84,7 @@ def hold(t: Tensor) -> Held:
     # A view of another shape is another tensor, and so is one that was changed in place since.
     if isinstance(held, Held) and identity == _identity(t):
         return held
-    return Held((t,), tuple(t.shape), t.dtype, memory_format(t), [slice(0, len(t))])
+    return Held((t,), tuple(t.shape), t.dtype, _memory_format(t), [slice(0, len(t))])
 
 
 def _identity(t: Tensor) -> Any:
@@ -119,20 +119,20 @@ def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
         if len(parts) == 1:
             return part
         if whole is None:
-            whole = empty_like(part, parts[-1].stop)
+            whole = empty((parts[-1].stop, *part.shape[1:]), like=part)
         whole[rows] = part
     assert whole is not None
     return whole
 
 
-def empty_like(t: Tensor, samples: int) -> Tensor:
-    """So many samples of ``t``'s kind and memory format."""
+def empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
+    """Of ``like``'s kind and memory format."""
     return torch.empty(
-        (samples, *t.shape[1:]), dtype=t.dtype, device=t.device, memory_format=memory_format(t)
+        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(like)
     )
 
 
-def memory_format(t: Tensor) -> torch.memory_format:
+def _memory_format(t: Tensor) -> torch.memory_format:
     """Channels last, or contiguous."""
     last = t.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

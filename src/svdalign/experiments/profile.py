@@ -49,7 +49,7 @@ __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
 CHECKPOINTED = {
     "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
     "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
-    "ssa-checkpointed": ("ssa", "SSA, horizon 2, checkpointed"),
+    "ssa-checkpointed": ("ssa", f"{METHODS['ssa'].label}, checkpointed"),
 }
 DEFAULT = [
     *("bp-dense", "bp-checkpointed", "bp", "bp-factored-checkpointed"),

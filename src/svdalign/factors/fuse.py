@@ -28,7 +28,7 @@ from torch.nn.modules.utils import _pair
 
 from ..autocast import outside_autocast, present_autocast
 from ..chains import followers, substitute
-from ..held import Held, by_parts, hold, made_of, memory_format, parts_of
+from ..held import Held, by_parts, empty, hold, made_of, parts_of
 from .layers import SVDConv2d
 
 __all__ = ["FusedConv2d", "fuse"]
@@ -299,10 +299,7 @@ class _Rectified(torch.autograd.Function):
         parts = parts_of(z, len(second))
         places, tensors = (saved[: len(parts)], saved[len(parts) :]) if window else ([], saved)
         wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
-        full = torch.empty(
-            (parts[0].stop, *ctx.shape), dtype=grad.dtype, device=grad.device,
-            memory_format=memory_format(grad),
-        ) if window else grad  # fmt: skip
+        full = empty((parts[0].stop, *ctx.shape), like=grad) if window else grad
 
         def run(part: slice) -> tuple[Tensor | None, ...]:
             out = held.of(part, tensors)

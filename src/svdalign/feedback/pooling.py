@@ -67,5 +67,5 @@ def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[in
             return channels
         if grid is None:
             return channels * height * width
-        return channels * min(grid, height) * min(grid, width)
+        return channels * math.prod(raster_size(shape, grid, output_shape) or (1, 1))
     return shape[-1] if len(shape) == 3 else math.prod(shape[1:])

@@ -105,7 +105,7 @@ def _ranks() -> dict[str, Variant]:
         for name in ("bp", "dfa", "ssa")
         for rank in (0.1, 0.2, 0.35, 0.5, 0.75)
     }
-    shrinking = _method("ssa", "SSA, horizon 2, rank reduced while training")
+    shrinking = _method("ssa", f"{METHODS['ssa'].label}, rank reduced while training")
     return {**variants, "ssa-shrinking": Variant(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
