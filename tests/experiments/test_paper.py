@@ -76,7 +76,7 @@ TINY = {
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(EXPERIMENTS):
+    for name in reversed(list(EXPERIMENTS)):  # put back last first, so in their order
         monkeypatch.delitem(EXPERIMENTS, name)
     for name, experiment in TINY.items():
         monkeypatch.setitem(EXPERIMENTS, name, experiment)
