@@ -91,7 +91,8 @@ RESNET = _job(
 # --- figures ------------------------------------------------------------------------------------
 
 ANGLES = {
-    name: Variant(METHODS[name]) for name in ("dfa", "ssa-paper", "ssa-output", "ssa-local", "ssa")
+    name: Variant(METHODS[name])
+    for name in ("dfa", "ssa-paper", "ssa-output", "ssa-local", "ssa-1", "ssa")
 }
 
 _SHRINKING = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 4}
