@@ -29,6 +29,7 @@ from torch.nn.modules.utils import _pair
 from ..autocast import outside_autocast, present_autocast
 from ..chains import followers, substitute
 from ..held import Held, by_parts, empty, hold, made_of, parts_of
+from ..readings import statistics
 from .layers import SVDConv2d
 
 __all__ = ["FusedConv2d", "fuse"]
@@ -176,18 +177,15 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        count = z.numel() // z.shape[1]
+        count, dtype = z.numel() // z.shape[1], statistics(z.dtype)
         parts = [z[rows] for rows in parts_of(z)]  # copies of them are small
-
-        def rows(part: Tensor) -> Tensor:
-            found = _rows(part)
-            return found if found.dtype == torch.float64 else found.float()
-
-        mean = torch.stack([rows(part).sum(0) for part in parts]).sum(0) / count
+        mean = torch.stack([_rows(part).to(dtype).sum(0) for part in parts]).sum(0) / count
         cov = mean.new_zeros(len(mean), len(mean))
         for part in parts:
-            centred = rows(part) - mean  # before the products: large squares would lose digits
+            # Centred before the products: large squares would lose digits.
+            centred = _rows(part).to(dtype, copy=True).sub_(mean)
             cov.addmm_(centred.mT, centred)
+            del centred  # before the next is made
         ctx.save_for_backward(z, mean)
         return mean, cov / count
 
