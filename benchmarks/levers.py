@@ -30,7 +30,7 @@ from svdalign.experiments.methods import METHODS, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
-from svdalign.losses import similarity_alignment, similarity_matrix
+from svdalign.losses import similarity_matrix
 from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
 from svdalign.rules.base import task_loss
 from svdalign.training.build import (
@@ -331,38 +331,6 @@ class AuxiliarySSA(SSA):
         return _Auxiliary(inner, unit.pooled_size(self.grid), 128, generator)
 
 
-class _Path(Feedback):
-    """A readout through a convolution of its own, half as fine and four times as wide."""
-
-    def __init__(self, inner: Feedback, channels: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.inner = inner
-        K = torch.randn(4 * channels, channels, 3, 3, generator=generator)
-        self.K = nn.Parameter(K * (2 / (9 * channels)) ** 0.5)
-
-    def path(self, h: Tensor) -> Tensor:
-        return torch.relu(F.conv2d(h, self.K.to(h.dtype), stride=2, padding=1))
-
-    def readout(self, p: Tensor) -> Tensor:
-        return self.inner.readout(p)
-
-
-class WideningSSA(SSA):
-    """Maps are widened by a convolution before they are read: narrow units are no poor readers."""
-
-    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
-        B, channels, h, w = unit.features_shape
-        wide = dataclasses.replace(
-            unit, features_shape=(B, 4 * channels, (h + 1) // 2, (w + 1) // 2)
-        )
-        return _Path(super().feedback(wide, generator), channels, generator)
-
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
-        pooled = unit.pool(feedback.path(h), self.grid)
-        similarity = self.alpha * similarity_alignment(h, teaching.target_matrix())
-        return task_loss(self.error, feedback, pooled, teaching) + similarity
-
-
 #: Three cuts, an epoch apart, each as far as it may go.
 SHRINKING = {"rank": 0.8, "rank_energy": 0.5, "rank_ratio": 0.72, "rank_min": 0.31}
 
@@ -406,13 +374,18 @@ LEVERS: dict[str, Lever] = {
         {**LARGE, **HALVED}
     ),
     "from rank 0.8 to half the parameters": Lever(HALVED, bp=True),
-    "units of three blocks, horizon 2, from rank 0.8 to half the parameters, "
-    "maps widened for the readout": Lever(
-        {**LARGE, **HALVED}, rule=changed(WideningSSA)
-    ),
-    "units of three blocks, horizon 2, maps widened for the readout": Lever(
-        LARGE, rule=changed(WideningSSA)
-    ),
+    **{
+        f"{units}from rank 0.8 to half the parameters, maps widened to {wide}": Lever(
+            {**changes, **HALVED, "options": {"widen": wide}}
+        )
+        for units, changes in (
+            ("horizon 4, ", {"horizon": 4}),
+            ("units of two blocks, horizon 2, ", {**LARGE, "units": 2}),
+            ("units of three blocks, horizon 1, ", {**LARGE, "horizon": 1}),
+            ("units of three blocks, horizon 2, ", LARGE),
+        )
+        for wide in (32, 64)
+    },
     "units of three blocks, horizon 2, alignment 1": Lever(
         {**LARGE, "options": {"alpha": 1.0}}
     ),
@@ -441,7 +414,7 @@ LEVERS: dict[str, Lever] = {
     "at most 1024 features, feedback of rank 64": Lever(
         {"options": {"rank": 64}}, rule=changed(FewFeaturesSSA)
     ),
-    "maps widened for the readout": Lever(rule=changed(WideningSSA)),
+    "maps widened to 64": Lever({"options": {"widen": 64}}),
     "no alignment": Lever({"options": {"alpha": 0.0}}),
     "alignment 1": Lever({"options": {"alpha": 1.0}}),
     "alignment 16": Lever({"options": {"alpha": 16.0}}),

@@ -2,11 +2,13 @@
 
 from .matrices import Feedback, GaussianFeedback, StructuredFeedback
 from .pooling import pool, pooled_size, raster_size
+from .widened import WidenedFeedback
 
 __all__ = [
     "Feedback",
     "GaussianFeedback",
     "StructuredFeedback",
+    "WidenedFeedback",
     "pool",
     "pooled_size",
     "raster_size",

@@ -15,7 +15,8 @@ class Feedback(nn.Module):
 
     Bringing an error ``e`` back is ``B e``; reading logits off features ``p`` is ``B^T p``. Each is
     the other's gradient, so one method suffices: the gradient of ``<readout(p), e>`` in ``p`` is
-    ``B e``.
+    ``B e``. A readout that is not linear has that gradient as well, but no ``project`` and no
+    ``directions``: they would depend on ``p``.
     """
 
     def readout(self, p: Tensor) -> Tensor:

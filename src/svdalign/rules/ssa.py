@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..feedback import Feedback, StructuredFeedback
+from ..feedback import Feedback, StructuredFeedback, WidenedFeedback, raster_size
 from ..losses import (
     cosine_alignment,
     statistics_alignment,
@@ -37,7 +37,10 @@ class SSA(Rule):
     for one class a sample, and left out for other tasks (they did not help regression or several
     labels a sample). ``grid``: raster that feature maps are pooled to. ``rank``: the most that k
     of the feedback may be, None for ``min(d, C)``; it keeps ``B`` small for large vocabularies.
-    ``learn``: the feedback is trained by the unit's own loss.
+    ``learn``: the feedback is trained by the unit's own loss. ``widen``: maps of fewer channels are
+    read through a convolution of their own that makes so many (:class:`WidenedFeedback`); None
+    reads all as they are. It is for residual networks, whose early units are too narrow to tell
+    classes apart by.
     Source: arXiv 2510.25594; local error and horizon are this project's.
     """
 
@@ -49,6 +52,7 @@ class SSA(Rule):
     grid: int | None = 4
     rank: int | None = 64
     learn: bool = True
+    widen: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,18 +61,27 @@ class SSA(Rule):
                 f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
             )
         check_weights(alpha=self.alpha)
-        for name in ("grid", "rank"):
+        for name in ("grid", "rank", "widen"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(
                     f"{name} must be a whole number of at least 1 or None, got {value!r}"
                 )
+        if self.widen is not None and self.alignment in ("share", "cosine"):
+            raise ValueError(
+                f"alignment {self.alignment!r} needs feedback that is a matrix: widen must be "
+                f"None, got {self.widen}"
+            )
+        if self.widen is not None and self.grid is None:
+            raise ValueError(f"widen needs a grid, a whole number of at least 1, got {self.grid}")
 
     def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
-        d = unit.pooled_size(self.grid)
-        return StructuredFeedback(
-            d, unit.classes, rank=self.rank, learn=self.learn, generator=generator
-        )
+        made: dict[str, Any] = {"rank": self.rank, "learn": self.learn, "generator": generator}
+        if self.widen is None or self.grid is None or not self._widens(unit):
+            return StructuredFeedback(unit.pooled_size(self.grid), unit.classes, **made)
+        size = raster_size(unit.features_shape, self._grid(unit), unit.output_shape) or (1, 1)
+        shape = (unit.features_shape[1], *size)
+        return WidenedFeedback(shape, unit.classes, wide=self.widen, grid=self.grid, **made)
 
     def loss(
         self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
@@ -76,10 +89,10 @@ class SSA(Rule):
         assert isinstance(feedback, Feedback)
         aligned = self.alpha > 0 and teaching.one_class_a_sample
         if aligned and self.alignment == "similarity":
-            pooled, statistics = unit.pool_and_statistics(h, self.grid)
+            pooled, statistics = unit.pool_and_statistics(h, self._grid(unit))
             alignment = statistics_alignment(statistics, teaching.target_matrix())
             return task_loss(self.error, feedback, pooled, teaching) + self.alpha * alignment
-        pooled = unit.pool(h, self.grid)
+        pooled = unit.pool(h, self._grid(unit))
         loss = task_loss(self.error, feedback, pooled, teaching)
         if aligned and self.alignment == "cosine":
             directions = feedback.project(teaching.target_matrix().to(pooled.dtype))
@@ -88,7 +101,16 @@ class SSA(Rule):
 
     def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
         assert isinstance(feedback, Feedback)
-        return feedback.readout(unit.pool(h, self.grid))
+        return feedback.readout(unit.pool(h, self._grid(unit)))
+
+    def _widens(self, unit: TeachingUnit) -> bool:
+        """Whether ``unit`` is read through a convolution: if it has a map, and a narrow one."""
+        is_map = len(unit.features_shape) == 4 and len(unit.output_shape) != 4
+        return self.widen is not None and is_map and unit.features_shape[1] < self.widen
+
+    def _grid(self, unit: TeachingUnit) -> int | None:
+        """The raster of what feedback reads: twice as fine where a convolution comes before."""
+        return 2 * self.grid if self.grid is not None and self._widens(unit) else self.grid
 
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
         loss = super().weights_loss(unit, feedback)

@@ -1,0 +1,54 @@
+"""A readout of maps that are too narrow for a matrix to tell classes apart by."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .matrices import Feedback, StructuredFeedback
+
+__all__ = ["WidenedFeedback"]
+
+
+class WidenedFeedback(Feedback):
+    """``B^T P(relu(K * p))``: a matrix that reads a map through a convolution.
+
+    ``p`` (B, C h w) is a map on a raster, of ``shape`` (C, h, w); ``K``, 3 x 3, makes ``wide``
+    channels of it; ``P`` averages them onto a raster of at most ``grid`` x ``grid``. ``K`` and the
+    matrix are trained by the unit's own loss if ``learn``. What ``K`` makes is not held but made
+    again for the gradient: it is larger than ``p``, and as many are held as the horizon has units.
+
+    Source: the auxiliary networks of Belilovsky et al., *Decoupled Greedy Learning of CNNs* (2020);
+    this is the smallest.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        wide: int,
+        grid: int,
+        rank: int | None,
+        learn: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.shape, self.read = shape, (min(grid, height), min(grid, width))
+        K = torch.randn(wide, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+        self.K = nn.Parameter(K, requires_grad=learn)
+        d = wide * self.read[0] * self.read[1]
+        self.matrix = StructuredFeedback(d, classes, rank=rank, learn=learn, generator=generator)
+
+    def readout(self, p: Tensor) -> Tensor:
+        z = checkpoint(self._readout, p, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, z)
+
+    def _readout(self, p: Tensor) -> Tensor:
+        wide = F.conv2d(p.reshape(len(p), *self.shape), self.K, padding=1).relu_()
+        return self.matrix.readout(F.adaptive_avg_pool2d(wide, self.read).flatten(1))
