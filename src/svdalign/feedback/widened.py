@@ -46,6 +46,9 @@ class WidenedFeedback(Feedback):
         self.matrix = StructuredFeedback(d, classes, rank=rank, learn=learn, generator=generator)
 
     def readout(self, p: Tensor) -> Tensor:
+        device = p.device.type
+        if torch.is_autocast_enabled(device) and p.dtype == torch.float32:
+            p = p.to(torch.get_autocast_dtype(device))  # as the convolution would: half to hold
         z = checkpoint(self._readout, p, use_reentrant=False, preserve_rng_state=False)
         return cast(Tensor, z)
 
