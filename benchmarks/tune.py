@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--model", default="smallconv", help="another network, to see what moves")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--blocks", type=int, help="so many blocks a unit, in place of one")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--data", default="cifar10", help="another data set, likewise")
     parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -44,6 +47,9 @@ def main() -> None:
     options = parser.parse_args()
     job = JobConfig(
         model=options.model,
+        width=options.width,
+        units="block" if options.blocks is None else options.blocks,
+        precision=options.precision,
         data=options.data,
         data_dir=options.data_dir,
         image_size=options.image_size,
