@@ -169,3 +169,51 @@ def test_models_with_functional_activations_learn(horizon: int) -> None:
     losses = [float(learner.step(x, y).loss) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
     assert len(learner.units) == 3
+
+
+class Named(nn.Module):
+    """Three layers, the one in the middle at a path of choice."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.first = name, nn.Linear(6, 12)
+        self.add_module(name, nn.Linear(12, 12))
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.get_submodule(self.name)(F.relu(self.first(x))))
+        return self.last(h)
+
+
+@pytest.mark.parametrize("rule", ["ssa", "dfa"])
+def test_a_hidden_module_called_output_is_taught_as_by_any_other_name(rule: str) -> None:
+    x, y = torch.randn(5, 6), torch.arange(5) % 4
+    taught = []
+    for name in ("middle", "output"):
+        learner = sva.Learner(
+            Named(name), rule, units="layer", horizon=0, example=x,
+            optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        )  # fmt: skip
+        assert [unit.exit for unit in learner.units] == ["first", name, ""]
+        assert [learner.feedback_of(unit) is None for unit in learner.units] == [False, False, True]
+        taught.append((learner.gradients(x, y).values(), learner.step(x, y)))
+    (wanted, report), (gradients, named_output) = taught
+    for one, other in zip(wanted, gradients, strict=True):
+        assert torch.equal(one, other)
+    assert list(named_output.unit_losses.values()) == list(report.unit_losses.values())
+    assert named_output.unit_losses["output"] == named_output.loss
+
+
+@pytest.mark.parametrize("name", ["output", "first#1", "output#0"])
+def test_names_of_units_are_unique_whatever_modules_are_called(name: str) -> None:
+    class Again(Named):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.first(x))
+
+    model = Again(name)
+    model.first = nn.Linear(6, 6)
+    model.add_module(name, nn.Linear(6, 12))
+    plan = plan_of(model, "layer", torch.randn(3, 6))
+    assert [unit.exit for unit in plan.units] == ["first", "first", name, ""]
+    assert len({unit.name for unit in plan.units}) == 4

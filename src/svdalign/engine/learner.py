@@ -34,7 +34,8 @@ class StepReport:
     """What one step saw, as tensors on the model's device: reading a value is up to the caller.
 
     ``loss``: task loss of the network's output. ``accuracy``: share of right answers, None where
-    the targets are not class indices. ``unit_losses``: each unit's own loss by its name.
+    the targets are not class indices. ``unit_losses``: each unit's own loss by its name; that of
+    the last unit, ``"output"``, is ``loss``.
     """
 
     loss: Tensor
@@ -126,7 +127,7 @@ class Learner:
                 self._dtype,
             )
             self._teaching_units[unit.name] = view
-            if unit.name != OUTPUT and self.horizon is not None:
+            if unit is not self.plan.output and self.horizon is not None:
                 feedback = self.rule.feedback(view, generator)
                 if feedback is not None:
                     self.feedback[str(i)] = feedback.to(first.device, first.dtype)
@@ -259,7 +260,7 @@ class Learner:
         losses: dict[str, Tensor] = {}
 
         def teach(unit: Unit, h: Tensor) -> Tensor:
-            if unit.name == OUTPUT:
+            if unit is self.plan.output:
                 loss = self.loss(h, y)
             else:
                 loss = self.rule.loss(
@@ -339,7 +340,7 @@ class Learner:
             ):
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
-            C = self.teaching_unit(self.plan.units[-1]).classes
+            C = self.teaching_unit(self.plan.output).classes
             low, high = int(y.min()), int(y.max())
             if (low < 0 and low != -100) or high >= C:
                 raise ValueError(

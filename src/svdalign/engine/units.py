@@ -33,11 +33,11 @@ OUTPUT = "output"  #: name of the last unit, from the last exit to the network's
 class Unit:
     """One piece of the network that learns on its own.
 
-    ``exit``: path of the module whose output ends the unit, at its ``call``-th call (from 0) in a
-    forward pass. ``parameters``: names of the parameters that its output depends on, frozen ones
-    too. ``features_shape``: shape of that output for the example, as ``layout`` presents it to
-    rules. ``inplace``: the model goes on to change the output in place, so that a copy has to be
-    handed on.
+    ``name``: unique in its plan. ``exit``: path of the module whose output ends the unit, at its
+    ``call``-th call (from 0) in a forward pass. ``parameters``: names of the parameters that its
+    output depends on, frozen ones too. ``features_shape``: shape of that output for the example, as
+    ``layout`` presents it to rules. ``inplace``: the model goes on to change the output in place,
+    so that a copy has to be handed on.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The units in order of execution; the last one is :data:`OUTPUT`, taught by the task itself.
+    """The units in order of execution; the last one, :attr:`output`, is taught by the task itself.
 
     ``unreached``: trainable parameters that no unit's output depends on for the example.
     """
@@ -59,6 +59,11 @@ class Plan:
     units: tuple[Unit, ...]
     output_shape: tuple[int, ...]
     unreached: tuple[str, ...]
+
+    @property
+    def output(self) -> Unit:
+        """The unit from the last exit to the network's output."""
+        return self.units[-1]
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -333,7 +338,9 @@ class _Trial:
             call = self._counts.get(path, 0)
             self._counts[path] = call + 1
             parameters = self._parameters(tensors, path)
-            name = path if call == 0 else f"{path}#{call}"
+            # Unique: a module may be called as the output's unit is, or as another's second call.
+            plain = call == 0 and path != OUTPUT and "#" not in path
+            name = path if plain else f"{path}#{call}"
             feature = first_tensor(output)
             self.segments.append(Unit(name, path, call, parameters, tuple(feature.shape)))
             handed_on = tree_map(_copy_of_leaf, output)
