@@ -14,6 +14,7 @@ from torch import nn
 import svdalign as sva
 from svdalign import rules
 from svdalign.factors import SVDLinear
+from svdalign.rules.fa import mirrored
 
 SIZES = (7, 12, 9, 10, 4)
 
@@ -75,8 +76,7 @@ def test_direct_feedback(rule: str, factored: bool) -> None:
 def test_feedback_alignment(factored: bool) -> None:
     learner, model, x, y = setup("fa", factored)
     back = []
-    for i in range(len(SIZES) - 1):
-        mirror = learner.transport.get_submodule(str(2 * i))
+    for _, mirror in mirrored(model, learner.transport):
         matrix = mirror.merged_weight() if isinstance(mirror, SVDLinear) else mirror.weight
         back.append(matrix.detach().numpy())
     forward = weights(model)

@@ -205,3 +205,80 @@ def test_every_alignment_trains(alignment: str) -> None:
     for _ in range(30):
         last = learner.step(x, y).loss
     assert last < first
+
+
+# --- rules that send errors back through each layer ---------------------------------------------
+
+LAYERWISE = ["fa", "sign-symmetric"]
+
+
+def layerwise_gradients(rule: str, model: nn.Module, *shape: int) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x, y = torch.randn(shape), torch.arange(shape[0]) % 3
+    learner = sva.Learner(model, rule, optimizer=sgd, example=x)
+    return list(learner.gradients(x, y).values())
+
+
+def assert_all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", LAYERWISE)
+@pytest.mark.parametrize("factored", [False, True])
+def test_activations_in_place_change_no_error_sent_back(rule: str, factored: bool) -> None:
+    def net(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.ReLU(inplace),
+            nn.Flatten(), nn.Linear(32, 3),
+        )  # fmt: skip
+        return sva.factorize(model, {"0": 4, "2": 4}) if factored else model
+
+    one, other = (layerwise_gradients(rule, net(inplace), 4, 2, 6, 6) for inplace in (False, True))
+    assert_all_equal(one, other)
+
+
+class Gated(nn.Module):
+    """Two layers side by side, at paths of choice, that take their input by place or by name."""
+
+    def __init__(self, names: tuple[str, str], by_name: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.names, self.by_name = names, by_name
+        for name in names:
+            self.add_module(name, nn.Linear(6, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = [self.get_submodule(name) for name in self.names]
+        if self.by_name:
+            a, b = (layer(input=x.tanh()) for layer in layers)
+            return self.head(input=a * b)
+        a, b = (layer(x.tanh()) for layer in layers)
+        return self.head(a * b)
+
+
+@pytest.mark.parametrize("rule", LAYERWISE)
+def test_any_path_of_a_layer_will_do(rule: str) -> None:
+    plain = layerwise_gradients(rule, Gated(("a", "b")), 4, 6)
+    for names in (("keys", "values"), ("items", "pop")):
+        assert_all_equal(layerwise_gradients(rule, Gated(names), 4, 6), plain)
+
+
+@pytest.mark.parametrize("rule", LAYERWISE)
+def test_layers_may_be_given_their_input_by_name(rule: str) -> None:
+    plain, by_name = (Gated(("a", "b"), by_name) for by_name in (False, True))
+    one, other = (layerwise_gradients(rule, model, 4, 6) for model in (plain, by_name))
+    assert_all_equal(one, other)
+
+
+@pytest.mark.parametrize("rule", LAYERWISE)
+def test_a_model_that_is_one_layer_learns_as_by_backpropagation(rule: str) -> None:
+    """Nothing is sent back: the only layer gets its own gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    assert_all_equal(
+        layerwise_gradients(rule, model, 4, 6), layerwise_gradients("bp", model, 4, 6)
+    )  # fmt: skip

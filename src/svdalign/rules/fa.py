@@ -44,7 +44,7 @@ class FA(BP):
         kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
         return nn.ModuleDict(
             {
-                name.replace(".", "/"): self.mirror(layer, generator).requires_grad_(False)
+                _key(name): self.mirror(layer, generator).requires_grad_(False)
                 for name, layer in model.named_modules()
                 if isinstance(layer, kinds)
             }
@@ -54,7 +54,7 @@ class FA(BP):
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
         handles = []
         for layer, mirror in mirrored(model, transport):
-            handles.append(layer.register_forward_pre_hook(_detach_input))
+            handles.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
             handles.append(layer.register_forward_hook(_Bridge(mirror)))
         try:
             yield
@@ -65,8 +65,15 @@ class FA(BP):
 
 def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """The layers through which errors travel backwards, each with its mirror."""
-    for name, mirror in transport.named_children():
-        yield model.get_submodule(name.replace("/", ".")), mirror
+    mirrors = dict(transport.named_children())
+    for name, layer in model.named_modules():
+        if (mirror := mirrors.get(_key(name))) is not None:
+            yield layer, mirror
+
+
+def _key(name: str) -> str:
+    # An nn.ModuleDict takes no dots, nor "" (the model itself), nor "keys" and the like.
+    return "/" + name.replace(".", "/")
 
 
 def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
@@ -81,10 +88,18 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
             weight.copy_(normal(weight) * weight.std())
 
 
-def _detach_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _detach_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        x = args[0]
+        args = (x.detach(), *args[1:])
+    else:
+        name, x = next(iter(kwargs.items()))
+        kwargs = {**kwargs, name: x.detach()}
     # The input with its graph waits here for the forward hook, which bridges it to the output.
-    layer._fa_input = args[0]
-    return (args[0].detach(), *args[1:])
+    layer._fa_input = x
+    return args, kwargs
 
 
 class _Bridge:
@@ -104,7 +119,7 @@ class _Transport(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, mirror: nn.Module) -> Tensor:
         ctx.mirror, ctx.shape, ctx.dtype, ctx.device = mirror, x.shape, x.dtype, x.device
-        return y.view_as(y)
+        return y.detach()  # as it is it would be a view, not to be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
