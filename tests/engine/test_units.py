@@ -217,3 +217,29 @@ def test_names_of_units_are_unique_whatever_modules_are_called(name: str) -> Non
     plan = plan_of(model, "layer", torch.randn(3, 6))
     assert [unit.exit for unit in plan.units] == ["first", "first", name, ""]
     assert len({unit.name for unit in plan.units}) == 4
+
+
+def plain(layers: int) -> nn.Module:
+    """Layers of one width, so that all are of one stage."""
+    modules = [m for _ in range(layers - 1) for m in (nn.Linear(6, 6), nn.ReLU())]
+    return nn.Sequential(*modules, nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize("units", [3, 4, 50, "stage", lambda name, module: name == "4"])
+def test_units_that_leave_several_layers_in_one_piece_are_refused(units) -> None:
+    x = torch.randn(2, 6)
+    with pytest.raises(ValueError, match=r"units=.* 3 layers, 3 blocks, in one piece"):
+        plan_of(plain(3), units, x)
+    options = {"units": units, "optimizer": lambda p: torch.optim.SGD(p, 0.1), "example": x}
+    with pytest.raises(ValueError, match=r"units=.* 3 layers, 3 blocks, in one piece"):
+        sva.Learner(plain(3), "ssa", **options)
+    assert len(sva.Learner(plain(3), "bp", **options).units) == 1  # there it is asked for
+
+
+@pytest.mark.parametrize("units", ["layer", "block", "stage", 1, 50])
+def test_a_single_layer_may_be_in_one_piece(units) -> None:
+    assert [unit.name for unit in plan_of(plain(1), units, torch.randn(2, 6)).units] == [OUTPUT]
+
+
+def test_as_many_units_as_fit_are_made() -> None:
+    assert [unit.exit for unit in plan_of(plain(3), 2, torch.randn(2, 6)).units] == ["3", ""]

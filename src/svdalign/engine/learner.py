@@ -106,7 +106,7 @@ class Learner:
         self.retraction, self.retract_every = retraction, retract_every
         self.steps = 0
         self._checked = False
-        self.plan: Plan = make_plan(model, units, example)
+        self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
                 "these parameters do not reach the network's output for the example, and learn "

@@ -71,17 +71,19 @@ class Plan:
         return tuple(dict.fromkeys(unit.exit for unit in self.units[:-1]))
 
 
-def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
+def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = False) -> Plan:
     """Cut ``model`` into units and assign its parameters.
 
     ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
     activation and pooling modules that follow it; ``"block"`` after every residual or transformer
     block (after every layer where there are none); ``"stage"`` after every run of blocks of one
     feature shape; an int after that many blocks; a callable ``(name, module) -> bool`` where it
-    says so. ``example``: a batch the model can run on.
+    says so. ``example``: a batch the model can run on. ``whole``: a plan of one unit will do
+    though the model has several layers; it is backpropagation.
 
     The layers that lead to the output belong to the output's own unit, which learns from the task.
-    Raises ValueError for a specification that names no place to cut, for a model whose units
+    Raises ValueError for a specification that names no place to cut, for one that leaves a model of
+    several layers in one piece (unless ``whole``), for a model whose units
     share a piece of their graphs that cannot be told apart, for a callable that ends a unit where
     the batch is not an axis of its own, and for checkpointing that hides a unit's graph.
     """
@@ -120,6 +122,8 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
                 f"does not keep the batch of the network's output, {tuple(z.shape)}, as an axis"
             )
         if not idle and not odd:
+            if not exits and not whole:
+                _refuse_one_piece(model, units, calls)
             return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z)
         exits = exits - idle - odd.keys()
     raise ValueError(
@@ -132,6 +136,18 @@ def _plan(model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor)
     found = {name for unit in (*trial.segments, last) for name in unit.parameters}
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
     return Plan((*trial.finished(layouts), last), tuple(z.shape), tuple(unreached))
+
+
+def _refuse_one_piece(model: nn.Module, units: Units, calls: list[_Call]) -> None:
+    """ValueError if ``model`` has more than one layer: the one unit would be backpropagation."""
+    layers = _layers(calls)
+    if len(layers) > 1:
+        blocks = len(list(_blocks(model, layers)))
+        raise ValueError(
+            f"units={units!r} leaves this model of {len(layers)} layers, {blocks} blocks, in one "
+            "piece, to be trained by backpropagation; choose smaller units, or horizon=None if "
+            "that is wanted"
+        )
 
 
 def reached(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -181,10 +197,15 @@ def _has_weight_matrix(module: nn.Module) -> bool:
     return any(p.ndim >= 2 for p in module.parameters(recurse=False))
 
 
-def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
+def _layers(calls: list[_Call]) -> set[str]:
+    """Paths of the modules with a weight matrix of their own."""
     layers = {call.path for call in calls if _has_weight_matrix(call.module)}
     # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
-    layers = {p for p in layers if not any(_inside(other, p) for other in layers)}
+    return {p for p in layers if not any(_inside(other, p) for other in layers)}
+
+
+def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
+    layers = _layers(calls)
     order = list(dict.fromkeys(call.path for call in calls))
     if callable(units):
         chosen = [p for p in order if units(p, model.get_submodule(p))]
