@@ -503,6 +503,19 @@ def test_a_model_without_factors_is_refused():
         reduce_rank(nn.Linear(2, 2), energy=0.5)
 
 
+@pytest.mark.parametrize("factor", ["U", "s", "V"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("how", [{"energy": 0.5}, {"rank": 2}, {"parameters": 40}])
+def test_factors_that_are_not_finite_are_refused_and_nothing_is_cut(factor, value, how):
+    one, other = model_of(orthonormal(0)), model_of(orthonormal(1))
+    layer = layer_of(other)
+    with torch.no_grad():
+        getattr(layer, factor).view(-1)[0] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite .* layer '1\.0'"):
+        reduce_rank(nn.Sequential(one, other), **how)
+    assert layer_of(one).rank == layer.rank == R
+
+
 def test_no_warning_for_what_is_carried():
     model = model_of(orthonormal())
     optimizer = torch.optim.AdamW(model.parameters())

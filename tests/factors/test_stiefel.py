@@ -70,6 +70,14 @@ class TestRetraction:
         for x, r in zip(X, R, strict=True):
             torch.testing.assert_close(r, RETRACTIONS[name](x), **EXACT)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite_stays_so_and_raises_nothing(self, name: str, value: float) -> None:
+        X = torch.stack([point((5, 3), 0), point((5, 3), 1)])
+        X[0, 2, 1] = value
+        R = RETRACTIONS[name](X)
+        assert not R[0].isfinite().all()
+        torch.testing.assert_close(R[1], X[1], **EXACT)
+
     def test_keeps_dtype_and_input(self, name: str) -> None:
         X = (point((6, 2), 0) + 1e-2 * noise((6, 2), 0)).float()
         before = X.clone()

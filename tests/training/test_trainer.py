@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from svdalign.data import ImageData
+from svdalign.factors import FactoredLayer
+from svdalign.storage import ranks
 from svdalign.training import Record, RunConfig, Trainer, build_learner, evaluate, train
 from svdalign.training.schedule import learning_rate_factor
 
@@ -129,6 +131,32 @@ def test_a_run_that_diverges_says_so(stripes: ImageData) -> None:
     trainer = make(stripes, rule="bp", rank=None, optimizer="sgd", lr=1e30, schedule="constant")
     assert trainer.run() == "diverged"
     assert len(trainer.history) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank_energy": 0.5}, {"rank_parameters": 0.5, "rank_freeze": 2}, {"retraction": "polar"}],
+)
+def test_a_run_that_diverges_says_so_and_keeps_its_ranks(stripes: ImageData, changes) -> None:
+    trainer = make(stripes, rule="bp", optimizer="sgd", lr=1e30, schedule="constant", **changes)
+    before = ranks(trainer.learner.model)
+    assert trainer.run() == "diverged"
+    assert trainer.history[-1]["ranks"] == before
+    assert trainer.history[-1]["kept_energy"] == {}
+
+
+def test_weights_that_the_last_step_of_an_epoch_spoils_are_told_of(stripes: ImageData) -> None:
+    trainer = make(stripes, rank_energy=0.5)
+    layer = next(m for m in trainer.learner.model.modules() if isinstance(m, FactoredLayer))
+    before = ranks(trainer.learner.model)
+
+    def spoil() -> None:
+        if trainer.batch == trainer.steps_per_epoch:
+            layer.s.data.fill_(math.nan)
+
+    assert trainer.run(on_step=spoil) == "diverged"
+    assert math.isfinite(trainer.history[-1]["loss"])
+    assert ranks(trainer.learner.model) == before
 
 
 def test_bf16_runs(stripes: ImageData) -> None:

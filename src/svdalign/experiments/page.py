@@ -66,7 +66,7 @@ def page(title: str, subtitle: str, results: Mapping[str, Any], *parts: str) -> 
     )
     note = {
         "interrupted": "Interrupted: this is what was measured until then.",
-        "diverged": "Stopped: the training loss was no longer finite.",
+        "diverged": "Stopped: the training loss or the weights were no longer finite.",
     }.get(results["status"])
     body = "\n".join(
         [

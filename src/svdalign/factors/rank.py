@@ -143,11 +143,15 @@ def reduce_rank(
     go on, and a layer that is not cut is not touched at all.
 
     Returns a :class:`RankCut` for each factored layer, cut or not. Raises ValueError or TypeError
-    that name the argument.
+    that name the argument, ValueError that names the layer for factors that are not finite; nothing
+    is cut then.
     """
     optimizers = _optimizers(optimizer)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     _check(layers, energy, rank, parameters, ratio, min_rank)
+    for name, layer in layers.items():
+        if not all(X.isfinite().all() for X in (layer.U, layer.s, layer.V)):
+            raise ValueError(f"model has NaN or infinite factors in layer {name!r}")
     floors = {
         name: max(absolute_rank(min_rank, m.full_rank), math.ceil(ratio * m.rank - 1e-9))
         for name, m in layers.items()

@@ -43,11 +43,14 @@ def qr_retract(X: Tensor) -> Tensor:
 def polar_retract(X: Tensor) -> Tensor:
     """The orthonormal polar factor of ``X``: the nearest point of St(m, r) in Frobenius norm.
 
-    Through the thin SVD ``X = A S B^T``: the factor is ``A B^T``, shape ``(..., m, r)``.
+    Through the thin SVD ``X = A S B^T``: the factor is ``A B^T``, shape ``(..., m, r)``. NaN
+    where ``X`` has an entry that is not finite.
     """
     _check_tall(X)
-    A, _, Bt = torch.linalg.svd(X, full_matrices=False)
-    result: Tensor = A @ Bt
+    # The SVD of what is not finite raises on some devices and would end a run that diverges.
+    finite = X.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    A, _, Bt = torch.linalg.svd(X.where(finite, 0.0), full_matrices=False)
+    result: Tensor = (A @ Bt).where(finite, torch.nan)
     return result
 
 

@@ -116,7 +116,7 @@ class Trainer:
         """Train to the end; after every step ``on_step`` is told and ``stop`` asked.
 
         Returns ``"finished"``, ``"interrupted"`` if ``stop`` said so, or ``"diverged"`` if an
-        epoch's mean loss was not finite.
+        epoch's mean loss or the weights that it left were not finite.
         """
         progress = progress or Silent()
         progress.start(name, self)
@@ -133,7 +133,7 @@ class Trainer:
                 row = self.finish_epoch()
                 on_epoch(row)
                 progress.epoch(self, row)
-                if not math.isfinite(row["loss"]):
+                if not self._finite(row["loss"]):
                     status = "diverged"
         if self.epoch == self.config.epochs and status == "interrupted":
             status = "finished"
@@ -169,11 +169,12 @@ class Trainer:
         self.epoch_seconds += time.perf_counter() - started
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Close the epoch: cut ranks if it is time to, evaluate, return a row of ``history``."""
+        """Close the epoch: cut ranks if it is time to (not of a run that has diverged), evaluate,
+        return a row of ``history``."""
         running, speed = self.running(), self.images_per_second
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
-        kept = self._cut_ranks(self.epoch + 1)
+        kept = self._cut_ranks(self.epoch + 1) if self._finite(running.loss) else {}
         test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
         row = {
             "epoch": self.epoch + 1,
@@ -207,6 +208,11 @@ class Trainer:
             value = state[name]
             device = self.loss_sum.device
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+
+    def _finite(self, loss: float) -> bool:
+        """Whether ``loss`` and the weights are."""
+        weights = self.learner.model.parameters()
+        return math.isfinite(loss) and all(bool(p.isfinite().all()) for p in weights)
 
     def _cut_ranks(self, epoch: int) -> dict[str, float]:
         """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
