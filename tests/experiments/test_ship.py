@@ -78,6 +78,11 @@ def test_the_difference_is_to_the_trained_model(run: Path) -> None:
     model.eval()
     with torch.no_grad():
         assert cards._difference(model, lambda x: model(x) + 0.25, x) == pytest.approx(0.25)
+    model.train()
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    cards._difference(model, lambda x: x.flatten(1)[:, :1], x)
+    assert model.training
+    assert not norm.training
 
 
 def test_weights_are_those_of_the_compact_model(run: Path, shipped: Path) -> None:

@@ -85,6 +85,8 @@ def test_measuring_leaves_training_as_it_was() -> None:
     ssa = learner("ssa", model)
     x, y = batch()
     ssa.step(x, y)
+    model[1].eval()  # a norm that is kept as it is
+    modes = [module.training for module in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = {n: p.grad for n, p in model.named_parameters()}
     random = torch.get_rng_state()
@@ -92,7 +94,7 @@ def test_measuring_leaves_training_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is gradients[n] for n, p in model.named_parameters())
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_another_models_learner_is_refused() -> None:

@@ -115,9 +115,11 @@ def test_evaluation_is_over_the_whole_test_split_and_leaves_no_trace(stripes: Im
     trainer = make(stripes)
     model = trainer.learner.model
     model.train()
+    next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    modes = [module.training for module in model.modules()]
     before = weights(trainer)
     loss, accuracy = evaluate(model, stripes, trainer.config)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in weights(trainer).items())
     images = (stripes.test.images.float() / 255 - stripes.mean[0]) / stripes.std[0]
     model.eval()

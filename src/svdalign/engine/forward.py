@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["first_tensor", "forward", "preserved"]
+__all__ = ["evaluating", "first_tensor", "forward", "preserved"]
 
 
 def forward(model: nn.Module, x: Any) -> Tensor:
@@ -37,6 +37,18 @@ def first_tensor(out: Any) -> Tensor:
         "the model must return a floating-point tensor or a structure with one, "
         f"got {type(out).__name__}"
     )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model inside in eval mode; each of its modules comes back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

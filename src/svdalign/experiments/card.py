@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import export
 from ..data import ImageData, batches
+from ..engine.forward import evaluating
 from ..factors import FactoredLayer
 from ..metrics import alternate, inference_macs, parameter_count
 from ..training.build import build_model, evaluate, example_batch, memory_format
@@ -213,9 +214,8 @@ def _versus(compact: int, dense: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _difference(model: nn.Module, loaded: export.Runner, x: Tensor) -> float:
-    training = model.training
-    expected = model.eval()(x)
-    model.train(training)
+    with evaluating(model):
+        expected = model(x)
     return float((expected.cpu() - loaded(x).cpu()).abs().max())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..engine import Learner, Unit
-from ..engine.forward import first_tensor, forward, preserved
+from ..engine.forward import evaluating, first_tensor, forward, preserved
 from ..factors import FactoredLayer
 
 __all__ = ["Alignment", "LayerAlignment", "UnitAlignment", "alignment", "descent_share"]
@@ -134,15 +134,14 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
 
         return hook
 
-    model, training = learner.model, learner.model.training
+    model = learner.model
     handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
     # The graph is used up before `preserved` writes the buffers back, which would invalidate it.
     with preserved(model), torch.enable_grad():
         try:
-            model.eval()
-            z = forward(model, x)
+            with evaluating(model):
+                z = forward(model, x)
         finally:
-            model.train(training)
             for handle in handles:
                 handle.remove()
         if z.ndim != 2:

@@ -11,6 +11,8 @@ from torch import Tensor, nn, no_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ..engine.forward import evaluating
+
 __all__ = ["inference_macs", "macs_by_module", "parameter_count", "step_macs"]
 
 
@@ -30,15 +32,9 @@ def inference_macs(model: nn.Module, example: Tensor) -> int:
 
 def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
     """MACs of one image by module name, each with all it contains; ``""`` is the whole model."""
-    modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
-    try:
-        model.eval()
-        with no_grad(), counter:
-            model(example[:1])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), no_grad(), counter:
+        model(example[:1])
     counts = counter.get_flop_counts()
     root = type(model).__name__
     macs = {"": counter.get_total_flops() // 2}

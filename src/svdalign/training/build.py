@@ -19,6 +19,7 @@ from .. import data as datasets
 from .. import models, rules
 from ..data import Augment, ImageData, batches
 from ..engine import Learner
+from ..engine.forward import evaluating
 from ..factors import factorize, fuse
 from ..rules import Rule
 from .config import JobConfig, RunConfig
@@ -136,17 +137,15 @@ def example_batch(config: JobConfig, data: ImageData, size: int = 2) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: ImageData, config: JobConfig) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on the test split, in eval mode; the mode is put back."""
-    training = model.training
-    model.eval()
+    """Mean cross-entropy and accuracy on the test split, in eval mode; the modes are put back."""
     device = data.test.images.device
     loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-    for x, y in _plain_batches(config, data, data.test, EVAL_BATCH):
-        with precision(config):
-            z = model(x)
-        loss += F.cross_entropy(z.float(), y, reduction="sum")
-        right += (z.argmax(-1) == y).sum()
-    model.train(training)
+    with evaluating(model):
+        for x, y in _plain_batches(config, data, data.test, EVAL_BATCH):
+            with precision(config):
+                z = model(x)
+            loss += F.cross_entropy(z.float(), y, reduction="sum")
+            right += (z.argmax(-1) == y).sum()
     return loss.item() / len(data.test), right.item() / len(data.test)
 
 
