@@ -54,20 +54,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Run the model inside without a trace: buffers (batch-norm statistics) and random state come
-    back as they were, so that a second run repeats the first and counts once."""
+    back as they were, so that a second run repeats the first and counts once. Graphs that hold a
+    buffer which the run does not change stay usable."""
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, _copy(buffer))
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index for d in devices]):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, saved in buffers:
-                    buffer.copy_(saved)
-                    module._buffers[name] = buffer  # the model may have put another one there
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer  # the model may have put another one there
+                if buffer is not None and saved is not None:
+                    # Through `data`, for a graph that holds the buffer takes a new version of it
+                    # for a change. Versions do not tell what has changed: models write so too.
+                    buffer.data.copy_(saved)
             # Autocast caches low-precision copies of weights; those made without grad stay without.
             torch.clear_autocast_cache()
+
+
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    """None where there is nothing to write back: an expanded tensor cannot be written to."""
+    if buffer is None or any(
+        n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True)
+    ):
+        return None
+    return buffer.detach().clone()

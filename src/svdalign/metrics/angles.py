@@ -136,7 +136,6 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
 
     model = learner.model
     handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
-    # The graph is used up before `preserved` writes the buffers back, which would invalidate it.
     with preserved(model), torch.enable_grad():
         try:
             with evaluating(model):
