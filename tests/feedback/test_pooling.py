@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -88,6 +89,25 @@ def test_without_a_grid_every_position_has_its_own_row() -> None:
 def test_a_grid_finer_than_the_map_keeps_the_map() -> None:
     h = torch.randn(2, 3, 2, 1).double()
     torch.testing.assert_close(pool(h, 4, (2, 10)), h.reshape(2, 6), **EXACT)
+
+
+def test_a_map_of_another_size_is_laid_onto_the_same_raster() -> None:
+    """Each cell averages the positions that it overlaps, those of a smaller map repeated."""
+    like, output = (2, 3, 8, 8), (2, 10)
+    h = torch.randn(2, 3, 2, 2).double().requires_grad_()
+    p = pool(h, 4, output, like=like)
+    repeated = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(p, repeated.flatten(1), **EXACT)
+    q = torch.randn_like(p)
+    wanted, found = (torch.autograd.grad(y, h, q)[0] for y in (repeated.flatten(1), p))
+    torch.testing.assert_close(found, wanted, **EXACT)
+    large = torch.randn(2, 3, 16, 12).double()
+    for shape in (like, (2, 3, 1, 1), (2, 3, 2, 5)):
+        pooled = pool(large, 4, output, like=shape)
+        assert pooled.shape[-1] == pooled_size(shape, 4, output)
+        torch.testing.assert_close(
+            pooled, F.adaptive_avg_pool2d(large, [min(4, n) for n in shape[2:]]).flatten(1), **EXACT
+        )
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

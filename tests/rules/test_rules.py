@@ -282,3 +282,32 @@ def test_a_model_that_is_one_layer_learns_as_by_backpropagation(rule: str) -> No
     assert_all_equal(
         layerwise_gradients(rule, model, 4, 6), layerwise_gradients("bp", model, 4, 6)
     )  # fmt: skip
+
+
+# --- batches of another size than the example's -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SSA(), SSA(grid=1), SSA(widen=32), SSA(alignment="cosine"), SSA(alignment="none"),
+        rules.DFA(grid=3), rules.DRTP(grid=2),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("example", [4, 8, 16])
+def test_images_may_be_smaller_or_larger_than_the_examples(rule, fused: bool, example: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    model = sva.factorize(model, {"0": 3, "3": 4, "6": 4}, "channel")
+    model = sva.fuse(model) if fused else model
+    learner = sva.Learner(model, rule, optimizer=sgd, example=torch.randn(2, 2, example, example))
+    for size in ((3, 5), (4, 4), (8, 8), (17, 16)):
+        gradients = learner.gradients(torch.randn(4, 2, *size), torch.arange(4) % 3)
+        assert gradients.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.isfinite(g).all() for g in gradients.values())

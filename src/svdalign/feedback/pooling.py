@@ -18,6 +18,8 @@ def pool(
     grid: int | None,
     output_shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
+    *,
+    like: Sequence[int] | None = None,
 ) -> Tensor:
     """``P(h)``: features as rows that a feedback matrix can read, aligned to the network's output.
 
@@ -30,6 +32,9 @@ def pool(
       (B, h, w, C).
     - (B, T, d): per token if the output is per token, else averaged over tokens, (B, d).
 
+    ``like``: shape of the features whose raster is meant, that of ``h`` by default. A map that is
+    smaller is spread over it, so that a matrix made for one size reads any other.
+
     What autocast hands on, in half precision, is too coarse for sums: the result is in ``dtype``,
     that of ``h`` by default.
     """
@@ -37,10 +42,9 @@ def pool(
     if h.ndim == 4:
         if len(output_shape) == 4:
             return h.permute(0, 2, 3, 1).to(dtype)
-        if (size := raster_size(h.shape, grid, output_shape)) is not None:
-            h = raster(h, size, dtype)
-        elif grid is not None:
-            h = h.mean((2, 3), dtype=dtype)
+        if grid is not None:
+            size = raster_size(h.shape if like is None else like, grid, output_shape)
+            h = h.mean((2, 3), dtype=dtype) if size is None else raster(h, size, dtype)
         return h.flatten(1).to(dtype)
     if h.ndim == 3:
         per_token = len(output_shape) == 3 and output_shape[1] == h.shape[1]

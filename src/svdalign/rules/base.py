@@ -47,13 +47,14 @@ class TeachingUnit:
         return 1 if len(shape) < 2 else shape[1] if len(shape) == 4 else shape[-1]
 
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
-        """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`."""
-        return pool(h, grid, self._rows(h.shape), self.dtype)
+        """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`;
+        with a ``grid`` onto the example's raster, whatever the size of the map ``h``."""
+        return pool(h, grid, self._rows(h.shape), self.dtype, like=self.features_shape)
 
     def pool_and_statistics(self, h: Tensor, grid: int | None) -> tuple[Tensor, Tensor]:
         """:meth:`pool`, and what similarity compares, :func:`losses.channel_statistics` (B, d): of
         a map with one gradient for both."""
-        size = raster_size(h.shape, grid, self.output_shape)
+        size = raster_size(self.features_shape, grid, self.output_shape)
         if size is None:
             return self.pool(h, grid), channel_statistics(h)
         pooled, spread = raster_and_spread(h, size, self.dtype)
