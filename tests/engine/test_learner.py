@@ -16,6 +16,7 @@ import svdalign as sva
 from svdalign import rules
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import RETRACTIONS, orthogonality_error
+from svdalign.losses import hoyer_sparsity
 
 RULES = ["bp", "dfa", "drtp", "fa", "ssa", "ssa-local", "ssa-paper"]
 
@@ -348,6 +349,9 @@ def bad_batches() -> dict[str, tuple]:
         "label negative": (x, y - 1, ValueError, r"y must .*\[0, 2\], got values in \[-1, 1\]"),
         "float labels": (x, y.float(), ValueError, r"y must .*torch\.int64.*got torch\.float32"),
         "short labels": (x, y.int(), ValueError, r"y must .*torch\.int64.*got torch\.int32"),
+        "too few": (x, y[:-1], ValueError, r"y must .*each of the 12 samples.*got shape \(11,\)"),
+        "too many": (x, y.repeat(2), ValueError, r"y must .*12 samples.*got shape \(24,\)"),
+        "one": (x, y[0], ValueError, r"y must .*12 samples.*got shape \(\)"),
         "a list": (x, y.tolist(), TypeError, r"y must be a tensor.*got list"),
         "NaN": (nan, y, ValueError, r"x must be finite, got NaN"),
         "infinity": (infinite, y, ValueError, r"x must be finite, got NaN or infinite"),
@@ -378,3 +382,81 @@ def test_parameters_outside_every_unit_are_told_of() -> None:
 
     with pytest.warns(UserWarning, match=r"do not reach.*'spare\.weight', 'spare\.bias'"):
         sva.Learner(Spare(), "dfa", optimizer=adamw, example=torch.randn(2, 4))
+
+
+def test_targets_are_counted_along_the_axis_of_the_batch() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.act, self.head = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(self.body(x))).mean(0)
+
+    class Flattened(SequenceFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(self.body(x))).flatten(0, 1)
+
+    y = torch.arange(6) % 3
+    for model, example, shape in (
+        (SequenceFirst(), (7, 5, 4), (7, 6, 4)),
+        (Flattened(), (2, 5, 4), (2, 3, 4)),
+        (Flattened(), (1, 3, 4), (2, 3, 4)),
+    ):
+        learner = sva.Learner(
+            model, "dfa", units="layer", optimizer=adamw, example=torch.randn(example)
+        )  # fmt: skip
+        learner.step(torch.randn(shape), y)
+
+
+def test_pixels_and_probabilities_are_targets_too() -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(2, 6, 3, padding=1), nn.ReLU()]
+    x, _ = batch()
+    pixels = learner_of(model=nn.Sequential(*body, nn.Conv2d(6, 3, 1)))
+    pixels.step(x, torch.randint(3, (12, 6, 6)))
+    learner_of().step(x, torch.rand(12, 3).softmax(1))
+
+
+@pytest.mark.parametrize("rule", [*RULES, "sign-symmetric"])
+@pytest.mark.parametrize("error", ["output", "local"])
+def test_a_callers_no_grad_does_not_keep_it_from_learning(rule: str, error) -> None:
+    learner = learner_of(rule, net(dropout=0.0), error=error)
+    wanted = learner.gradients(*batch())
+    with torch.no_grad():
+        found = learner.gradients(*batch())
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("rule", ["bp", "ssa"])
+def test_a_layer_that_is_called_again_is_penalised_once(rule: str) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.into(x)
+            for _ in range(3):
+                h = torch.tanh(self.body(h))
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model = sva.factorize(Again(), {"body": 3})
+    U, s, V = (X.detach() for X in (model.body.U, model.body.s, model.body.V))
+    with torch.no_grad():
+        model.body.set_factors(1.1 * U, s, V)
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+
+    def gradients(**weights: float) -> dict[str, Tensor]:
+        changed = replace(rules.get(rule), **weights)
+        learner = sva.Learner(model, changed, units="layer", optimizer=adamw, example=x)
+        return learner.gradients(x, y)
+
+    # d/dU ||U^T U - I||^2 = 4 U (U^T U - I), with U^T U = 1.21 I.
+    added = gradients(beta=1.0)["body.U"] - gradients()["body.U"]
+    torch.testing.assert_close(added, 4 * 1.1 * U * 0.21, rtol=1e-4, atol=1e-5)
+    leaf = s.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(hoyer_sparsity(leaf), leaf)
+    added = gradients(gamma=1.0)["body.s"] - gradients()["body.s"]
+    torch.testing.assert_close(added, wanted, rtol=1e-4, atol=1e-5)

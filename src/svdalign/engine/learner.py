@@ -113,19 +113,24 @@ class Learner:
                 f"only from batches for which they do: {self.plan.unreached}",
                 stacklevel=2,
             )
+        self._batch_axes = _batch_axes(example, self.plan)
         generator = torch.Generator().manual_seed(seed)
         first = next(p for p in model.parameters() if p.requires_grad)
         self._dtype = first.dtype
         self.feedback = nn.ModuleDict()
         self._teaching_units: dict[str, TeachingUnit] = {}
+        penalised: set[FactoredLayer] = set()
         for i, unit in enumerate(self.plan.units):
+            layers = tuple(_layers(model, unit))
             view = TeachingUnit(
                 unit.name,
                 unit.features_shape,
                 self.plan.output_shape,
-                tuple(_layers(model, unit)),
+                layers,
                 self._dtype,
+                tuple(layer for layer in layers if layer not in penalised),
             )
+            penalised.update(layers)
             self._teaching_units[unit.name] = view
             if unit is not self.plan.output and self.horizon is not None:
                 feedback = self.rule.feedback(view, generator)
@@ -161,7 +166,18 @@ class Learner:
         return self._teaching_units[unit.name]
 
     def step(self, x: Any, y: Tensor) -> StepReport:
-        """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync."""
+        """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync.
+
+        ``x``: inputs laid out as ``example``, (B, ...) for most models; B may differ, and lengths
+        and sizes of maps where the model and the rule's ``grid`` let them. ``y``: what ``loss``
+        takes beside the output; for the default cross-entropy class indices (B,), (B, H, W) for
+        an output (B, C, H, W), or probabilities of the output's shape.
+
+        Raises TypeError for a ``y`` that is no tensor and ValueError for a batch that cannot be
+        learned from, before anything changes: ``x`` not finite or ``y`` out of range (of the first
+        batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is called more
+        often than for the example.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         report = self.backward(x, y)
         self.update()
@@ -183,8 +199,10 @@ class Learner:
                 for X in self._stiefel_factors():
                     X.copy_(retract(X))
 
+    @torch.enable_grad()
     def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:
-        """Add this batch's gradients to the parameters' ``.grad``, without an update.
+        """Add this batch's gradients to the parameters' ``.grad``, without an update. ``x``, ``y``
+        and errors are those of :meth:`step`.
 
         ``scale``: applied to every loss before its gradient is taken, such as
         ``lambda loss: loss / 4`` to accumulate four batches, or ``GradScaler.scale``; what is
@@ -198,7 +216,8 @@ class Learner:
         return StepReport(losses[OUTPUT], accuracy(z, y), losses)
 
     def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
-        """The rule's gradients for a batch, by parameter name; nothing is changed by the call."""
+        """The rule's gradients for a batch, of each parameter's shape by its name; nothing is
+        changed by the call. ``x``, ``y`` and errors are those of :meth:`step`."""
         named = dict(self.model.named_parameters())
         everything = [*named.values(), *self.feedback.parameters()]
         saved = [p.grad for p in everything]
@@ -328,6 +347,13 @@ class Learner:
                 f"loss must be given for an output of shape {shape}; for a class a token, "
                 "loss=lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())"
             )
+        if classification and isinstance(x, Tensor) and self._batch_axes:
+            sizes = [x.shape[axis] for axis in self._batch_axes]
+            if y.ndim == 0 or len(y) not in sizes:
+                raise ValueError(
+                    f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
+                    f"{tuple(y.shape)}"
+                )
         if self._checked:
             return
         for value in (
@@ -351,6 +377,14 @@ class Learner:
 
 def _unscaled(loss: Tensor) -> Tensor:
     return loss
+
+
+def _batch_axes(example: Any, plan: Plan) -> list[int]:
+    """Axes of an input that may be its batch: as long as the first axis of the output. None where
+    the first axis is not, as where tokens of all samples are in one axis of the output."""
+    shape = example[:2].shape if isinstance(example, Tensor) else ()
+    axes = [axis for axis, n in enumerate(shape[:2]) if plan.output_shape[:1] == (n,)]
+    return axes if axes[:1] == [0] else []  # of both, sequences that come first have the second
 
 
 def accuracy(z: Tensor, y: Tensor) -> Tensor | None:

@@ -31,7 +31,8 @@ class TeachingUnit:
     ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
     (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
     for the example. ``layers``: its factored layers in order of execution. ``dtype``: precision of
-    the weights, and of what feedback reads.
+    the weights, and of what feedback reads. ``penalised``: those of ``layers`` that no unit before
+    has, all of them by default: a layer that several units call is penalised once.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TeachingUnit:
     output_shape: tuple[int, ...]
     layers: tuple[FactoredLayer, ...]
     dtype: torch.dtype = torch.float32
+    penalised: tuple[FactoredLayer, ...] | None = None
 
     @property
     def classes(self) -> int:
@@ -181,11 +183,12 @@ class Rule:
     def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
         """A loss on the unit's own factors, 0-dim, or None if the rule has none."""
         terms = []
-        if self.beta and unit.layers:
-            factors = [X for layer in unit.layers for X in (layer.U, layer.V)]
+        layers = unit.layers if unit.penalised is None else unit.penalised
+        if self.beta and layers:
+            factors = [X for layer in layers for X in (layer.U, layer.V)]
             terms.append(self.beta * orthogonality_penalty(*factors))
         if self.gamma:
-            terms += [self.gamma * hoyer_sparsity(layer.s) for layer in unit.layers]
+            terms += [self.gamma * hoyer_sparsity(layer.s) for layer in layers]
         return torch.stack(terms).sum() if terms else None
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module | None:
