@@ -239,6 +239,34 @@ def test_state_of_another_learner_is_refused(tmp_path):
 # --- all or nothing -----------------------------------------------------------------------------
 
 
+def test_extra_state_that_is_no_tensor_is_refused_when_saving(tmp_path):
+    class Extra(nn.Linear):
+        def __init__(self, *sizes: int, state: object) -> None:
+            super().__init__(*sizes)
+            self.state = state
+
+        def get_extra_state(self) -> object:
+            return self.state
+
+        def set_extra_state(self, state: object) -> None:
+            self.state = state
+
+    def make(state: object) -> Learner:
+        model = nn.Sequential(Extra(4, 6, state=state), nn.ReLU(), nn.Linear(6, 3))
+        return Learner(
+            model, "dfa", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=torch.randn(2, 4)
+        )  # fmt: skip
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(TypeError, match=r"model has extra state '0\._extra_state', a dict"):
+        svdalign.save(make({"scale": 1.0}), path)
+    assert not path.exists()
+    svdalign.save(make(torch.tensor(3.0)), path)
+    other = make(torch.tensor(1.0))
+    svdalign.load(path, into=other)
+    assert other.model[0].state == 3.0
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")

@@ -47,9 +47,18 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file at ``path`` is replaced in one
     go: at every moment, power cuts included, it is the old one or the new one.
 
-    Raises TypeError for a value that cannot be written, OSError where the disk refuses.
+    Raises TypeError for a value that cannot be written, and for a module's extra state that is no
+    tensor; OSError where the disk refuses.
     """
     state = {**learner.state_dict(), "random": random_state(), "extra": extra}
+    for part in ("model", "feedback", "transport"):
+        for name, value in state[part].items():
+            # Whether it fits another learner could not be told before that one has been changed.
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{part} has extra state {name!r}, a {type(value).__name__}; only tensors can "
+                    "be saved, such as torch.tensor of its numbers"
+                )
     write(path, state, ranks=ranks(learner.model))
 
 
