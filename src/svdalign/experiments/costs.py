@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..data import ImageData
 from ..engine import Learner
-from ..metrics import alternate, inference_macs, parameter_count, step_memory
+from ..metrics import Memory, alternate, inference_macs, parameter_count, step_memory
 from ..training.build import build_learner, precision
 from ..training.config import RunConfig
 from ..training.trainer import Trainer
 
-__all__ = ["measure"]
+__all__ = ["Step", "measure"]
 
 SECONDS = 10.0  #: for the alternating steps of all methods together; at least three rounds
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, over and over, on one batch."""
+
+    learner: Learner
+    config: RunConfig
+    x: Tensor
+    y: Tensor
+
+    def __call__(self) -> None:
+        with precision(self.config):
+            self.learner.step(self.x, self.y)
+
+    def memory(self) -> Memory:
+        """Bytes of a step that is not the first."""
+        learner = self.learner
+        self()  # the optimizer's state exists from now on
+        return step_memory(
+            self, [learner.model, learner.feedback], learner.optimizer, [self.x, self.y]
+        )
 
 
 def measure(
@@ -35,29 +58,17 @@ def measure(
     for name, learner in learners.items():
         config = configs.get(name, reference)
         x, y = next(Trainer(config, data, learner).batches())
-        steps[name] = _step(learner, config, x, y)
-        steps[name]()  # the optimizer's state exists from now on
+        steps[name] = Step(learner, config, x, y)
     costs = {}
     for name in configs:
-        learner = learners[name]
-        memory = step_memory(
-            steps[name], [learner.model, learner.feedback], learner.optimizer, [x, y]
-        )
+        model = learners[name].model
         costs[name] = {
-            "parameters": parameter_count(learner.model),
-            "macs": inference_macs(learner.model, x),
-            "memory": memory.as_dict(),
+            "parameters": parameter_count(model),
+            "macs": inference_macs(model, steps[name].x),
+            "memory": steps[name].memory().as_dict(),
         }
     times = alternate(steps, rounds=15, seconds=SECONDS)
     for name in configs:
         costs[name]["step_seconds"] = times[name].median
         costs[name]["step_ratio"] = times[name].ratio(times[same or "reference"])
     return costs
-
-
-def _step(learner: Learner, config: RunConfig, x: Tensor, y: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        with precision(config):
-            learner.step(x, y)
-
-    return step

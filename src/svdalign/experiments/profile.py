@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageData, Split
-from ..engine import Learner
 from ..export import compact
 from ..metrics import (
     Call,
-    Memory,
     alternate,
     factored_calls,
     inference_macs,
@@ -24,7 +22,6 @@ from ..metrics import (
     parameter_count,
     pretending,
     step_macs,
-    step_memory,
     time_break_even,
     time_ratios,
 )
@@ -33,12 +30,12 @@ from ..training.build import (
     build_model,
     example_batch,
     memory_format,
-    precision,
     prepare_machine,
 )
 from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
 from ..training.record import Record, new_folder, provenance
 from .checkpointing import checkpointed, segment_sizes
+from .costs import Step
 from .methods import METHODS, method_config
 from .report import profile_page
 
@@ -115,27 +112,6 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
         method, _ = CHECKPOINTED.get(name, (name, ""))
         return method_config(method, job, seed=0)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One training step, over and over, on one batch."""
-
-    learner: Learner
-    config: RunConfig
-    x: Tensor
-    y: Tensor
-
-    def __call__(self) -> None:
-        with precision(self.config):
-            self.learner.step(self.x, self.y)
-
-    def memory(self) -> Memory:
-        learner = self.learner
-        self()  # the optimizer's state exists from now on
-        return step_memory(
-            self, [learner.model, learner.feedback], learner.optimizer, [self.x, self.y]
-        )
 
 
 class Profile:
@@ -239,7 +215,7 @@ class Profile:
             rows.append(row)
         return rows
 
-    def _step(self, name: str, device: str) -> _Step:
+    def _step(self, name: str, device: str) -> Step:
         config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
         if device == "meta":
             config = dataclasses.replace(config, precision="fp32")
@@ -247,7 +223,7 @@ class Profile:
         if name in CHECKPOINTED:
             net = checkpointed(net, self._segment_sizes[name])
         x = example_batch(config, data, config.batch_size)
-        return _Step(build_learner(config, data, net), config, x, data.train.labels)
+        return Step(build_learner(config, data, net), config, x, data.train.labels)
 
     def _choose_segment_size(self, name: str) -> None:
         """Of the two segmentations, the one with the lower peak; for a local rule every block on
