@@ -148,7 +148,7 @@ def test_another_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reproduce(["ranks"], tmp_path)
     longer = dataclasses.replace(TINY["ranks"], job={"smoke": {**JOB, "epochs": 3}})
     monkeypatch.setitem(EXPERIMENTS, "ranks", longer)
-    with pytest.raises(ValueError, match=r"another config \(epochs differ\)"):
+    with pytest.raises(ValueError, match=r"another config \(epochs 2 there, 3 here\)"):
         Reproduction(["ranks"], ReproduceConfig(), tmp_path)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from svdalign import rules
 from svdalign.training.build import make_rule
 from svdalign.training.config import RunConfig, to_yaml
 
@@ -73,3 +74,9 @@ def test_the_rule_takes_horizon_error_and_options() -> None:
 def test_an_option_the_rule_lacks_is_named() -> None:
     with pytest.raises(ValueError, match="rule 'ssa' has no option alhpa; it has"):
         make_rule(RunConfig(rule="ssa", options={"alhpa": 1}))
+
+
+def test_help_names_every_rule() -> None:
+    (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == "rule")
+    named = field.metadata["help"].partition(": ")[2].split(", ")
+    assert sorted(named) == rules.available()

@@ -139,11 +139,7 @@ class Comparison:
             result = None if overwrite else record.results()
             if result is None or result["status"] == "interrupted":
                 continue
-            if changed := _difference(result["config"], _plain(config)):
-                raise ValueError(
-                    f"{record.folder} holds a run with another config ({changed}); "
-                    "give another --out, or --overwrite"
-                )
+            record.check_config(result["config"], _plain(config))
             self._done[name, config.seed] = result
 
     def _run_record(self, name: str, config: RunConfig) -> Record:
@@ -223,11 +219,3 @@ def summarise(
 def _plain(config: RunConfig) -> dict[str, Any]:
     """The config as it reads back from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {old.get(key)} there, {new.get(key)} here"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    )

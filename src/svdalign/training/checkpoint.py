@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import storage
 from .build import build_learner, load_data, prepare_machine
-from .config import RunConfig, from_dict
+from .config import RunConfig, differences, from_dict
 from .record import Record
 from .trainer import Trainer
 
@@ -48,8 +48,7 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
         raise ValueError(f"{path} is a checkpoint of a learner, not of a training run")
     saved = dataclasses.asdict(from_dict(RunConfig, extra["config"]))
     mine = dataclasses.asdict(trainer.config)
-    if changed := [key for key in mine if mine[key] != saved[key]]:
-        values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in changed)
-        raise ValueError(f"{path} belongs to a run with another config ({values})")
+    if changed := differences(saved, mine):
+        raise ValueError(f"{path} belongs to a run with another config ({changed})")
     storage.restore(trainer.learner, state, path)
     trainer.load_state_dict(extra["trainer"])

@@ -20,6 +20,7 @@ __all__ = [
     "OptimConfig",
     "RankConfig",
     "RunConfig",
+    "differences",
     "from_dict",
     "option",
     "to_yaml",
@@ -222,7 +223,9 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
 class RunConfig(JobConfig):
     """method"""
 
-    rule: str = option("ssa", "how the units learn: bp, fa, dfa, drtp, ssa, ssa-local, ssa-paper")
+    rule: str = option(
+        "ssa", "how the units learn: bp, fa, sign-symmetric, dfa, drtp, ssa, ssa-local, ssa-paper"
+    )
     horizon: int | Literal["rule", "all"] = option(
         "rule",
         "units that a task gradient travels upstream; all: backpropagation; rule: its own",
@@ -241,6 +244,15 @@ class RunConfig(JobConfig):
         if not isinstance(self.horizon, str):
             _at_least(self, "horizon", 0)
         object.__setattr__(self, "options", _plain(self.options))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The fields in which two configs, as dicts, differ, with both values; "" where none does."""
+    return ", ".join(
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    )
 
 
 def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from ..storage import replace_file
+from .config import differences
 
 __all__ = ["Record", "new_folder", "provenance", "read_json", "write_json"]
 
@@ -67,6 +68,14 @@ class Record:
         if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
             raise ValueError(
                 f"folder {self.folder} is not empty and was not made by {self._mark[2:].strip()}"
+            )
+
+    def check_config(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        """ValueError unless ``there``, the config of the run in the folder, is ``here``."""
+        if changed := differences(there, here):
+            raise ValueError(
+                f"{self.folder} holds a run with another config ({changed}); give another --out, "
+                "or --overwrite"
             )
 
     def start(self, config_yaml: str) -> None:

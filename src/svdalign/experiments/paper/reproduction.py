@@ -149,21 +149,15 @@ class Reproduction:
         record.check()
         if self._overwrite or not record.config_path.exists():
             return
-        there, here = from_dict(RunConfig, record.config()), run.config
         results = record.results()
         finished = results is not None and results["status"] != "interrupted"
         # What is finished may have run elsewhere; a checkpoint goes on as the run it is of.
-        differ = [
-            f.name
-            for f in dataclasses.fields(RunConfig)
-            if getattr(there, f.name) != getattr(here, f.name)
-            and not (finished and f.name in _ELSEWHERE)
-        ]
-        if differ:
-            raise ValueError(
-                f"{record.folder} holds a run with another config ({', '.join(differ)} differ); "
-                "give another --out, or --overwrite"
-            )
+        free = _ELSEWHERE if finished else set()
+        there, here = (
+            {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+            for config in (from_dict(RunConfig, record.config()), run.config)
+        )
+        record.check_config(there, here)
         if results is not None and finished:
             self._done[run.key] = results
 
