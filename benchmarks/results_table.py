@@ -59,8 +59,10 @@ def render(text: str, results: Results) -> str:
 
 def made_by(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
+    commits = sorted({c for row in content.get("rows", []) for c in row.get("commits", [])})
+    commits = commits or [content["git"] or "unknown"]
     return (
-        f"`{content['command']}`, commit {(content['git'] or 'unknown')[:8]}, "
+        f"`{content['command']}`, commit {', '.join(c[:8] for c in commits)}, "
         f"torch {content['torch']}, {machine['cpu']}, {machine['threads']} thread(s)"
     )
 
