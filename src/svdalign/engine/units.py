@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,14 @@ class Plan:
     """The units in order of execution; the last one is :data:`OUTPUT`, taught by the task itself.
 
     ``unreached``: trainable parameters that no unit's output depends on for the example.
+    ``blocks``: paths of the residual or transformer blocks, or layers where there are none, in
+    order of execution but for the last.
     """
 
     units: tuple[Unit, ...]
     output_shape: tuple[int, ...]
     unreached: tuple[str, ...]
+    blocks: tuple[str, ...]
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -115,18 +118,22 @@ def make_plan(model: nn.Module, units: Units, example: Any) -> Plan:
                 f"does not keep the batch of the network's output, {tuple(z.shape)}, as an axis"
             )
         if not idle and not odd:
-            return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z)
+            blocks = _in_order(calls, _blocks(model, _layers(calls)))[:-1]
+            return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z, blocks)
         exits = exits - idle - odd.keys()
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
     )
 
 
-def _plan(model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor) -> Plan:
+def _plan(
+    model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor, blocks: Sequence[str]
+) -> Plan:
     last = Unit(OUTPUT, "", 0, trial.output_parameters, tuple(z.shape))
     found = {name for unit in (*trial.segments, last) for name in unit.parameters}
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
-    return Plan((*trial.finished(layouts), last), tuple(z.shape), tuple(unreached))
+    units = (*trial.finished(layouts), last)
+    return Plan(units, tuple(z.shape), tuple(unreached), tuple(blocks))
 
 
 def reached(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -177,20 +184,17 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 
 def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
-    layers = {call.path for call in calls if _has_weight_matrix(call.module)}
-    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
-    layers = {p for p in layers if not any(_inside(other, p) for other in layers)}
-    order = list(dict.fromkeys(call.path for call in calls))
+    layers = _layers(calls)
     if callable(units):
-        chosen = [p for p in order if units(p, model.get_submodule(p))]
+        paths = dict.fromkeys(call.path for call in calls)
+        chosen = [p for p in paths if units(p, model.get_submodule(p))]
         if not chosen:
             raise ValueError("units chose no module: the callable returned False for every one")
         return frozenset(chosen)
     if units == "layer":
-        bases = [p for p in order if p in layers]
+        bases = _in_order(calls, layers)
     elif units in ("block", "stage") or (isinstance(units, int) and not isinstance(units, bool)):
-        blocks = set(_blocks(model, layers))
-        bases = [p for p in order if p in blocks]
+        bases = _in_order(calls, _blocks(model, layers))
         if isinstance(units, int):
             if units < 1:
                 raise ValueError(f"units must be at least 1 block, got {units}")
@@ -206,6 +210,19 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
         shapes = [tuple(first_tensor(_last_call(p, calls).output).shape) for p in bases]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
     return frozenset(end.path for end in ends)
+
+
+def _layers(calls: list[_Call]) -> set[str]:
+    """Paths of the modules that multiply by a matrix of their own."""
+    layers = {call.path for call in calls if _has_weight_matrix(call.module)}
+    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
+    return {p for p in layers if not any(_inside(other, p) for other in layers)}
+
+
+def _in_order(calls: list[_Call], paths: Iterable[str]) -> list[str]:
+    """Those of ``paths`` that were called, in order of execution, each once."""
+    wanted = set(paths)
+    return [path for path in dict.fromkeys(call.path for call in calls) if path in wanted]
 
 
 def _inside(path: str, other: str) -> bool:
