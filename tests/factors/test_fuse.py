@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.oracles.saved import peak_saved_bytes
 from tests.zoo.nets import NETS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
 from svdalign import models
@@ -250,6 +251,53 @@ def test_gradients_for_the_input_alone_are_the_same(tail: str) -> None:
         found.append((alone, m[0].U.grad, m[0].s.grad, m[0].V.grad))
     for a, b in zip(*found, strict=True):
         same(a, b)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "tail", ["relu", "norm, relu", "norm, relu in place, pool", "prelu", "norm, silu, group norm"]
+)
+def test_any_parameter_can_be_asked_for_alone(tail: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = sva.fuse(chain(tail, "channel", bias=bias))
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    model(x).square().sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        (found,) = torch.autograd.grad(model(x).square().sum(), parameter)
+        same(found, wanted[name])
+        parameter.grad = None
+        model(x).square().sum().backward(inputs=[parameter])
+        same(parameter.grad, wanted[name])
+
+
+class ConvolutionGradients(TorchDispatchMode):
+    """Notes which gradients convolutions compute: of input, kernel and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tail", ["relu", "norm, relu in place, pool", "norm, silu, group norm"])
+def test_a_signal_alone_computes_no_weights_gradients(tail: str) -> None:
+    net = chain(tail, "channel")
+    if isinstance(
+        net[1], nn.BatchNorm2d
+    ):  # through a batch's statistics a signal meets the weights
+        net[1].eval()
+    fused = sva.fuse(net)[0]
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    loss = fused(2 * x).square().sum()
+    with ConvolutionGradients() as seen:
+        torch.autograd.grad(loss, x)
+    assert seen.masks
+    assert all(mask == [True, False, False] for mask in seen.masks)
 
 
 @pytest.mark.parametrize("tail", ["norm, relu in place, pool", "norm, silu, group norm"])

@@ -296,7 +296,7 @@ class _Rectified(torch.autograd.Function):
         stride, padding, dilation = ctx.layer.second_settings()
         parts = parts_of(z, len(second))
         places, tensors = (saved[: len(parts)], saved[len(parts) :]) if window else ([], saved)
-        wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
+        wanted = _wanted(ctx)
         full = empty((parts[0].stop, *ctx.shape), like=grad) if window else grad
 
         def run(part: slice) -> tuple[Tensor | None, ...]:
@@ -344,9 +344,8 @@ class _Recomputed(torch.autograd.Function):
         z, second, bias = ctx.saved_tensors
         z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
         weights = (second, bias, *ctx.tail.parameters())
-        wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
-        inputs = [w.requires_grad_() for w, want in zip(weights, wanted, strict=True) if want]
-        wanted = [ctx.needs_input_grad[2], *wanted]
+        wanted = _wanted(ctx)
+        inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
@@ -385,17 +384,23 @@ def _gradients_by_parts(
     return [None, *sums]
 
 
-def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
-    """Which weights' gradients this backward pass is for: none of them where it only carries a
-    signal upstream."""
-    kernel = ctx.next_functions[1][0]  # where that of the second convolution comes from
-    return list(needed) if _asked_for(kernel) else [False] * len(needed)
+def _wanted(ctx: Any) -> list[bool]:
+    """Which gradients, of ``z``, the second kernel, the bias and any further weights, this backward
+    pass is for: of no weights where it only carries a signal upstream."""
+    needed = ctx.needs_input_grad[2:]
+    nodes = [node for node, _ in ctx.next_functions]
+    if len(nodes) < len(needed):  # there is no bias: for None autograd has no entry
+        nodes.insert(2, None)
+    return [n and _asked_for(node) for n, node in zip(needed, nodes, strict=True)]
 
 
 def _asked_for(node: Any) -> bool:
-    """Whether the running backward pass goes on to ``node``; taken for granted of leaves."""
-    leaf = node is None or hasattr(node, "variable")
-    return leaf or bool(torch._C._will_engine_execute_node(node))
+    """Whether the running backward pass goes on to ``node``, the source of a tensor that needs a
+    gradient."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch's answer for a leaf that ``torch.autograd.grad`` is asked for
+        return True
 
 
 def _settings(pool: nn.MaxPool2d) -> list[Any]:
