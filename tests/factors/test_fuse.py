@@ -163,6 +163,27 @@ def test_spatial_factors_fuse_without_a_norm(tail: str) -> None:
     same(model(x), net(x))
 
 
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [3, 4, (4, 3), (3, 4)])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's, of uneven padding
+def test_padding_by_name(scheme: str, padding: str, kernel, dilation: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 6, kernel, padding=padding, dilation=dilation)
+    for tail in ([nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2)], [nn.GELU()]):
+        dense = nn.Sequential(copy.deepcopy(conv), *tail)
+        net = sva.factorize(dense.double(), {"0": 3}, scheme)
+        model = sva.fuse(net)
+        assert isinstance(model[0], FusedConv2d)
+        x = torch.randn(3, 2, 9, 10, dtype=torch.float64)
+        same(model(x), net(x))
+        for m in (model, net):
+            m(x).square().sum().backward()
+        for name in ("U", "s", "V", "bias"):
+            same(getattr(model[0], name).grad, getattr(net[0], name).grad)
+
+
 def test_what_cannot_be_exact_stays_as_it_is() -> None:
     spatial = sva.fuse(chain("norm, relu", "spatial"))
     assert type(spatial[0]) is SVDConv2d
@@ -287,9 +308,7 @@ class ConvolutionGradients(TorchDispatchMode):
 @pytest.mark.parametrize("tail", ["relu", "norm, relu in place, pool", "norm, silu, group norm"])
 def test_a_signal_alone_computes_no_weights_gradients(tail: str) -> None:
     net = chain(tail, "channel")
-    if isinstance(
-        net[1], nn.BatchNorm2d
-    ):  # through a batch's statistics a signal meets the weights
+    if isinstance(net[1], nn.BatchNorm2d):  # a batch's statistics lead through the weights
         net[1].eval()
     fused = sva.fuse(net)[0]
     x = torch.randn(4, 2, 6, 6, dtype=torch.float64, requires_grad=True)

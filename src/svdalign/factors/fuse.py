@@ -114,7 +114,8 @@ class FusedConv2d(SVDConv2d):
         kinds = [type(module) for module in tail]
         if not kinds:
             return self.expand(z, second, bias)
-        if kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
+        even = not isinstance(self.paddings()[1], str)
+        if even and kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
             pool = tail[1] if len(tail) > 1 else None
             return cast(Tensor, _Rectified.apply(self, pool, z, second, bias))  # type: ignore[no-untyped-call]
         rest = nn.Sequential(*tail)
@@ -211,7 +212,7 @@ def _rows(z: Tensor) -> Tensor:
 
 def _reduce(layer: FusedConv2d, x: Tensor) -> Tensor:
     """The first convolution, (B, r, h, w)."""
-    if isinstance(layer.padding, str):
+    if isinstance(layer.paddings()[0], str):  # uneven, which its gradient does not know of
         return layer.reduce(x)
     return cast(Tensor, _Reduced.apply(layer, x, layer.kernels()[0]))  # type: ignore[no-untyped-call]
 
