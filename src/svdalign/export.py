@@ -43,6 +43,7 @@ def compact(model: nn.Module) -> nn.Module:
             if not name:
                 return plain[module]
             model.set_submodule(name, plain[module])
+    _call_every_layer(model)
     _fold_batch_norms(model)
     return model
 
@@ -113,6 +114,21 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight = nn.Parameter(weight.contiguous().clone())
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone())
+
+
+def _call_every_layer(model: nn.Module) -> None:
+    """Turn off, in place, the fast path of torch's encoders where it would read the one ``weight``
+    of a layer that is two by now."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    split = {
+        layer for layer in layers if nn.Sequential in map(type, (layer.linear1, layer.linear2))
+    }
+    for layer in split:
+        layer.activation_relu_or_gelu = 0  # how a layer says that it has no such path
+    for encoder in encoders:
+        if not split.isdisjoint(encoder.layers):
+            encoder.use_nested_tensor = False  # nested tensors are for that path alone
 
 
 # --- batch norms --------------------------------------------------------------------------------
