@@ -335,6 +335,47 @@ def test_runs_under_autocast(tail: str) -> None:
     assert F.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", ["norm, relu in place, pool", "plain norm", "norm, relu"])
+def test_a_model_in_half_precision_is_near_the_double_one(tail: str, dtype, frozen: bool) -> None:
+    torch.manual_seed(0)
+    half = chain(tail, "channel", rank=6).to(dtype)
+    half[1].train(not frozen)
+    double = copy.deepcopy(half).double()
+    model = sva.fuse(half)
+    x = torch.randn(8, 2, 8, 8, dtype=dtype)
+    found, wanted = model(x), double(x.double())
+    assert found.dtype == dtype
+    size = float(wanted.detach().std())
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=0, atol=16 * torch.finfo(dtype).eps * size
+    )
+    found.float().square().mean().backward()
+    wanted.square().mean().backward()
+    for name in ("U", "s", "V"):
+        grads = [getattr(m[0], name).grad.double().flatten() for m in (model, double)]
+        assert F.cosine_similarity(*grads, dim=0) > 0.99
+    assert model[0].V.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("rule", ["ssa", "ssa-paper", "dfa", "bp"])
+def test_a_learner_teaches_a_model_in_half_precision(rule: str) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128, 4),
+    )  # fmt: skip
+    model = sva.fuse(sva.factorize(net, {"0": 4}, "channel")).to(torch.bfloat16)
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.bfloat16), torch.arange(6) % 4
+    learner = sva.Learner(
+        model, rule, example=x, optimizer=lambda p: torch.optim.SGD(p, 0.1), retraction="qr"
+    )
+    before = model[0].V.detach().clone()
+    assert all(learner.step(x, y).loss.isfinite() for _ in range(3))
+    assert not torch.equal(model[0].V, before)
+    assert model[0].V.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["smallconv", "vgg8", "resnet20"])
 @pytest.mark.parametrize("rule", ["ssa", "ssa-local", "dfa", "bp"])
 def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:

@@ -131,9 +131,11 @@ class FusedConv2d(SVDConv2d):
 
 def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (N, r) and bias (N,) whose ``W z + b`` is ``norm`` of that of ``W`` and ``bias``.
+    Found in at least single precision, returned in that of ``W``.
 
     Takes notice of the batch in the running statistics as ``norm`` would.
     """
+    dtype, W = W.dtype, W.to(statistics(W.dtype))
     shift = W.new_zeros(len(W)) if bias is None else bias
     if norm.training or norm.running_mean is None:
         count = z.numel() // z.shape[1]
@@ -144,19 +146,19 @@ def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tu
             )
         with outside_autocast():  # variances do not bear rounding
             mean_z, cov_z = _Moments.apply(z)  # type: ignore[no-untyped-call]
-            centre = W.to(mean_z.dtype) @ mean_z
-            variance = ((W.to(mean_z.dtype) @ cov_z) * W).sum(1).clamp_min(0.0)
+            centre = W @ mean_z
+            variance = ((W @ cov_z) * W).sum(1).clamp_min(0.0)
         if norm.training and norm.running_mean is not None:
             _take_notice(norm, (centre + shift).detach(), variance.detach(), count)
         offset = centre + 0.0 * shift  # a bias before a norm has no effect, but a gradient: zero
     else:
         assert norm.running_var is not None
-        offset, variance = norm.running_mean - shift, norm.running_var
+        offset, variance = norm.running_mean - shift, norm.running_var.to(W.dtype)
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     start = 0.0 if norm.bias is None else norm.bias
-    return W * scale[:, None], start - scale * offset
+    return (W * scale[:, None]).to(dtype), (start - scale * offset).to(dtype)
 
 
 @torch.no_grad()
