@@ -229,6 +229,15 @@ def test_an_empty_batch_gives_an_empty_output() -> None:
     assert model[0](torch.empty(0, 2, 6, 6, dtype=torch.float64)).shape == (0, 6, 6, 6)
 
 
+@pytest.mark.parametrize("tail", ["norm, relu", "norm, relu in place, pool", "gelu, mean"])
+def test_runs_in_inference_mode(tail: str) -> None:
+    net = chain(tail, "channel")
+    model = sva.fuse(net)
+    with torch.inference_mode():
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+        same(model(x), net(x))
+
+
 def test_frozen_statistics_are_used_while_training() -> None:
     net = chain("norm, relu", "channel")
     net[1].running_mean.normal_()
