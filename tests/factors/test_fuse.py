@@ -401,6 +401,36 @@ def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
     assert reports[0] == pytest.approx(reports[1], rel=1e-8)
 
 
+POOLS = [
+    nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((1, 2)),
+    nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(4),
+    nn.AvgPool2d((4, 1)), nn.MaxPool2d(2, dilation=2), nn.AdaptiveAvgPool2d(2),
+    nn.AdaptiveAvgPool2d(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=repr)
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 4)])
+def test_units_end_where_they_do_without_fusing(pool: nn.Module, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), pool, nn.Flatten(),
+        nn.LazyLinear(4),
+    )  # fmt: skip
+    x, y = torch.randn(6, 3, *size), torch.arange(6) % 4
+    net(x)
+    plain = sva.factorize(net, {"0": 4}, "channel").double()
+    taught = []
+    for model in (plain, sva.fuse(plain)):
+        learner = sva.Learner(
+            model, "ssa", example=x.double(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
+        )
+        losses = learner.step(x.double(), y).unit_losses.values()
+        taught.append(([u.features_shape for u in learner.units], list(map(float, losses))))
+    assert taught[0][0] == taught[1][0]
+    assert taught[0][1] == pytest.approx(taught[1][1], rel=1e-9)
+
+
 @pytest.mark.parametrize("rule", ["fa", "sign-symmetric"])
 def test_rules_that_need_each_layer_by_itself_refuse_fused_ones(rule: str) -> None:
     model = sva.fuse(chain("norm, relu", "channel"))
@@ -476,7 +506,7 @@ def test_places_of_maxima_in_any_window(pool: nn.MaxPool2d, width: int) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), pool)
     net = sva.factorize(dense, {"0": 2}, "channel").double()
-    model = sva.fuse(net)
+    model = nn.Sequential(FusedConv2d(copy.deepcopy(net[0]), list(copy.deepcopy(net[1:]))))
     x = torch.randn(3, 2, 7, width, dtype=torch.float64)
     y = net(x)
     weights = torch.randn_like(y)

@@ -38,7 +38,7 @@ __all__ = ["FusedConv2d", "fuse"]
 PER_SAMPLE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
+    nn.MaxPool2d, nn.AvgPool2d, nn.GroupNorm,
 )  # fmt: skip
 
 
@@ -50,6 +50,10 @@ def fuse(model: nn.Module) -> nn.Module:
     left in the place of each. The function is kept to rounding, training and evaluation alike, and
     a training step holds less: see the text of the module. Parameters keep their values; those of
     a norm that was taken in go by the name of its convolution: ``CONV.tail.0.weight``.
+
+    Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that the units
+    of layers end where they do without fusing. A unit that is to end amid what was taken in (a
+    block whose pooling stands outside it) ends after it.
 
     To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
     like ``model``. Raises ValueError for a model whose ``forward`` cannot be traced (control flow
@@ -71,7 +75,7 @@ def fuse(model: nn.Module) -> nn.Module:
         tail: list[nn.Module] = []
         for module in _chain(model, follows, path):
             norm = type(module) is nn.BatchNorm2d and not tail and layer.scheme == "channel"
-            if not (norm or type(module) in PER_SAMPLE) or getattr(module, "return_indices", False):
+            if not (norm or _can_be_taken_in(module)):
                 break
             tail.append(module)
         if tail:
@@ -79,6 +83,24 @@ def fuse(model: nn.Module) -> nn.Module:
             replaced |= {module: nn.Identity() for module in tail}
     substitute(model, replaced, leaf)
     return model
+
+
+def _can_be_taken_in(module: nn.Module) -> bool:
+    if isinstance(module, nn.MaxPool2d) and module.return_indices:
+        return False
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and not _shrinks_little(module):
+        return False
+    return type(module) in PER_SAMPLE
+
+
+def _shrinks_little(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    """Whether of a map of any size, n along an axis, at least ``n // 2`` are left: then a unit goes
+    on (:mod:`svdalign.engine.units`)."""
+    by_axis = (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
+    return all(
+        stride <= 2 and dilation * (kernel - 1) <= 2 * padding + 1
+        for kernel, stride, padding, dilation in zip(*map(_pair, by_axis), strict=True)
+    )
 
 
 def _chain(model: nn.Module, follows: dict[str, str], path: str) -> Iterator[nn.Module]:
