@@ -272,6 +272,15 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_module_of_two_names_is_written(rank: int, tmp_path: Path) -> None:
+    layer = nn.Linear(20, 20)
+    small = compact(factorize(nn.Sequential(layer, nn.ReLU(), layer), {"0": rank}))
+    x = torch.randn(2, 20)
+    loaded = export.write_safetensors(small, x, tmp_path / "model.safetensors")
+    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
 CHECK = """
 import sys
 sys.modules["svdalign"] = None  # importing it fails

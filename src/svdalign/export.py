@@ -170,7 +170,10 @@ def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Ru
 
     Like all writers it returns what the file, loaded again, computes.
     """
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    tensors = {  # safetensors refuses tensors that share memory, as those of a module of two names
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
     content = safetensors.torch.save(tensors, {"format": "pt"})
     replace_file(path, lambda part: part.write_bytes(content))
     again = copy.deepcopy(model)

@@ -54,7 +54,8 @@ class FactoredLayer(nn.Module):
         """Replace the factors' values, of a new rank if ``s`` is of another length.
 
         The ``Parameter`` objects stay the same ones, so optimizers and schedulers that hold them go
-        on; their gradients are dropped.
+        on; their gradients are dropped. Raises ValueError for factors that are not of shapes
+        (m, r), (r,), (n, r), for a rank below 1 or above min(m, n), and for another m or n.
         """
         r = s.numel()
         if s.ndim != 1 or r < 1 or U.ndim != 2 or V.ndim != 2 or U.shape[1] != r or V.shape[1] != r:
