@@ -117,9 +117,8 @@ class FusedConv2d(SVDConv2d):
     """
 
     def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
-        super().__init__(
-            layer.U, layer.s, layer.V, layer.bias, like=cast(Any, layer), scheme=layer.scheme
-        )
+        U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
+        super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
         for name in ("U", "s", "V", "bias"):  # the very objects: frozen ones stay frozen
             self.register_parameter(name, layer._parameters[name])
         self.tail = nn.Sequential(*tail)
