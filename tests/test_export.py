@@ -128,6 +128,14 @@ def test_networks(name: str, scheme: str) -> None:
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_hook_stays_with_its_layer(rank: int) -> None:
+    model = factorize(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)), {"0": rank})
+    model[0].register_forward_hook(lambda module, args, out: 2 * out)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(compact(model)(x), model(x), **EQUAL)
+
+
 class Encoder(nn.Module):
     """Torch's own encoder, which in evaluation reads the weights of its layers by name."""
 

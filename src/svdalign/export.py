@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .chains import followers, substitute
+from .chains import carry_hooks, followers, substitute
 from .factors import FactoredLayer, FusedConv2d, SVDConv2d
 from .storage import replace_file
 
@@ -40,6 +40,7 @@ def compact(model: nn.Module) -> nn.Module:
         if isinstance(module, FactoredLayer):
             if module not in plain:
                 plain[module] = _plain(module).eval().requires_grad_(False)
+                carry_hooks(module, plain[module])
             if not name:
                 return plain[module]
             model.set_submodule(name, plain[module])

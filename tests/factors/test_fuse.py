@@ -189,6 +189,9 @@ def test_what_cannot_be_exact_stays_as_it_is() -> None:
     assert type(spatial[0]) is SVDConv2d
     dropout = sva.factorize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(), nn.Conv2d(8, 8, 3)), 2)
     assert not any(isinstance(m, FusedConv2d) for m in sva.fuse(dropout).modules())
+    hooked = chain("relu", "channel")
+    hooked[0].register_full_backward_hook(lambda module, into, out: None)
+    assert type(sva.fuse(hooked)[0]) is SVDConv2d
     read_twice = sva.fuse(ReadTwice())
     assert not any(isinstance(m, FusedConv2d) for m in read_twice.modules())
 
