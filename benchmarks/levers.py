@@ -380,6 +380,7 @@ LEVERS: dict[str, Lever] = {
         )
         for units, changes in (
             ("horizon 4, ", {"horizon": 4}),
+            ("units of two blocks, horizon 1, ", {"units": 2, "horizon": 1}),
             ("units of two blocks, horizon 2, ", {**LARGE, "units": 2}),
             ("units of three blocks, horizon 1, ", {**LARGE, "horizon": 1}),
             ("units of three blocks, horizon 2, ", LARGE),

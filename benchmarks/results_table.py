@@ -59,8 +59,10 @@ def render(text: str, results: Results) -> str:
 
 def made_by(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
+    commits = sorted({c for row in content.get("rows", []) for c in row.get("commits", [])})
+    commits = commits or [content["git"] or "unknown"]
     return (
-        f"`{content['command']}`, commit {(content['git'] or 'unknown')[:8]}, "
+        f"`{content['command']}`, commit {', '.join(c[:8] for c in commits)}, "
         f"torch {content['torch']}, {machine['cpu']}, {machine['threads']} thread(s)"
     )
 
@@ -193,7 +195,8 @@ def whole(results: Results) -> str:
         dense = content["summary"][0]
         for row in content["summary"]:
             against = ["–", "1.00"] if row is dense else against_dense(row, dense)
-            rows.append([title, row["label"], accuracy(row), *against, share[row["label"]]])
+            label = row["label"] + own_settings(content, row["method"])
+            rows.append([title, label, accuracy(row), *against, share[row["label"]]])
             if row is dense:
                 label = "BP, checkpointed"
                 rows.append([title, label, "the same", "–", "1.00", share[label]])
@@ -230,6 +233,15 @@ WHOLE = (
     "the end of training, × BP dense. Peak memory: of a training step at the first rank, "
     "measured, × BP dense."
 )
+
+
+def own_settings(content: Mapping[str, Any], method: str) -> str:
+    """What a comparison sets for one method alone, to stand behind its name."""
+    settings = content["config"].get("settings", {}).get(method, {})
+    flat = {**settings, **settings.get("options", {})}
+    flat.pop("options", None)
+    named = [name if value is True else f"{name} {value}" for name, value in flat.items()]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:

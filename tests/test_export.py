@@ -128,6 +128,42 @@ def test_networks(name: str, scheme: str) -> None:
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_hook_stays_with_its_layer(rank: int) -> None:
+    model = factorize(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)), {"0": rank})
+    model[0].register_forward_hook(lambda module, args, out: 2 * out)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(compact(model)(x), model(x), **EQUAL)
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder, which in evaluation reads the weights of its layers by name."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rank", [0.2, {"encoder.layers.1.linear2": 4}])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_torchs_encoder(options: dict[str, bool], padded: bool, rank) -> None:
+    model = factorize(Encoder(**options), rank).eval()
+    x = torch.randn(3, 5, 32)
+    lengths = torch.tensor([5, 2, 4])
+    padding = torch.arange(5) >= lengths[:, None] if padded else None
+    small = compact(model)
+    assert all(type(m).__module__.startswith("torch.nn") for m in small.encoder.modules())
+    inside = slice(None) if padding is None else ~padding
+    with torch.no_grad():
+        torch.testing.assert_close(small(x, padding)[inside], model(x, padding)[inside], **EQUAL)
+
+
 def test_training_mode_of_the_model_is_left() -> None:
     model = factorize(nn.Sequential(nn.Linear(9, 9), nn.Dropout(), nn.Linear(9, 2)), 0.3)
     model.train()
@@ -242,6 +278,15 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         torch.save({"x": x, "y": model(x)}, folder / "expected.pt")
     return folder
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_module_of_two_names_is_written(rank: int, tmp_path: Path) -> None:
+    layer = nn.Linear(20, 20)
+    small = compact(factorize(nn.Sequential(layer, nn.ReLU(), layer), {"0": rank}))
+    x = torch.randn(2, 20)
+    loaded = export.write_safetensors(small, x, tmp_path / "model.safetensors")
+    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
 
 
 CHECK = """

@@ -57,6 +57,13 @@ def test_a_tensor_changed_in_place_is_no_longer_what_it_was_made_of() -> None:
     torch.testing.assert_close(before.of(slice(0, 5), before.tensors), wanted)
 
 
+def test_of_an_inference_tensor_nothing_is_noted() -> None:
+    x = torch.randn(5, 3, 2, 2)
+    with torch.inference_mode():
+        out = doubled(x)
+        assert hold(out).tensors == (out,)
+
+
 @pytest.mark.parametrize("view", [lambda t: t[:2], lambda t: t.flatten(1), lambda t: t.mT])
 def test_a_view_of_another_shape_is_another_tensor(view) -> None:
     out = view(doubled(torch.randn(5, 3, 2, 2)))

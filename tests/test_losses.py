@@ -85,6 +85,17 @@ class TestShare:
         output = randn(6, 3).requires_grad_()
         assert torch.autograd.gradcheck(lambda U: losses.subspace_share(U, feedback), output)
 
+    @pytest.mark.parametrize("f", [2, 9])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_known_to_its_rounding(self, f: int, dtype: torch.dtype) -> None:
+        output, feedback = randn(6, 3).to(dtype).requires_grad_(), randn(6, f, seed=1).to(dtype)
+        found = losses.subspace_share(output, feedback)
+        assert found.dtype == dtype
+        wanted = oracle.share(output.detach().double().numpy(), feedback.double().numpy())
+        assert float(found.detach()) == pytest.approx(wanted, abs=torch.finfo(dtype).eps)
+        (grad,) = torch.autograd.grad(found, output)
+        assert grad.isfinite().all()
+
     def test_descent_turns_the_output_space_to_the_feedback(self) -> None:
         Q = orthonormal(8, 6)
         U, directions = Q[:, :3].clone().requires_grad_(), Q[:, 3:] + 0.3 * Q[:, :3]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdalign.held import CHUNK
+from svdalign.metrics import LiveTensors
 from svdalign.readings import raster, raster_and_spread, spread
 
 
@@ -82,3 +83,35 @@ def test_half_precision_is_read_in_single_and_taught_in_its_own() -> None:
     (pooled.sum() + deviation.sum()).backward()
     assert h.grad is not None
     assert h.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", [1, 20, 100])
+def test_a_mean_far_from_zero_does_not_turn_the_gradient_in_half_precision(
+    mean: int, dtype: torch.dtype, both: bool
+) -> None:
+    h = (mean + torch.randn(4, 3, 16, 16)).to(dtype).requires_grad_()
+    weights = torch.rand(4, 3)
+    exact = h.detach().double().requires_grad_()
+    (exact.std((2, 3), correction=0) * weights).sum().backward()
+    pooled, deviation = raster_and_spread(h, (2, 2), torch.float32)
+    ours = (deviation * weights).sum()
+    if both:  # means over a raster, weighted to add to the gradient no more than it is itself
+        ours = ours + 1e-2 * pooled.sum()
+        (1e-2 * F.adaptive_avg_pool2d(exact, (2, 2)).sum()).backward()
+    ours.backward()
+    assert h.grad is not None
+    difference = (h.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert difference < 2 * torch.finfo(dtype).eps
+
+
+def test_half_precision_takes_no_more_than_a_part_beside_the_map(monkeypatch) -> None:
+    h = torch.randn(32, 8, 16, 16).to(torch.bfloat16).requires_grad_()
+    monkeypatch.setitem(CHUNK, "cpu", 8 * 16 * 16)  # a sample at a time
+    for read in (spread, lambda h: sum(t.sum() for t in raster_and_spread(h, (2, 2), h.dtype))):
+        loss = read(h).sum()
+        with LiveTensors([h]) as live:
+            torch.autograd.grad(loss, h)
+        # The map, its gradient, and of one sample of 32 a few values in single precision.
+        assert live.peak < 2.5 * h.nbytes

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
-__all__ = ["outside_autocast", "present_autocast"]
+__all__ = ["autocasted", "outside_autocast", "present_autocast"]
 
 _DEVICES = ("cpu", "cuda")
 
@@ -35,3 +36,11 @@ def present_autocast() -> Callable[[], AbstractContextManager[object]]:
         return stack
 
     return again
+
+
+def autocasted(t: Tensor) -> Tensor:
+    """What a convolution or a product would make of ``t`` by itself, for those who hold it."""
+    device = t.device.type
+    if device in _DEVICES and torch.is_autocast_enabled(device) and t.dtype == torch.float32:
+        return t.to(torch.get_autocast_dtype(device))
+    return t

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-__all__ = ["followers", "substitute"]
+__all__ = ["carry_hooks", "followers", "substitute"]
+
+#: Where a module keeps what users register to run with its forward and backward pass.
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -38,7 +45,7 @@ def followers(
         name
         for name, module in modules.items()
         if calls[id(module)] == 1
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
         and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
         and name not in read
     }
@@ -50,6 +57,12 @@ def followers(
         if alone.issuperset((str(source.target), str(node.target))):
             found[str(source.target)] = str(node.target)
     return found
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hand the forward and backward hooks of ``old`` on to ``new``, which takes its place."""
+    for name in (*HOOKS, "_is_full_backward_hook"):
+        setattr(new, name, getattr(old, name))
 
 
 def substitute(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .chains import followers, substitute
+from .chains import carry_hooks, followers, substitute
 from .factors import FactoredLayer, FusedConv2d, SVDConv2d
 from .storage import replace_file
 
@@ -40,9 +40,11 @@ def compact(model: nn.Module) -> nn.Module:
         if isinstance(module, FactoredLayer):
             if module not in plain:
                 plain[module] = _plain(module).eval().requires_grad_(False)
+                carry_hooks(module, plain[module])
             if not name:
                 return plain[module]
             model.set_submodule(name, plain[module])
+    _call_every_layer(model)
     _fold_batch_norms(model)
     return model
 
@@ -115,6 +117,21 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         layer.bias = nn.Parameter(bias.clone())
 
 
+def _call_every_layer(model: nn.Module) -> None:
+    """Turn off, in place, the fast path of torch's encoders where it would read the one ``weight``
+    of a layer that is two by now."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    split = {
+        layer for layer in layers if nn.Sequential in map(type, (layer.linear1, layer.linear2))
+    }
+    for layer in split:
+        layer.activation_relu_or_gelu = 0  # how a layer says that it has no such path
+    for encoder in encoders:
+        if not split.isdisjoint(encoder.layers):
+            encoder.use_nested_tensor = False  # nested tensors are for that path alone
+
+
 # --- batch norms --------------------------------------------------------------------------------
 
 FOLDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -154,7 +171,10 @@ def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Ru
 
     Like all writers it returns what the file, loaded again, computes.
     """
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    tensors = {  # safetensors refuses tensors that share memory, as those of a module of two names
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
     content = safetensors.torch.save(tensors, {"format": "pt"})
     replace_file(path, lambda part: part.write_bytes(content))
     again = copy.deepcopy(model)

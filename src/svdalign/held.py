@@ -65,8 +65,11 @@ def made_of(
 ) -> None:
     """Note that ``out`` (B, ...) need not be held: ``samples(rows, *tensors)`` is ``out[rows]``.
 
-    Kept with the storage, so that a detached alias is known as well; ``tensors`` live as long.
+    Kept with the storage, so that a detached alias is known as well; ``tensors`` live as long. Of
+    an inference tensor nothing is noted: no backward pass holds one.
     """
+    if out.is_inference():
+        return
     there, identity = weakref.ref(out), _identity(out)
 
     def alive() -> Tensor | None:

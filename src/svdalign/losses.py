@@ -40,15 +40,17 @@ def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
     ``output``: (N, q), columns spanning the layer's reachable output directions, ``P`` the
     projector onto them. ``feedback``: (N, f) of full rank, columns spanning the feedback's
     directions in the same space, ``Q`` (N, k) an orthonormal basis of them. In [0, 1]; 0 where
-    ``span Q`` lies in the layer's output space, so always where ``q >= N``.
+    ``span Q`` lies in the layer's output space, so always where ``q >= N``. Computed in at least
+    single precision (torch decomposes no half-precision matrices), returned in ``output``'s.
     """
     N, q = output.shape
     if q >= N:
         return output.new_zeros(())
-    basis = torch.linalg.qr(output).Q
-    Q = torch.linalg.qr(feedback[:, :N]).Q if feedback.shape[1] <= N else _leading_basis(feedback)
+    basis = torch.linalg.qr(output.to(statistics(output.dtype))).Q
+    feedback = feedback.to(basis.dtype)
+    Q = torch.linalg.qr(feedback).Q if feedback.shape[1] <= N else _leading_basis(feedback)
     received: Tensor = (basis.mT @ Q).square().sum() / Q.shape[1]
-    return 1.0 - received
+    return (1.0 - received).to(output.dtype)
 
 
 def _leading_basis(M: Tensor) -> Tensor:

@@ -80,20 +80,26 @@ class _Readings(torch.autograd.Function):
         held: Held = ctx.held
         if d_raster is not None:
             d_raster = d_raster.to(held.dtype).contiguous(memory_format=held.format)
-        if d_spread is not None:  # as start + h slope
+        if d_spread is not None:  # (h - mean) slope, or start + h slope
             positions = math.prod(held.shape) // mean.numel()
             slope = d_spread[:, :, None, None] / (positions * found)
             slope = slope.masked_fill(found == 0, 0.0)
-            start, slope = (-mean * slope).to(held.dtype), slope.to(held.dtype)
+            start = -mean * slope
 
         def run(rows: slice) -> Tensor:
-            if d_raster is None:
-                return torch.addcmul(start[rows], held.of(rows, tensors), slope[rows])
-            like = held.like(rows, tensors)
-            part: Tensor = torch.ops.aten._adaptive_avg_pool2d_backward(d_raster[rows], like)
-            if d_spread is not None:
-                part.addcmul_(held.of(rows, tensors), slope[rows]).add_(start[rows])
-            return part
+            part: Tensor | None = None
+            if d_raster is not None:
+                like = held.like(rows, tensors)
+                part = torch.ops.aten._adaptive_avg_pool2d_backward(d_raster[rows], like)
+                if d_spread is None:
+                    return part
+            h = held.of(rows, tensors)
+            if h.dtype != slope.dtype:  # half precision: not to be rounded before it is all there
+                taught = h.to(slope.dtype).sub_(mean[rows]).mul_(slope[rows]).to(h.dtype)
+                return taught if part is None else part.add_(taught)
+            if part is None:
+                return torch.addcmul(start[rows], h, slope[rows])
+            return part.addcmul_(h, slope[rows]).add_(start[rows])
 
         nothing = d_raster is None and d_spread is None
         return None if nothing else by_parts(run, ctx.parts), None, None, None

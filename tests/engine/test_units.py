@@ -42,6 +42,20 @@ def test_a_layer_takes_the_norm_activation_and_pooling_that_follow_it(units: str
     assert [unit.features_shape[1:] for unit in plan.units] == [(8, 8, 8), (8, 4, 4), (16,), (4,)]
 
 
+@pytest.mark.parametrize(
+    ("size", "pool", "taken"),
+    [
+        (8, nn.MaxPool2d(2), True), (7, nn.MaxPool2d(2), True), (7, nn.AvgPool2d(2), True),
+        (8, nn.MaxPool2d(3, 2), False), (8, nn.MaxPool2d(4), False),
+        (8, nn.AdaptiveAvgPool2d(1), False),
+    ],
+)  # fmt: skip
+def test_a_layer_takes_pooling_that_shrinks_at_most_like_two_by_two(size, pool, taken) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(8, 2, 1))
+    plan = plan_of(model, "layer", torch.randn(2, 3, size, size))
+    assert plan.units[0].exit == ("2" if taken else "1")
+
+
 def test_activations_in_place_change_no_unit() -> None:
     model = sequential()
     names = [unit.exit for unit in plan_of(model, "layer", EXAMPLE).units]

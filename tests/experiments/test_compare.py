@@ -52,8 +52,32 @@ def test_every_method_names_a_rule_and_differs_from_the_job_in_that_alone(name: 
     assert config.rank == (0.3 if METHODS[name].factored else None)
     assert method_config(name, job, seed=0, lr=0.5).lr == 0.5
     for field in dataclasses.fields(CompareConfig):
-        if field.name not in ("rules", "seeds", "lr", "rank"):
+        if field.name not in ("rules", "seeds", "lr", "settings", "rank"):
             assert getattr(config, field.name) == getattr(job, field.name)
+
+
+def test_settings_are_of_one_method_alone() -> None:
+    settings = {"dfa": {"units": "2", "options": {"beta": "0.5"}}}  # as the command line gives them
+    two = {**TINY, "rules": ["bp", "dfa"]}
+    job = CompareConfig(**two, settings=settings)
+    config = job.run("dfa", 0)
+    assert (config.units, config.options) == (2, {**METHODS["dfa"].options, "beta": 0.5})
+    assert job.run("bp", 0) == CompareConfig(**two).run("bp", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ssa": {"units": 3}}, "settings names ssa, but the methods are bp, dfa"),
+        ({"dfa": 3}, "settings of dfa must be {field: value}, got 3"),
+        ({"dfa": {"unit": 3}}, "unknown unit; there are .*units"),
+        ({"dfa": {"width": -1}}, "width must be a positive number, got -1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message: str) -> None:
+    two = {**TINY, "rules": ["bp", "dfa"]}
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**two, settings=settings)
 
 
 def test_a_comparison_end_to_end(tmp_path: Path) -> None:

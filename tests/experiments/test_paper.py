@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from svdalign.experiments import METHODS
 from svdalign.experiments.paper import (
@@ -15,6 +16,7 @@ from svdalign.experiments.paper import (
     ReproduceConfig,
     Reproduction,
     Variant,
+    reproduction,
 )
 from svdalign.experiments.paper.draw import experiment_figures, experiment_table, index_page
 from svdalign.experiments.profile import ProfileConfig
@@ -160,7 +162,10 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_run_of_every_scale_is_one_that_can_be(scale: Any, tmp_path: Path) -> None:
+def test_every_run_of_every_scale_is_one_that_can_be(
+    scale: Any, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(reproduction, "sizes", lambda data, data_dir: (10_000, 10_000))
     config = ReproduceConfig(scale=scale, data_dir="data", image_folder="images")
     work = Reproduction(["all"], config, tmp_path)
     assert work.pending > 0
@@ -172,6 +177,28 @@ def test_every_run_of_every_scale_is_one_that_can_be(scale: Any, tmp_path: Path)
             assert (run.config.data == "embedded") == (scale == "smoke")
     work_without = Reproduction(["table2"], ReproduceConfig(scale=scale), tmp_path)
     assert all(run.config.data != "folder" for run in work_without._runs_of("table2"))
+
+
+def test_a_folder_with_fewer_images_than_the_scale_takes_is_used_whole(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / label / f"{i}.png")
+    config = ReproduceConfig(scale="cpu", image_folder=str(tmp_path))
+    runs = Reproduction(["table2"], config, tmp_path / "out")._runs_of("table2")
+    limits = {run.config.data: run.config.train_limit for run in runs}
+    assert limits == {"cifar10": 10_000, "cifar100": 10_000, "folder": 6}
+
+
+def test_data_that_are_not_there_are_missed_before_anything_runs(tmp_path: Path) -> None:
+    config = ReproduceConfig(scale="cpu", image_folder=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"not a folder: .*nowhere"):
+        Reproduction(["table2"], config, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    config = ReproduceConfig(scale="cpu", data_dir=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="empty"):
+        Reproduction(["table1"], config, tmp_path / "out")
 
 
 def test_the_paper_has_its_figures_and_tables() -> None:

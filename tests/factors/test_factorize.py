@@ -177,6 +177,24 @@ def test_requires_grad_mode_dtype_and_bias_are_carried() -> None:
     assert model[0].U.dtype == torch.float64
 
 
+def test_hooks_go_over_to_the_factored_layer() -> None:
+    source, seen = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 4)), []
+    source[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append("before"), with_kwargs=True
+    )
+    source[0].register_forward_hook(lambda module, args, out: 2 * out)
+    source[0].register_forward_hook(
+        lambda module, args, kwargs, out: seen.append("after"), with_kwargs=True
+    )
+    source[0].register_full_backward_hook(lambda module, into, out: seen.append("backward"))
+    model = factorize(source, {"0": 1.0})
+    assert isinstance(model[0], SVDLinear)
+    x = torch.randn(3, 20, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)
+
+
 ALLOWED = r"a fraction in \(0, 1\].*whole number of at least 1.*mapping"
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.oracles.saved import peak_saved_bytes
 from tests.zoo.nets import NETS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
 from svdalign import models
@@ -162,11 +163,35 @@ def test_spatial_factors_fuse_without_a_norm(tail: str) -> None:
     same(model(x), net(x))
 
 
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [3, 4, (4, 3), (3, 4)])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's, of uneven padding
+def test_padding_by_name(scheme: str, padding: str, kernel, dilation: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 6, kernel, padding=padding, dilation=dilation)
+    for tail in ([nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2)], [nn.GELU()]):
+        dense = nn.Sequential(copy.deepcopy(conv), *tail)
+        net = sva.factorize(dense.double(), {"0": 3}, scheme)
+        model = sva.fuse(net)
+        assert isinstance(model[0], FusedConv2d)
+        x = torch.randn(3, 2, 9, 10, dtype=torch.float64)
+        same(model(x), net(x))
+        for m in (model, net):
+            m(x).square().sum().backward()
+        for name in ("U", "s", "V", "bias"):
+            same(getattr(model[0], name).grad, getattr(net[0], name).grad)
+
+
 def test_what_cannot_be_exact_stays_as_it_is() -> None:
     spatial = sva.fuse(chain("norm, relu", "spatial"))
     assert type(spatial[0]) is SVDConv2d
     dropout = sva.factorize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(), nn.Conv2d(8, 8, 3)), 2)
     assert not any(isinstance(m, FusedConv2d) for m in sva.fuse(dropout).modules())
+    hooked = chain("relu", "channel")
+    hooked[0].register_full_backward_hook(lambda module, into, out: None)
+    assert type(sva.fuse(hooked)[0]) is SVDConv2d
     read_twice = sva.fuse(ReadTwice())
     assert not any(isinstance(m, FusedConv2d) for m in read_twice.modules())
 
@@ -205,6 +230,15 @@ def test_a_single_value_per_channel_is_refused_like_torchs_norm() -> None:
 def test_an_empty_batch_gives_an_empty_output() -> None:
     model = sva.fuse(chain("relu", "channel"))
     assert model[0](torch.empty(0, 2, 6, 6, dtype=torch.float64)).shape == (0, 6, 6, 6)
+
+
+@pytest.mark.parametrize("tail", ["norm, relu", "norm, relu in place, pool", "gelu, mean"])
+def test_runs_in_inference_mode(tail: str) -> None:
+    net = chain(tail, "channel")
+    model = sva.fuse(net)
+    with torch.inference_mode():
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+        same(model(x), net(x))
 
 
 def test_frozen_statistics_are_used_while_training() -> None:
@@ -252,6 +286,51 @@ def test_gradients_for_the_input_alone_are_the_same(tail: str) -> None:
         same(a, b)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "tail", ["relu", "norm, relu", "norm, relu in place, pool", "prelu", "norm, silu, group norm"]
+)
+def test_any_parameter_can_be_asked_for_alone(tail: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = sva.fuse(chain(tail, "channel", bias=bias))
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    model(x).square().sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        (found,) = torch.autograd.grad(model(x).square().sum(), parameter)
+        same(found, wanted[name])
+        parameter.grad = None
+        model(x).square().sum().backward(inputs=[parameter])
+        same(parameter.grad, wanted[name])
+
+
+class ConvolutionGradients(TorchDispatchMode):
+    """Notes which gradients convolutions compute: of input, kernel and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tail", ["relu", "norm, relu in place, pool", "norm, silu, group norm"])
+def test_a_signal_alone_computes_no_weights_gradients(tail: str) -> None:
+    net = chain(tail, "channel")
+    if isinstance(net[1], nn.BatchNorm2d):  # a batch's statistics lead through the weights
+        net[1].eval()
+    fused = sva.fuse(net)[0]
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    loss = fused(2 * x).square().sum()
+    with ConvolutionGradients() as seen:
+        torch.autograd.grad(loss, x)
+    assert seen.masks
+    assert all(mask == [True, False, False] for mask in seen.masks)
+
+
 @pytest.mark.parametrize("tail", ["norm, relu in place, pool", "norm, silu, group norm"])
 def test_runs_under_autocast(tail: str) -> None:
     torch.manual_seed(0)
@@ -268,6 +347,47 @@ def test_runs_under_autocast(tail: str) -> None:
     assert F.cosine_similarity(*(g.flatten() for g in grads), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", ["norm, relu in place, pool", "plain norm", "norm, relu"])
+def test_a_model_in_half_precision_is_near_the_double_one(tail: str, dtype, frozen: bool) -> None:
+    torch.manual_seed(0)
+    half = chain(tail, "channel", rank=6).to(dtype)
+    half[1].train(not frozen)
+    double = copy.deepcopy(half).double()
+    model = sva.fuse(half)
+    x = torch.randn(8, 2, 8, 8, dtype=dtype)
+    found, wanted = model(x), double(x.double())
+    assert found.dtype == dtype
+    size = float(wanted.detach().std())
+    torch.testing.assert_close(
+        found.double(), wanted, rtol=0, atol=16 * torch.finfo(dtype).eps * size
+    )
+    found.float().square().mean().backward()
+    wanted.square().mean().backward()
+    for name in ("U", "s", "V"):
+        grads = [getattr(m[0], name).grad.double().flatten() for m in (model, double)]
+        assert F.cosine_similarity(*grads, dim=0) > 0.99
+    assert model[0].V.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("rule", ["ssa", "ssa-paper", "dfa", "bp"])
+def test_a_learner_teaches_a_model_in_half_precision(rule: str) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128, 4),
+    )  # fmt: skip
+    model = sva.fuse(sva.factorize(net, {"0": 4}, "channel")).to(torch.bfloat16)
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.bfloat16), torch.arange(6) % 4
+    learner = sva.Learner(
+        model, rule, example=x, optimizer=lambda p: torch.optim.SGD(p, 0.1), retraction="qr"
+    )
+    before = model[0].V.detach().clone()
+    assert all(learner.step(x, y).loss.isfinite() for _ in range(3))
+    assert not torch.equal(model[0].V, before)
+    assert model[0].V.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["smallconv", "vgg8", "resnet20"])
 @pytest.mark.parametrize("rule", ["ssa", "ssa-local", "dfa", "bp"])
 def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
@@ -282,6 +402,36 @@ def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
         )
         reports.append([float(learner.step(x, y).loss) for _ in range(3)])
     assert reports[0] == pytest.approx(reports[1], rel=1e-8)
+
+
+POOLS = [
+    nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((1, 2)),
+    nn.MaxPool2d(2, 1), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(4),
+    nn.AvgPool2d((4, 1)), nn.MaxPool2d(2, dilation=2), nn.AdaptiveAvgPool2d(2),
+    nn.AdaptiveAvgPool2d(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=repr)
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 4)])
+def test_units_end_where_they_do_without_fusing(pool: nn.Module, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), pool, nn.Flatten(),
+        nn.LazyLinear(4),
+    )  # fmt: skip
+    x, y = torch.randn(6, 3, *size), torch.arange(6) % 4
+    net(x)
+    plain = sva.factorize(net, {"0": 4}, "channel").double()
+    taught = []
+    for model in (plain, sva.fuse(plain)):
+        learner = sva.Learner(
+            model, "ssa", example=x.double(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
+        )
+        losses = learner.step(x.double(), y).unit_losses.values()
+        taught.append(([u.features_shape for u in learner.units], list(map(float, losses))))
+    assert taught[0][0] == taught[1][0]
+    assert taught[0][1] == pytest.approx(taught[1][1], rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["fa", "sign-symmetric"])
@@ -359,7 +509,7 @@ def test_places_of_maxima_in_any_window(pool: nn.MaxPool2d, width: int) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), pool)
     net = sva.factorize(dense, {"0": 2}, "channel").double()
-    model = sva.fuse(net)
+    model = nn.Sequential(FusedConv2d(copy.deepcopy(net[0]), list(copy.deepcopy(net[1:]))))
     x = torch.randn(3, 2, 7, width, dtype=torch.float64)
     y = net(x)
     weights = torch.randn_like(y)

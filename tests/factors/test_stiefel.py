@@ -84,6 +84,15 @@ class TestRetraction:
         assert RETRACTIONS[name](X).dtype == torch.float32
         assert torch.equal(X, before)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_retracted_to_its_rounding(self, name: str, dtype) -> None:
+        X = (point((6, 2), 0) + 1e-2 * noise((6, 2), 0)).to(dtype)
+        R = RETRACTIONS[name](X)
+        assert R.dtype == dtype
+        wanted = RETRACTIONS[name](X.double())
+        bound = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(R.double(), wanted, rtol=0, atol=bound)
+
     @pytest.mark.parametrize("shape", [(2, 3), (4,)])
     def test_refuses_a_wide_matrix(self, name: str, shape) -> None:
         with pytest.raises(ValueError, match=r"X must have shape \(\.\.\., m, r\).*got"):

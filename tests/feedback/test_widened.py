@@ -72,8 +72,19 @@ def test_only_the_narrow_map_is_held() -> None:
     assert held < p.numel() * 4  # the wide map is 32 times as large
 
 
-def test_fixed_feedback_has_no_parameters_to_train() -> None:
-    assert not [p for p in make(learn=False).parameters() if p.requires_grad]
+def test_no_more_is_made_at_a_time_than_the_map_that_is_held() -> None:
+    feedback = make((2, 16, 16), wide=64, grid=4).float()
+    p = torch.randn(64, 2 * 16 * 16, requires_grad=True)
+    z = feedback.readout(p)
+    with LiveTensors([p, *feedback.parameters()]) as live:
+        before = live.live
+        torch.autograd.grad(z.sum(), [p, *feedback.parameters()])
+    assert live.peak - before < 5 * p.numel() * 4  # all at once would make 32 times p, twice
+
+
+def test_fixed_feedback_has_no_parameters() -> None:
+    assert not list(make(learn=False).parameters())
+    assert set(make(learn=False).state_dict()) == set(make(learn=True).state_dict())
 
 
 def net() -> nn.Sequential:
@@ -139,6 +150,7 @@ def test_gradients_are_those_of_the_units_within_reach(horizon: int) -> None:
     [
         ({"widen": 0}, "widen must be a whole number of at least 1 or None, got 0"),
         ({"widen": 1.5}, "widen must be .*got 1.5"),
+        ({"widen": True}, "widen must be .*got True"),
         ({"widen": 8, "alignment": "share"}, "alignment 'share' .*widen must be None, got 8"),
         ({"widen": 8, "alignment": "cosine"}, "alignment 'cosine' .*widen must be None, got 8"),
         ({"widen": 8, "grid": None}, "widen needs a grid.*got None"),

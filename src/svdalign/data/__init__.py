@@ -6,7 +6,7 @@ batches on the device, reproducibly from any batch of any epoch.
 
 from svdalign.data._augment import Augment
 from svdalign.data._batches import batches, num_batches
-from svdalign.data._load import available, hold_out, load
+from svdalign.data._load import available, hold_out, load, sizes
 from svdalign.data._types import ImageData, Split
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "hold_out",
     "load",
     "num_batches",
+    "sizes",
 ]

@@ -48,14 +48,9 @@ def load(
         ValueError: for an unknown name, a folder or file that is missing, empty or unreadable, a
             label outside the classes, a limit that cannot be met, or images of different sizes.
     """
-    if name not in available():
-        raise ValueError(f"unknown data set {name!r}; available: {', '.join(available())}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
-    folder = None if data_dir is None else Path(data_dir)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"data_dir is not a folder: {folder}")
-    train, test, classes = _read(name, folder)
+    train, test, classes = _read(name, data_dir)
 
     def split(which: str, source: Source, limit: int | None) -> Split:
         _check_labels(which, source, classes)
@@ -74,6 +69,13 @@ def load(
     return ImageData(name, train_split, test_split, classes, mean, std)
 
 
+def sizes(name: str, data_dir: str | Path | None = None) -> tuple[int, int]:
+    """How many training and test images there are; none is decoded. Arguments and errors as in
+    :func:`load`."""
+    train, test, _ = _read(name, data_dir)
+    return len(train.labels), len(test.labels)
+
+
 def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
     """``data`` with ``count`` of its training images, spread evenly over the classes, in place of
     its test split, and the others left to train on: what settings are chosen by."""
@@ -88,7 +90,12 @@ def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
     return dataclasses.replace(data, train=rest, test=out, mean=mean, std=std)
 
 
-def _read(name: str, folder: Path | None) -> tuple[Source, Source, tuple[str, ...]]:
+def _read(name: str, data_dir: str | Path | None) -> tuple[Source, Source, tuple[str, ...]]:
+    if name not in available():
+        raise ValueError(f"unknown data set {name!r}; available: {', '.join(available())}")
+    folder = None if data_dir is None else Path(data_dir)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"data_dir is not a folder: {folder}")
     if name == "embedded":
         if folder is not None:
             raise ValueError(

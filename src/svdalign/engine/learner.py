@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Teaching, TeachingUnit
 from .forward import forward, preserved
+from .recompute import recomputing
 from .streaming import stream
 from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
 
@@ -61,7 +63,9 @@ class Learner:
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
     tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "qr", "polar",
     "newton-schulz" (for small steps) or None, brings ``U`` and ``V`` back onto the manifold after
-    every ``retract_every`` steps. ``seed``: of the feedback's random matrices.
+    every ``retract_every`` steps. ``recompute``: residual or transformer blocks (layers where there
+    are none) hold their inputs alone and run again for their gradients, once for each unit of the
+    horizon and once more. ``seed``: of the feedback's random matrices.
 
     Raises TypeError or ValueError that name the argument when something does not fit.
     """
@@ -79,6 +83,7 @@ class Learner:
         loss: Loss | None = None,
         retraction: str | None = "qr",
         retract_every: int = 1,
+        recompute: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -107,6 +112,7 @@ class Learner:
         self.steps = 0
         self._checked = False
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
+        self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
                 "these parameters do not reach the network's output for the example, and learn "
@@ -260,7 +266,7 @@ class Learner:
             if self.transport is None
             else self.rule.transporting(self.model, self.transport)
         )
-        with carried:
+        with carried, self._recomputing():
             z = forward(self.model, x)
             loss = self.loss(z, y)
             with outside_autocast():
@@ -300,10 +306,14 @@ class Learner:
                 torch.autograd.backward(heads, inputs=parameters)
             self._finish(unit, scale)
 
-        z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
+        with self._recomputing():
+            z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
         if OUTPUT not in losses:  # its unit has been frozen
             losses[OUTPUT] = self.loss(z, y).detach()
         return z, losses
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        return recomputing(self.model, self.plan.blocks if self.recompute else ())
 
     def _output_error(self, x: Any, y: Tensor) -> Tensor:
         """``dL/dz``, from a first pass that leaves no trace."""

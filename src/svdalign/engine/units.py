@@ -9,8 +9,9 @@ the autograd graph of a trial run, not off names.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,14 @@ class Plan:
     """The units in order of execution; the last one, :attr:`output`, is taught by the task itself.
 
     ``unreached``: trainable parameters that no unit's output depends on for the example.
+    ``blocks``: paths of the residual or transformer blocks, or layers where there are none, in
+    order of execution but for the last.
     """
 
     units: tuple[Unit, ...]
     output_shape: tuple[int, ...]
     unreached: tuple[str, ...]
+    blocks: tuple[str, ...]
 
     @property
     def output(self) -> Unit:
@@ -124,25 +128,29 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
         if not idle and not odd:
             if not exits and not whole:
                 _refuse_one_piece(model, units, calls)
-            return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z)
+            blocks = _in_order(calls, _blocks(model, _layers(calls)))[:-1]
+            return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z, blocks)
         exits = exits - idle - odd.keys()
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
     )
 
 
-def _plan(model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor) -> Plan:
+def _plan(
+    model: nn.Module, trial: _Trial, layouts: Sequence[Layout], z: Tensor, blocks: Sequence[str]
+) -> Plan:
     last = Unit(OUTPUT, "", 0, trial.output_parameters, tuple(z.shape))
     found = {name for unit in (*trial.segments, last) for name in unit.parameters}
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
-    return Plan((*trial.finished(layouts), last), tuple(z.shape), tuple(unreached))
+    units = (*trial.finished(layouts), last)
+    return Plan(units, tuple(z.shape), tuple(unreached), tuple(blocks))
 
 
 def _refuse_one_piece(model: nn.Module, units: Units, calls: list[_Call]) -> None:
     """ValueError if ``model`` has more than one layer: the one unit would be backpropagation."""
     layers = _layers(calls)
     if len(layers) > 1:
-        blocks = len(list(_blocks(model, layers)))
+        blocks = len(_in_order(calls, _blocks(model, layers)))
         raise ValueError(
             f"units={units!r} leaves this model of {len(layers)} layers, {blocks} blocks, in one "
             "piece, to be trained by backpropagation; choose smaller units, or horizon=None if "
@@ -197,26 +205,18 @@ def _has_weight_matrix(module: nn.Module) -> bool:
     return any(p.ndim >= 2 for p in module.parameters(recurse=False))
 
 
-def _layers(calls: list[_Call]) -> set[str]:
-    """Paths of the modules with a weight matrix of their own."""
-    layers = {call.path for call in calls if _has_weight_matrix(call.module)}
-    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
-    return {p for p in layers if not any(_inside(other, p) for other in layers)}
-
-
 def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]:
     layers = _layers(calls)
-    order = list(dict.fromkeys(call.path for call in calls))
     if callable(units):
-        chosen = [p for p in order if units(p, model.get_submodule(p))]
+        paths = dict.fromkeys(call.path for call in calls)
+        chosen = [p for p in paths if units(p, model.get_submodule(p))]
         if not chosen:
             raise ValueError("units chose no module: the callable returned False for every one")
         return frozenset(chosen)
     if units == "layer":
-        bases = [p for p in order if p in layers]
+        bases = _in_order(calls, layers)
     elif units in ("block", "stage") or (isinstance(units, int) and not isinstance(units, bool)):
-        blocks = set(_blocks(model, layers))
-        bases = [p for p in order if p in blocks]
+        bases = _in_order(calls, _blocks(model, layers))
         if isinstance(units, int):
             if units < 1:
                 raise ValueError(f"units must be at least 1 block, got {units}")
@@ -232,6 +232,19 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
         shapes = [tuple(first_tensor(_last_call(p, calls).output).shape) for p in bases]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
     return frozenset(end.path for end in ends)
+
+
+def _layers(calls: list[_Call]) -> set[str]:
+    """Paths of the modules that multiply by a matrix of their own."""
+    layers = {call.path for call in calls if _has_weight_matrix(call.module)}
+    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
+    return {p for p in layers if not any(_inside(other, p) for other in layers)}
+
+
+def _in_order(calls: list[_Call], paths: Iterable[str]) -> list[str]:
+    """Those of ``paths`` that were called, in order of execution, each once."""
+    wanted = set(paths)
+    return [path for path in dict.fromkeys(call.path for call in calls) if path in wanted]
 
 
 def _inside(path: str, other: str) -> bool:
@@ -293,7 +306,10 @@ def _chain_end(path: str, calls: list[_Call]) -> _Call:
         )
         if not plain or not same or readers > 1 or times[call.path] > 1:
             break
-        if call.output.numel() * 4 < end.output.numel():
+        least = end.output.numel() / 4
+        if end.output.ndim == 4:  # a 2 x 2 pooling leaves a last odd row or column out
+            least = math.prod((*end.output.shape[:2], *(n // 2 for n in end.output.shape[2:])))
+        if call.output.numel() < least:
             break
         start, end = i, call
     return end

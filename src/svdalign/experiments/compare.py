@@ -17,7 +17,7 @@ from ..training.record import Record, new_folder, provenance, read_json
 from ..training.run import train
 from ..training.trainer import Trainer
 from . import costs
-from .methods import DEFAULT, METHODS, method_config
+from .methods import DEFAULT, METHODS, check_settings, method_config
 from .report import comparison_page, run_page
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
@@ -32,6 +32,9 @@ class CompareConfig(JobConfig):
     lr: float | dict[str, float] | None = option(
         None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"
     )
+    settings: dict[str, Any] = option(
+        {}, "{method: {field: value}}: what else differs for a method, such as units or options"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +46,7 @@ class CompareConfig(JobConfig):
             raise ValueError(
                 f"lr names {', '.join(unknown)}, but rules are {', '.join(self.rules)}"
             )
+        object.__setattr__(self, "settings", check_settings(self.settings, self.rules))
         list(self.runs())  # names every mistake in a method's own settings
 
     def runs(self) -> Iterator[tuple[str, RunConfig]]:
@@ -54,7 +58,7 @@ class CompareConfig(JobConfig):
     def run(self, name: str, seed: int) -> RunConfig:
         """The run of method ``name``."""
         lr = self.lr.get(name) if isinstance(self.lr, dict) else self.lr
-        return method_config(name, self, seed=seed, lr=lr)
+        return method_config(name, self, seed=seed, lr=lr, settings=self.settings.get(name))
 
 
 class Comparison:

@@ -9,13 +9,13 @@ one on more held-out images (``benchmarks/tune.py``), which settles them; so did
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.config import DENSE, JobConfig, RunConfig
+from ..training.config import DENSE, JobConfig, RunConfig, from_dict, plain
 
-__all__ = ["DEFAULT", "METHODS", "Method", "method_config"]
+__all__ = ["DEFAULT", "METHODS", "Method", "check_settings", "method_config"]
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,36 @@ DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless to
 
 
 def method_config(
-    method: str | Method, job: JobConfig, *, seed: int, lr: float | None = None
+    method: str | Method,
+    job: JobConfig,
+    *,
+    seed: int,
+    lr: float | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The run of ``method``, one of these or its name, within ``job``. ``lr`` replaces its tuned
-    rate."""
+    rate, ``settings`` any field of the run; of ``options`` in it those that are named."""
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
         method = METHODS[method]
-    shared = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
+    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
     if not method.factored:
-        shared |= DENSE
-    return RunConfig(
-        **shared,
-        rule=method.rule,
-        options=dict(method.options),
-        lr=method.lr if lr is None else lr,
-        seed=seed,
-    )
+        fields |= DENSE
+    fields |= {"rule": method.rule, "lr": method.lr if lr is None else lr, "seed": seed}
+    fields |= {} if settings is None else settings
+    fields["options"] = {**method.options, **fields.get("options", {})}
+    return from_dict(RunConfig, fields)
+
+
+def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
+    """``settings`` by method with values as they are meant; ValueError for a method that is not
+    among ``methods`` and for settings that are no mapping."""
+    if unknown := sorted(set(settings) - set(methods)):
+        raise ValueError(
+            f"settings names {', '.join(unknown)}, but the methods are {', '.join(methods)}"
+        )
+    for name, fields in settings.items():
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"settings of {name} must be {{field: value}}, got {fields!r}")
+    return {name: plain(fields) for name, fields in settings.items()}

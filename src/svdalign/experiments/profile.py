@@ -36,13 +36,14 @@ from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, 
 from ..training.record import Record, new_folder, provenance
 from .checkpointing import checkpointed, segment_sizes
 from .costs import Step
-from .methods import METHODS, method_config
+from .methods import METHODS, check_settings, method_config
 from .report import profile_page
 
 __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
 
-#: By name of a step with gradient checkpointing, the method and what it is called. Factors and
-#: checkpointing go together, so a claim of little memory has to meet both at once.
+#: By name of a step with gradient checkpointing, the method and what it is called: of a plain
+#: network by the better of two segmentations, of one that learns locally block by block. Factors
+#: and checkpointing go together, so a claim of little memory has to meet both at once.
 CHECKPOINTED = {
     "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
     "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
@@ -76,6 +77,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
     precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
+    settings: dict[str, Any] = option(
+        {}, "{method: {field: value}}: what differs for a method, such as units or options"
+    )
     estimate: bool = option(False, "work memory and arithmetic out without running anything")
     seconds: float = option(60.0, "for the timing of steps; at least three rounds")
     break_even: bool = option(
@@ -90,10 +94,13 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         known = (*METHODS, *CHECKPOINTED)
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(f"unknown method {unknown[0]!r}; available: {', '.join(known)}")
+        object.__setattr__(self, "settings", check_settings(self.settings, self.methods))
         if self.break_even and self.estimate:
             raise ValueError("break_even times layers, but estimate runs nothing")
         if self.estimate and self.precision != "fp32":
             raise ValueError(f"estimate works out fp32 alone, got precision {self.precision!r}")
+        for name in self.methods:
+            self.run(name)  # names every mistake in a method's own settings
         if self.break_even and self.factored is None:
             raise ValueError(
                 "break_even needs a method with factored weights, got methods "
@@ -111,7 +118,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
         method, _ = CHECKPOINTED.get(name, (name, ""))
-        return method_config(method, job, seed=0)
+        config = method_config(method, job, seed=0, settings=self.settings.get(name))
+        local = name in CHECKPOINTED and config.rule != "bp"
+        return dataclasses.replace(config, recompute=True) if local else config
 
 
 class Profile:
@@ -164,7 +173,7 @@ class Profile:
 
     def _estimate(self, name: str) -> dict[str, Any]:
         with pretending():  # in single precision: there is no autocast without numbers
-            if name in CHECKPOINTED:
+            if name in CHECKPOINTED and not self.config.run(name).recompute:
                 self._choose_segment_size(name)
             step = self._step(name, "meta")
             memory = step.memory()
@@ -220,14 +229,13 @@ class Profile:
         if device == "meta":
             config = dataclasses.replace(config, precision="fp32")
         net = build_model(config, data)
-        if name in CHECKPOINTED:
+        if name in self._segment_sizes:
             net = checkpointed(net, self._segment_sizes[name])
         x = example_batch(config, data, config.batch_size)
         return Step(build_learner(config, data, net), config, x, data.train.labels)
 
     def _choose_segment_size(self, name: str) -> None:
-        """Of the two segmentations, the one with the lower peak; for a local rule every block on
-        its own, so that its units stay what they are."""
+        """Of the two segmentations, the one with the lower peak."""
         config = dataclasses.replace(self.config.run(name), device="meta")
         net = build_model(config, self._data("meta"))
 
@@ -235,8 +243,7 @@ class Profile:
             self._segment_sizes[name] = size
             return self._step(name, "meta").memory().peak
 
-        sizes = segment_sizes(net) if config.rule == "bp" else (1,)
-        self._segment_sizes[name] = min(sizes, key=peak)
+        self._segment_sizes[name] = min(segment_sizes(net), key=peak)
 
     def _data(self, device: str) -> ImageData:
         """Noise of the batch's shape."""

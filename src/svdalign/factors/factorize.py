@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..chains import carry_hooks
 from .layers import (
     SCHEMES,
     FactoredLayer,
@@ -77,6 +78,7 @@ def factorize(
     layer and leaves the others dense. ``scheme``: how a kernel becomes a matrix, see
     :class:`SVDConv2d`. The factors come from the SVD of the layer's present weight, so that full
     rank keeps the function to rounding and pretrained weights are kept as well as the rank allows.
+    Forward and backward hooks of a layer go over to its factored one.
 
     A layer whose factors would hold no fewer numbers than its weight, a grouped convolution, a
     shared weight and the classifier (the last layer, if it is linear or a 1 x 1 convolution) stay
@@ -144,6 +146,7 @@ def factorize(
             )
             factored.train(layer.training)
             _carry_requires_grad(layer, factored)
+            carry_hooks(layer, factored)
             if name:
                 for place in places[id(layer)]:
                     model.set_submodule(place, factored)

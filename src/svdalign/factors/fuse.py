@@ -38,7 +38,7 @@ __all__ = ["FusedConv2d", "fuse"]
 PER_SAMPLE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm,
+    nn.MaxPool2d, nn.AvgPool2d, nn.GroupNorm,
 )  # fmt: skip
 
 
@@ -50,6 +50,10 @@ def fuse(model: nn.Module) -> nn.Module:
     left in the place of each. The function is kept to rounding, training and evaluation alike, and
     a training step holds less: see the text of the module. Parameters keep their values; those of
     a norm that was taken in go by the name of its convolution: ``CONV.tail.0.weight``.
+
+    Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that the units
+    of layers end where they do without fusing. A unit that is to end amid what was taken in (a
+    block whose pooling stands outside it) ends after it.
 
     To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
     like ``model``. Raises ValueError for a model whose ``forward`` cannot be traced (control flow
@@ -71,7 +75,7 @@ def fuse(model: nn.Module) -> nn.Module:
         tail: list[nn.Module] = []
         for module in _chain(model, follows, path):
             norm = type(module) is nn.BatchNorm2d and not tail and layer.scheme == "channel"
-            if not (norm or type(module) in PER_SAMPLE) or getattr(module, "return_indices", False):
+            if not (norm or _can_be_taken_in(module)):
                 break
             tail.append(module)
         if tail:
@@ -79,6 +83,24 @@ def fuse(model: nn.Module) -> nn.Module:
             replaced |= {module: nn.Identity() for module in tail}
     substitute(model, replaced, leaf)
     return model
+
+
+def _can_be_taken_in(module: nn.Module) -> bool:
+    if isinstance(module, nn.MaxPool2d) and module.return_indices:
+        return False
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and not _shrinks_little(module):
+        return False
+    return type(module) in PER_SAMPLE
+
+
+def _shrinks_little(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    """Whether of a map of any size, n along an axis, at least ``n // 2`` are left: then a unit goes
+    on (:mod:`svdalign.engine.units`)."""
+    by_axis = (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
+    return all(
+        stride <= 2 and dilation * (kernel - 1) <= 2 * padding + 1
+        for kernel, stride, padding, dilation in zip(*map(_pair, by_axis), strict=True)
+    )
 
 
 def _chain(model: nn.Module, follows: dict[str, str], path: str) -> Iterator[nn.Module]:
@@ -95,9 +117,8 @@ class FusedConv2d(SVDConv2d):
     """
 
     def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
-        super().__init__(
-            layer.U, layer.s, layer.V, layer.bias, like=cast(Any, layer), scheme=layer.scheme
-        )
+        U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
+        super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
         for name in ("U", "s", "V", "bias"):  # the very objects: frozen ones stay frozen
             self.register_parameter(name, layer._parameters[name])
         self.tail = nn.Sequential(*tail)
@@ -114,7 +135,8 @@ class FusedConv2d(SVDConv2d):
         kinds = [type(module) for module in tail]
         if not kinds:
             return self.expand(z, second, bias)
-        if kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
+        even = not isinstance(self.paddings()[1], str)
+        if even and kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
             pool = tail[1] if len(tail) > 1 else None
             return cast(Tensor, _Rectified.apply(self, pool, z, second, bias))  # type: ignore[no-untyped-call]
         rest = nn.Sequential(*tail)
@@ -130,9 +152,11 @@ class FusedConv2d(SVDConv2d):
 
 def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight (N, r) and bias (N,) whose ``W z + b`` is ``norm`` of that of ``W`` and ``bias``.
+    Found in at least single precision, returned in that of ``W``.
 
     Takes notice of the batch in the running statistics as ``norm`` would.
     """
+    dtype, W = W.dtype, W.to(statistics(W.dtype))
     shift = W.new_zeros(len(W)) if bias is None else bias
     if norm.training or norm.running_mean is None:
         count = z.numel() // z.shape[1]
@@ -143,19 +167,19 @@ def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tu
             )
         with outside_autocast():  # variances do not bear rounding
             mean_z, cov_z = _Moments.apply(z)  # type: ignore[no-untyped-call]
-            centre = W.to(mean_z.dtype) @ mean_z
-            variance = ((W.to(mean_z.dtype) @ cov_z) * W).sum(1).clamp_min(0.0)
+            centre = W @ mean_z
+            variance = ((W @ cov_z) * W).sum(1).clamp_min(0.0)
         if norm.training and norm.running_mean is not None:
             _take_notice(norm, (centre + shift).detach(), variance.detach(), count)
         offset = centre + 0.0 * shift  # a bias before a norm has no effect, but a gradient: zero
     else:
         assert norm.running_var is not None
-        offset, variance = norm.running_mean - shift, norm.running_var
+        offset, variance = norm.running_mean - shift, norm.running_var.to(W.dtype)
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     start = 0.0 if norm.bias is None else norm.bias
-    return W * scale[:, None], start - scale * offset
+    return (W * scale[:, None]).to(dtype), (start - scale * offset).to(dtype)
 
 
 @torch.no_grad()
@@ -211,7 +235,7 @@ def _rows(z: Tensor) -> Tensor:
 
 def _reduce(layer: FusedConv2d, x: Tensor) -> Tensor:
     """The first convolution, (B, r, h, w)."""
-    if isinstance(layer.padding, str):
+    if isinstance(layer.paddings()[0], str):  # uneven, which its gradient does not know of
         return layer.reduce(x)
     return cast(Tensor, _Reduced.apply(layer, x, layer.kernels()[0]))  # type: ignore[no-untyped-call]
 
@@ -296,7 +320,7 @@ class _Rectified(torch.autograd.Function):
         stride, padding, dilation = ctx.layer.second_settings()
         parts = parts_of(z, len(second))
         places, tensors = (saved[: len(parts)], saved[len(parts) :]) if window else ([], saved)
-        wanted = [ctx.needs_input_grad[2], *_weights_wanted(ctx, ctx.needs_input_grad[3:])]
+        wanted = _wanted(ctx)
         full = empty((parts[0].stop, *ctx.shape), like=grad) if window else grad
 
         def run(part: slice) -> tuple[Tensor | None, ...]:
@@ -344,9 +368,8 @@ class _Recomputed(torch.autograd.Function):
         z, second, bias = ctx.saved_tensors
         z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
         weights = (second, bias, *ctx.tail.parameters())
-        wanted = _weights_wanted(ctx, ctx.needs_input_grad[3:])
-        inputs = [w.requires_grad_() for w, want in zip(weights, wanted, strict=True) if want]
-        wanted = [ctx.needs_input_grad[2], *wanted]
+        wanted = _wanted(ctx)
+        inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
@@ -385,17 +408,23 @@ def _gradients_by_parts(
     return [None, *sums]
 
 
-def _weights_wanted(ctx: Any, needed: tuple[bool, ...]) -> list[bool]:
-    """Which weights' gradients this backward pass is for: none of them where it only carries a
-    signal upstream."""
-    kernel = ctx.next_functions[1][0]  # where that of the second convolution comes from
-    return list(needed) if _asked_for(kernel) else [False] * len(needed)
+def _wanted(ctx: Any) -> list[bool]:
+    """Which gradients, of ``z``, the second kernel, the bias and any further weights, this backward
+    pass is for: of no weights where it only carries a signal upstream."""
+    needed = ctx.needs_input_grad[2:]
+    nodes = [node for node, _ in ctx.next_functions]
+    if len(nodes) < len(needed):  # there is no bias: for None autograd has no entry
+        nodes.insert(2, None)
+    return [n and _asked_for(node) for n, node in zip(needed, nodes, strict=True)]
 
 
 def _asked_for(node: Any) -> bool:
-    """Whether the running backward pass goes on to ``node``; taken for granted of leaves."""
-    leaf = node is None or hasattr(node, "variable")
-    return leaf or bool(torch._C._will_engine_execute_node(node))
+    """Whether the running backward pass goes on to ``node``, the source of a tensor that needs a
+    gradient."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch's answer for a leaf that ``torch.autograd.grad`` is asked for
+        return True
 
 
 def _settings(pool: nn.MaxPool2d) -> list[Any]:

@@ -54,7 +54,8 @@ class FactoredLayer(nn.Module):
         """Replace the factors' values, of a new rank if ``s`` is of another length.
 
         The ``Parameter`` objects stay the same ones, so optimizers and schedulers that hold them go
-        on; their gradients are dropped.
+        on; their gradients are dropped. Raises ValueError for factors that are not of shapes
+        (m, r), (r,), (n, r), for a rank below 1 or above min(m, n), and for another m or n.
         """
         r = s.numel()
         if s.ndim != 1 or r < 1 or U.ndim != 2 or V.ndim != 2 or U.shape[1] != r or V.shape[1] != r:
@@ -218,9 +219,16 @@ class SVDConv2d(FactoredLayer):
         return value, (neutral, neutral)
 
     def paddings(self) -> tuple[str | tuple[int, int], str | tuple[int, int]]:
-        """Padding of the first and of the second convolution."""
-        if isinstance(self.padding, str):  # "same" or "valid": both hold axis by axis
-            return self.padding, self.padding
+        """Padding of the first and of the second convolution: numbers, or ``"same"`` where that is
+        more padding after than before."""
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        if self.padding == "same":
+            height, width = (
+                d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
+            )
+            first, second = self.split((height, width), 0)
+            return _half(first), _half(second)
         return self.split(cast(tuple[int, int], self.padding), 0)
 
     def first_settings(self) -> tuple[Any, Any, Any]:
@@ -277,6 +285,11 @@ class SVDConv2d(FactoredLayer):
             f"stride={self.stride}, padding={self.padding}, rank={self.rank}, "
             f"scheme={self.scheme}, bias={self.bias is not None}"
         )
+
+
+def _half(total: tuple[int, int]) -> str | tuple[int, int]:
+    """``total`` padding by axis, shared out evenly between the two sides, or ``"same"``."""
+    return "same" if any(n % 2 for n in total) else (total[0] // 2, total[1] // 2)
 
 
 def kernel_matrix(K: Tensor, scheme: Scheme) -> Tensor:

@@ -7,6 +7,7 @@ chapter 4.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,18 @@ def _check_tall(X: Tensor) -> None:
         raise ValueError(f"X must have shape (..., m, r) with m >= r, got {tuple(X.shape)}")
 
 
+def _in_single_precision(retract: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``retract`` computed in at least single precision and returned in that of its argument: torch
+    decomposes no half-precision matrices."""
+
+    @functools.wraps(retract)
+    def in_single_precision(X: Tensor) -> Tensor:
+        return retract(X.to(torch.promote_types(X.dtype, torch.float32))).to(X.dtype)
+
+    return in_single_precision
+
+
+@_in_single_precision
 def qr_retract(X: Tensor) -> Tensor:
     """Q of the QR decomposition of ``X`` with the diagonal of R made positive, ``(..., m, r)``.
 
@@ -40,6 +53,7 @@ def qr_retract(X: Tensor) -> Tensor:
     return result
 
 
+@_in_single_precision
 def polar_retract(X: Tensor) -> Tensor:
     """The orthonormal polar factor of ``X``: the nearest point of St(m, r) in Frobenius norm.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..autocast import autocasted
 from .matrices import Feedback, StructuredFeedback
 
 __all__ = ["WidenedFeedback"]
@@ -19,12 +20,14 @@ class WidenedFeedback(Feedback):
 
     ``p`` (B, C h w) is a map on a raster, of ``shape`` (C, h, w); ``K``, 3 x 3, makes ``wide``
     channels of it; ``P`` averages them onto a raster of at most ``grid`` x ``grid``. ``K`` and the
-    matrix are trained by the unit's own loss if ``learn``. What ``K`` makes is not held but made
-    again for the gradient: it is larger than ``p``, and as many are held as the horizon has units.
+    matrix are trained by the unit's own loss if ``learn``. What ``K`` makes, larger than ``p``, is
+    not held but made again for the gradient, some samples at a time.
 
     Source: the auxiliary networks of Belilovsky et al., *Decoupled Greedy Learning of CNNs* (2020);
     this is the smallest.
     """
+
+    K: Tensor
 
     def __init__(
         self,
@@ -41,16 +44,22 @@ class WidenedFeedback(Feedback):
         channels, height, width = shape
         self.shape, self.read = shape, (min(grid, height), min(grid, width))
         K = torch.randn(wide, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
-        self.K = nn.Parameter(K, requires_grad=learn)
+        if learn:
+            self.K = nn.Parameter(K)
+        else:
+            self.register_buffer("K", K)
         d = wide * self.read[0] * self.read[1]
         self.matrix = StructuredFeedback(d, classes, rank=rank, learn=learn, generator=generator)
 
     def readout(self, p: Tensor) -> Tensor:
-        device = p.device.type
-        if torch.is_autocast_enabled(device) and p.dtype == torch.float32:
-            p = p.to(torch.get_autocast_dtype(device))  # as the convolution would: half to hold
-        z = checkpoint(self._readout, p, use_reentrant=False, preserve_rng_state=False)
-        return cast(Tensor, z)
+        # As wide, no part is larger than p.
+        parts = autocasted(p).chunk(math.ceil(len(self.K) / self.shape[0]))
+        return torch.cat(
+            [
+                checkpoint(self._readout, part, use_reentrant=False, preserve_rng_state=False)
+                for part in parts
+            ]
+        )
 
     def _readout(self, p: Tensor) -> Tensor:
         wide = F.conv2d(p.reshape(len(p), *self.shape), self.K, padding=1).relu_()

@@ -38,9 +38,9 @@ class SSA(Rule):
     labels a sample). ``grid``: raster that feature maps are pooled to. ``rank``: the most that k
     of the feedback may be, None for ``min(d, C)``; it keeps ``B`` small for large vocabularies.
     ``learn``: the feedback is trained by the unit's own loss. ``widen``: maps of fewer channels are
-    read through a convolution of their own that makes so many (:class:`WidenedFeedback`); None
-    reads all as they are. It is for residual networks, whose early units are too narrow to tell
-    classes apart by.
+    read through a convolution of their own that makes so many, on a raster twice as fine
+    (:class:`WidenedFeedback`); None reads all as they are. It is for residual networks, whose early
+    units are too narrow to tell classes apart by.
     Source: arXiv 2510.25594; local error and horizon are this project's.
     """
 
@@ -63,7 +63,8 @@ class SSA(Rule):
         check_weights(alpha=self.alpha)
         for name in ("grid", "rank", "widen"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
                 raise ValueError(
                     f"{name} must be a whole number of at least 1 or None, got {value!r}"
                 )

@@ -123,6 +123,7 @@ def build_learner(
         make_rule(config) if rule is None else rule,
         units=config.units,
         retraction=config.retraction,
+        recompute=config.recompute,
         optimizer=lambda parameters: _optimizer(config, groups(parameters)),
         example=example_batch(config, data),
         loss=loss if config.label_smoothing else None,

@@ -23,6 +23,7 @@ __all__ = [
     "differences",
     "from_dict",
     "option",
+    "plain",
     "to_yaml",
 ]
 
@@ -89,6 +90,9 @@ class ModelConfig:
     )
     units: int | str = option(
         "block", "what learns on its own: layer, block, stage, or a number of blocks"
+    )
+    recompute: bool = option(
+        False, "hold the inputs of blocks alone, and run blocks again for their gradients"
     )
 
     def __post_init__(self) -> None:
@@ -243,7 +247,7 @@ class RunConfig(JobConfig):
         _at_least(self, "seed", 0)
         if not isinstance(self.horizon, str):
             _at_least(self, "horizon", 0)
-        object.__setattr__(self, "options", _plain(self.options))
+        object.__setattr__(self, "options", plain(self.options))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -263,18 +267,18 @@ def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
     return kind(**values)
 
 
-def to_yaml(config: Any) -> str:
-    """The config as YAML that ``--config`` takes back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Strings of the command line as the YAML scalars they stand for, at any depth."""
     if isinstance(value, str):
         return yaml.safe_load(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML that ``--config`` takes back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def _at_least(config: object, name: str, least: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...data import ImageData
+from ...data import ImageData, sizes
 from ...engine import Learner
 from ...metrics import alignment, descent_share
 from ...training.build import build_learner, example_batch, load_data, prepare_machine
@@ -89,6 +89,7 @@ class Reproduction:
         self.folder = Path(folder or f"runs/reproduce-{config.scale}")
         self._overwrite = overwrite
         self._data: dict[str, ImageData] = {}
+        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._runs = {run.key: run for name in self.names for run in self._runs_of(name)}
         self._done: dict[tuple[str, str, int], dict[str, Any]] = {}
         for run in self._runs.values():
@@ -137,7 +138,19 @@ class Reproduction:
         if fields.get("data", "embedded") != "embedded":
             folder = fields["data"] == "folder"
             fields["data_dir"] = self.config.image_folder if folder else self.config.data_dir
+        for limit, count in self._counts(fields.get("data", "embedded"), fields.get("data_dir")):
+            if limit in fields:
+                fields[limit] = min(fields[limit], count)
         return method_config(variant.method, JobConfig(**fields), seed=seed)
+
+    def _counts(self, data: str, data_dir: str | None) -> list[tuple[str, int]]:
+        """How many images there are, by the limit that may ask for more; ValueError for a folder
+        that is not what it should be. Nothing is known of what is still to be downloaded."""
+        if data_dir is None:
+            return []
+        if (data, data_dir) not in self._sizes:
+            self._sizes[data, data_dir] = sizes(data, data_dir)
+        return list(zip(("train_limit", "test_limit"), self._sizes[data, data_dir], strict=True))
 
     def _record(self, run: _Run) -> Record:
         group, variant, seed = run.key
@@ -309,4 +322,5 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "parameters": round(statistics.mean(r["parameters"] for r in results)) if results else None,
         "macs": round(statistics.mean(r["macs"] for r in results)) if results else None,
         "seconds": statistics.mean(r["train_seconds"] for r in results) if results else None,
+        "commits": sorted({r["git"] for r in results if r["git"]}),
     }
