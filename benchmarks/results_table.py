@@ -59,10 +59,11 @@ def render(text: str, results: Results) -> str:
 
 def made_by(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
-    commits = sorted({c for row in content.get("rows", []) for c in row.get("commits", [])})
-    commits = commits or [content["git"] or "unknown"]
+    commits = {c for row in content.get("rows", []) for c in row.get("commits", [])}
+    commits |= {run["git"] for run in content.get("runs", []) if run.get("git")}
+    commits = commits or {content["git"] or "unknown"}
     return (
-        f"`{content['command']}`, commit {', '.join(c[:8] for c in commits)}, "
+        f"`{content['command']}`, commit {', '.join(sorted(c[:8] for c in commits))}, "
         f"torch {content['torch']}, {machine['cpu']}, {machine['threads']} thread(s)"
     )
 

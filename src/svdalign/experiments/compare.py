@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.build import build_learner, load_data, prepare_machine
-from ..training.config import JobConfig, RunConfig, option, to_yaml
+from ..training.config import JobConfig, RunConfig, from_dict, option, to_yaml
 from ..training.progress import Progress, Silent
 from ..training.record import Record, new_folder, provenance, read_json
 from ..training.run import train
@@ -143,7 +143,9 @@ class Comparison:
             result = None if overwrite else record.results()
             if result is None or result["status"] == "interrupted":
                 continue
-            record.check_config(result["config"], _plain(config))
+            # As they read today: a field that came since has had its default.
+            there = _plain(from_dict(RunConfig, result["config"]))
+            record.check_config(there, _plain(config))
             self._done[name, config.seed] = result
 
     def _run_record(self, name: str, config: RunConfig) -> Record:
@@ -180,7 +182,7 @@ class Comparison:
 
 _RUN_KEYS = (
     *("seed", "status", "accuracy", "history", "unfinished_epoch", "config", "wall_seconds"),
-    *("parameters", "macs"),
+    *("parameters", "macs", "git"),
 )  #: what is kept of a run
 
 
