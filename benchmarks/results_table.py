@@ -289,20 +289,22 @@ def levers(content: Mapping[str, Any]) -> str:
     def cell(method: str, lever: str) -> str:
         if (method, lever) not in found:
             return "–"
-        reached, start = (
-            100 * statistics.mean(found[method, name]["accuracies"]) for name in (lever, "as it is")
-        )
-        return f"{reached:.1f}" if lever == "as it is" else f"{reached - start:+.1f}"
+        reached = 100 * statistics.mean(found[method, lever]["accuracies"])
+        if lever == "as it is" or (method, "as it is") not in found:
+            return f"{reached:.1f}"
+        start = 100 * statistics.mean(found[method, "as it is"]["accuracies"])
+        return f"{reached - start:+.1f}"
 
     names = dict.fromkeys(lever for _, lever in found)
     rows = [[name, *(cell(method, name) for method in methods)] for name in names]
+    changes = ", and points more or less than that" if "as it is" in names else ""
     seeds = {len(row["accuracies"]) for row in found.values()}
     made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
     machine, name = content["machine"], job["data"].replace("cifar", "CIFAR-")
     return (
         f"{markdown(['lever', *methods], rows)}\n\n"
-        f"Accuracy in % on {job['validation']:,} held-out training images, and points more or less "
-        f"than that: {job['model']} at rank {job['rank']:g} on "
+        f"Accuracy in % on {job['validation']:,} held-out training images{changes}: "
+        f"{job['model']} at rank {job['rank']:g} on "
         f"{job['train_limit'] - job['validation']:,} images of {name} at {job['image_size']}×"
         f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
         f"{min(seeds)} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
