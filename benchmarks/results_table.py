@@ -282,7 +282,7 @@ def transfer(results: Results) -> str:
             rows.append(
                 [
                     title,
-                    METHODS[method].label,
+                    content["labels"][method],
                     f"{moved:.1f}",
                     f"{reached[best]:.1f} at {best:g}",
                     f"{reached[best] - moved:.1f}",

@@ -75,7 +75,9 @@ def main() -> None:
             found.setdefault(name, {})[f"{rate:g}"] = statistics.mean(reached)
             print(f"{name:12} lr {rate:g}: {statistics.mean(reached):.4f}", flush=True)
     best = {name: max(rates, key=rates.__getitem__) for name, rates in found.items()}
-    content = {"job": dataclasses.asdict(job), "accuracy": found, "best": best, **provenance("cpu")}
+    labels = {name: METHODS[name].label for name in found}
+    content = {"job": dataclasses.asdict(job), "labels": labels, "accuracy": found, "best": best}
+    content |= provenance("cpu")
     content["command"] = " ".join(["python", *sys.argv])
     options.out.write_text(json.dumps(content, indent=2) + "\n")
 
