@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.config import DENSE, JobConfig, RunConfig, from_dict, plain
+from ..training.config import DENSE, JobConfig, RunConfig, plain
 
 __all__ = ["DEFAULT", "METHODS", "Method", "check_settings", "method_config"]
 
@@ -72,12 +72,12 @@ def method_config(
     fields |= {"rule": method.rule, "lr": method.lr if lr is None else lr, "seed": seed}
     fields |= {} if settings is None else settings
     fields["options"] = {**method.options, **fields.get("options", {})}
-    return from_dict(RunConfig, fields)
+    return RunConfig(**fields)
 
 
 def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
     """``settings`` by method with values as they are meant; ValueError for a method that is not
-    among ``methods`` and for settings that are no mapping."""
+    among ``methods`` and for settings that are no fields of a run."""
     if unknown := sorted(set(settings) - set(methods)):
         raise ValueError(
             f"settings names {', '.join(unknown)}, but the methods are {', '.join(methods)}"
@@ -85,4 +85,9 @@ def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[
     for name, fields in settings.items():
         if not isinstance(fields, Mapping):
             raise ValueError(f"settings of {name} must be {{field: value}}, got {fields!r}")
+        known = [f.name for f in dataclasses.fields(RunConfig)]
+        if wrong := sorted(set(fields) - set(known)):
+            raise ValueError(
+                f"settings of {name} name {', '.join(wrong)}; a run has {', '.join(known)}"
+            )
     return {name: plain(fields) for name, fields in settings.items()}
