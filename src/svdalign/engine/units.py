@@ -55,8 +55,8 @@ class Plan:
     """The units in order of execution; the last one, :attr:`output`, is taught by the task itself.
 
     ``unreached``: trainable parameters that no unit's output depends on for the example.
-    ``blocks``: paths of the residual or transformer blocks, or layers where there are none, in
-    order of execution but for the last.
+    ``blocks``: paths of the residual or transformer blocks, or layers where there are none, with
+    the norms and activations that share a module with one, in order of execution but for the last.
     """
 
     units: tuple[Unit, ...]
@@ -128,7 +128,7 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
         if not idle and not odd:
             if not exits and not whole:
                 _refuse_one_piece(model, units, calls)
-            blocks = _in_order(calls, _blocks(model, _layers(calls)))[:-1]
+            blocks = _in_order(calls, _with_what_follows(model, _layers(calls), calls))[:-1]
             return _plan(model, trial, [layout or AS_IT_IS for layout in layouts], z, blocks)
         exits = exits - idle - odd.keys()
     raise ValueError(
@@ -276,6 +276,19 @@ def _blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
                 yield path
 
     return descend("", model)
+
+
+def _with_what_follows(model: nn.Module, layers: set[str], calls: list[_Call]) -> Iterator[str]:
+    """Paths of the blocks, each the outermost module with no layer beside those of the block."""
+    called = {call.path for call in calls}
+    for path in _blocks(model, layers):
+        inside = {p for p in layers if p == path or _inside(p, path)}
+        around = path
+        while around := around.rpartition(".")[0]:
+            if {p for p in layers if _inside(p, around)} != inside:
+                break
+            path = around if around in called else path
+        yield path
 
 
 def _last_call(path: str, calls: list[_Call]) -> _Call:
