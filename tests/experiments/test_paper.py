@@ -21,6 +21,7 @@ from svdalign.experiments.paper import (
 from svdalign.experiments.paper.draw import experiment_figures, experiment_table, index_page
 from svdalign.experiments.profile import ProfileConfig
 from svdalign.training.build import make_rule
+from svdalign.training.record import Record
 
 JOB = {
     "model": "mlp", "width": 0.05,
@@ -152,6 +153,33 @@ def test_another_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(EXPERIMENTS, "ranks", longer)
     with pytest.raises(ValueError, match=r"another config \(epochs 2 there, 3 here\)"):
         Reproduction(["ranks"], ReproduceConfig(), tmp_path)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("my home page")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+            Reproduction(["ranks"], ReproduceConfig(), tmp_path, overwrite=overwrite)
+    Record(tmp_path / "run", "compare").start("")
+    with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+        Reproduction(["ranks"], ReproduceConfig(), tmp_path / "run")
+    (tmp_path / "project" / "runs" / "train-001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+        Reproduction(["ranks"], ReproduceConfig(), tmp_path / "project")
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_folders_from_before_they_were_marked_go_on(tmp_path: Path) -> None:
+    reproduce(["ranks"], tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
+    for path in tmp_path.iterdir():
+        if path.name != "runs":  # killed before its first results
+            path.unlink()
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
+    reproduce(["ranks"], tmp_path)
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
 
 
 def test_what_does_not_exist_is_named(tmp_path: Path) -> None:

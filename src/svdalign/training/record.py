@@ -27,8 +27,9 @@ class Record:
     """A run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``,
     ``results.json``, ``report.html``.
 
-    The first line of its config says that it is ours and of what ``kind``, ``"train"`` or
-    ``"compare"``. Opening one writes nothing; :meth:`start` makes it.
+    The first line of its config says that it is ours and of what ``kind``: ``"train"``,
+    ``"compare"``, ``"profile"`` or ``"reproduce"``. Opening one writes nothing; :meth:`start` makes
+    it.
     """
 
     FILES = ("metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors")
@@ -80,9 +81,13 @@ class Record:
 
     def start(self, config_yaml: str) -> None:
         """Make the folder hold this config and no results yet. Only files of ours are removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.FILES:
             (self.folder / name).unlink(missing_ok=True)
+        self.write_config(config_yaml)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Make the folder hold this config, marked as ours, beside what else is in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Whole or not there: what is left after a kill is what a resumed run starts from.
         replace_file(
             self.config_path,
