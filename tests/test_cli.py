@@ -75,6 +75,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("words", ["train", "compare", "profile", "reproduce table1"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.txt").touch()
+    assert main([*words.split(), "--out", "notes.txt/run"]) == 2
+    error = capsys.readouterr().err
+    assert "--out notes.txt/run cannot be made: " in error
+    assert error.count("\n") == 1
+
+
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--rule", "ssa", "--horizon", "2"]) == 0
     out = capsys.readouterr().out

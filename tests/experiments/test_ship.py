@@ -128,6 +128,7 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("export nowhere", "nowhere was not made by svdalign train"),
         ("inspect nowhere", "nowhere was not made by svdalign train"),
         ("export {run} --formats tflite", "unknown format tflite; available: safetensors"),
+        ("export {run} --out {run}/config.yaml", "config.yaml cannot be made: "),
         ("inspect", "required: run"),
     ],
 )

@@ -18,7 +18,7 @@ from ..factors import FactoredLayer
 from ..metrics import alternate, inference_macs, parameter_count
 from ..training.build import build_model, evaluate, example_batch, memory_format
 from ..training.config import DENSE, RunConfig
-from ..training.record import provenance, write_json
+from ..training.record import check_writable, provenance, write_json
 from ..training.trainer import Trainer
 
 __all__ = ["BATCHES", "card", "latency", "markdown", "ship"]
@@ -40,7 +40,7 @@ def ship(
             f"unknown format {', '.join(unknown)}; available: {', '.join(export.FORMATS)}"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     model, config, data = trainer.learner.model, trainer.config, trainer.data
     small = export.compact(model)
     x, _ = next(
@@ -52,6 +52,7 @@ def ship(
             memory_format=memory_format(config),
         )
     )
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for suffix in formats:
         path = folder / f"model.{suffix}"

@@ -20,7 +20,7 @@ import yaml
 from ..storage import replace_file
 from .config import differences
 
-__all__ = ["Record", "new_folder", "provenance", "read_json", "write_json"]
+__all__ = ["Record", "check_writable", "new_folder", "provenance", "read_json", "write_json"]
 
 
 class Record:
@@ -63,9 +63,9 @@ class Record:
         return read_json(self.results_path)
 
     def check(self) -> None:
-        """ValueError unless the folder is new, empty, or holds a run of this kind."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"run folder {self.folder} is a file")
+        """ValueError unless the folder is new, empty, or holds a run of this kind, and can be
+        written in."""
+        check_writable(self.folder)
         if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
             raise ValueError(
                 f"folder {self.folder} is not empty and was not made by {self._mark[2:].strip()}"
@@ -129,6 +129,16 @@ class Record:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError unless ``folder`` can be made, or written in where it exists. Makes nothing."""
+    # os.path, for which what must not be looked at does not exist.
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(there):
+        raise ValueError(f"--out {folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder} cannot be made: no permission to write in {there}")
 
 
 def new_folder(parent: str | Path, stem: str) -> Path:
