@@ -184,8 +184,8 @@ def _declare_export(parser: _Parser) -> None:
     parser.add_argument(
         "--formats",
         type=list[str],
-        default=list(FORMATS),
-        help=f"files to write, of {', '.join(FORMATS)}; onnx needs the extra of that name",
+        default=None,
+        help=f"files to write, of {', '.join(FORMATS)} (all); onnx needs the extra of that name",
     )
     parser.add_argument(
         "--out", type=str | None, default=None, help="folder for the files (RUN/export)"
@@ -197,15 +197,24 @@ def _export(options: dict[str, Any]) -> int:
     from pathlib import Path
 
     from .experiments.card import ship
+    from .export import FORMATS, check_imports
     from .training.checkpoint import load_run
 
     console = _console()
     out = Path(options["out"] or Path(options["run"], "export"))
-    with _usage_errors(), console.status("exporting"):
+    asked = options["formats"]
+    formats = list(FORMATS) if asked is None else asked
+    for name in list(formats):
         try:
-            card = ship(load_run(options["run"]), out, options["formats"])
+            check_imports(name)
         except ImportError as error:
-            raise UsageError(str(error)) from error
+            formats.remove(name)
+            if asked is not None:
+                others = formats or [other for other in FORMATS if other != name]
+                raise UsageError(f"{error}, or --formats {' '.join(others)}") from error
+            _say(console, f"model.{name} is left out: {error}")
+    with _usage_errors(), console.status("exporting"):
+        card = ship(load_run(options["run"]), out, formats)
     for file in card["files"]:
         _say(
             console,

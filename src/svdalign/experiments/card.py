@@ -33,12 +33,15 @@ def ship(
 ) -> dict[str, Any]:
     """Write ``model.FORMAT`` for each format, ``card.json`` and ``card.md``; return the card.
 
-    Every file is loaded again and compared with the trained model on test images.
+    Every file is loaded again and compared with the trained model on test images. ValueError and
+    ImportError for a format that is not known or cannot be written, before any file is.
     """
     if unknown := sorted(set(formats) - export.FORMATS.keys()):
         raise ValueError(
             f"unknown format {', '.join(unknown)}; available: {', '.join(export.FORMATS)}"
         )
+    for suffix in formats:
+        export.check_imports(suffix)
     folder = Path(folder)
     check_writable(folder)
     model, config, data = trainer.learner.model, trainer.config, trainer.data
@@ -129,6 +132,14 @@ def latency(
     return rows
 
 
+#: What each file is for.
+_USES = {
+    "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
+    "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
+    "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
+}
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The card for people."""
     shape = content["input"]["shape"]
@@ -171,8 +182,7 @@ def markdown(content: dict[str, Any]) -> str:
              for f in content["files"]],
         ),
         "",
-        "`model.pt2` runs with torch alone (`torch.export.load`), `model.onnx` with onnxruntime "
-        "(input `x`, output `y`). `model.safetensors` holds the weights of the modules below.",
+        " ".join(_USES[f["name"]] for f in content["files"]),
         "",
         "## Layers",
         "",
