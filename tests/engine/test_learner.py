@@ -418,8 +418,14 @@ def test_pixels_and_probabilities_are_targets_too() -> None:
     learner_of().step(x, torch.rand(12, 3).softmax(1))
 
 
-@pytest.mark.parametrize("rule", [*RULES, "sign-symmetric"])
-@pytest.mark.parametrize("error", ["output", "local"])
+@pytest.mark.parametrize(
+    ("rule", "error"),
+    [
+        *((rule, "output") for rule in [*RULES, "sign-symmetric"]),
+        ("dfa", "local"),
+        ("ssa", "local"),
+    ],
+)
 def test_a_callers_no_grad_does_not_keep_it_from_learning(rule: str, error) -> None:
     learner = learner_of(rule, net(dropout=0.0), error=error)
     wanted = learner.gradients(*batch())
