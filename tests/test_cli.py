@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
         ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --resume nowhere", "there is no folder nowhere"),
         ("compare --rules bp ssb", "svdalign compare: error: unknown method 'ssb'"),
         ("compare --seeds 0", "seeds must be at least one"),
         ("compare --train-limit 0", "train_limit must be at least 1, got 0"),
@@ -112,6 +114,16 @@ def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["train", "--config", "a/config.yaml", "--out", "a", "--overwrite"]) == 0
 
 
+def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--rule", "bp", "--validation", "16", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  held-out ") == 2  # a line an epoch
+    assert "\nheld-out accuracy " in out
+    page = Path("run/report.html").read_text()
+    assert "Held-out accuracy" in page
+    assert "test" not in (out + page.partition("Where these numbers")[0]).lower()
+
+
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *TINY, "--rules", "bp-dense", "ssa", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
@@ -157,6 +169,8 @@ def test_ctrl_c_leaves_what_was_measured() -> None:
     assert process.returncode == 130
     assert err == ""
     assert "interrupted after" in out
+    assert re.search(r"^test accuracy .*% so far$", out, re.MULTILINE)
+    assert "go on with svdalign train --resume run\n" in out
     results = json.loads(Path("run/results.json").read_text())
     assert results["status"] == "interrupted"
     assert len(results["history"]) >= 2

@@ -126,10 +126,11 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("export nowhere", "nowhere was not made by svdalign train"),
-        ("inspect nowhere", "nowhere was not made by svdalign train"),
+        ("export nowhere", "there is no folder nowhere"),
+        ("inspect nowhere", "there is no folder nowhere"),
         ("export {run} --formats tflite", "unknown format tflite; available: safetensors"),
         ("export {run} --out {run}/config.yaml", "config.yaml cannot be made: "),
+        ("inspect {run}/..", "was not made by svdalign train"),
         ("inspect", "required: run"),
     ],
 )

@@ -17,7 +17,7 @@ from ..engine.forward import evaluating
 from ..factors import FactoredLayer
 from ..metrics import alternate, inference_macs, parameter_count
 from ..training.build import build_model, evaluate, example_batch, memory_format
-from ..training.config import DENSE, RunConfig
+from ..training.config import DENSE, RunConfig, evaluated_on
 from ..training.record import check_writable, provenance, write_json
 from ..training.trainer import Trainer
 
@@ -152,7 +152,7 @@ def markdown(content: dict[str, Any]) -> str:
          f"{1e3 * row['dense_seconds']:.2f} ms", row["ratio"])
         for row in content["latency"]
     ]  # fmt: skip
-    training = content["training"]
+    training, images = content["training"], evaluated_on(content["config"]["validation"])
     machine = content["machine"]
     means, deviations = (
         ", ".join(f"{v:.4f}" for v in content["input"][key]) for key in ("mean", "std")
@@ -160,7 +160,8 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         f"# {content['network']}, width {content['width']:g}",
         "",
-        f"Test accuracy **{content['test_accuracy']:.2%}** on {training['data']}, trained for "
+        f"{images.capitalize()} accuracy **{content['test_accuracy']:.2%}** on "
+        f"{training['data']}, trained for "
         f"{training['epochs']} epochs by rule `{training['rule']}` (seed {training['seed']}).",
         "",
         f"Input: float32, (N, {', '.join(map(str, shape))}), pixels from 0 to 1, less the mean "
@@ -174,7 +175,7 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         "## Files",
         "",
-        "Each was loaded again and compared with the trained model on test images.",
+        f"Each was loaded again and compared with the trained model on {images} images.",
         "",
         *_table(
             ("file", "bytes", "largest difference"),

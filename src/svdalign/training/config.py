@@ -21,6 +21,7 @@ __all__ = [
     "RankConfig",
     "RunConfig",
     "differences",
+    "evaluated_on",
     "from_dict",
     "option",
     "plain",
@@ -248,6 +249,11 @@ class RunConfig(JobConfig):
         if not isinstance(self.horizon, str):
             _at_least(self, "horizon", 0)
         object.__setattr__(self, "options", plain(self.options))
+
+
+def evaluated_on(validation: int | None) -> str:
+    """What people are told the accuracy is of: "test" images, or "held-out" training images."""
+    return "test" if validation is None else "held-out"
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

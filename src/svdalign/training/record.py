@@ -96,6 +96,8 @@ class Record:
 
     def config(self) -> dict[str, Any]:
         """What ``config.yaml`` holds; ValueError where there is none of ours."""
+        if not self.folder.is_dir():
+            raise ValueError(f"there is no folder {self.folder}")
         if not self._is_ours():
             raise ValueError(f"{self.folder} was not made by {self._mark[2:].strip()}")
         content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
