@@ -67,7 +67,8 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
         seconds = (time.perf_counter() - self._started) / max(self._steps, 1) * left
         self._print(
             f"{self._name}  epoch {row['epoch']}/{trainer.config.epochs}  "
-            f"{_measured(trainer, row)}  {row['images_per_second']:,.0f} images/s  {_clock(seconds)} left",
+            f"{_measured(trainer, row)}  {row['images_per_second']:,.0f} images/s  "
+            f"{_clock(seconds)} left",
             highlight=False,
             soft_wrap=True,
         )

@@ -139,7 +139,7 @@ class Reproduction:
             for key, variant in self._variants(experiment).items():
                 config = self._run_config(experiment, variant, seed)
                 group = experiment.group or name
-                yield _Run((group, key, seed), variant.method.label, config, experiment.angles)
+                yield _Run((group, key, seed), variant.label(experiment), config, experiment.angles)
 
     def _variants(self, experiment: Experiment) -> dict[str, Variant]:
         smoke, folder = self.config.scale == "smoke", self.config.image_folder
@@ -166,6 +166,9 @@ class Reproduction:
         that is not what it should be. Nothing is known of what is still to be downloaded."""
         if data_dir is None:
             return []
+        if not Path(data_dir).is_dir():
+            option = "--image-folder" if data == "folder" else "--data-dir"
+            raise ValueError(f"{option} is not a folder: {data_dir}")
         if (data, data_dir) not in self._sizes:
             self._sizes[data, data_dir] = sizes(data, data_dir)
         return list(zip(("train_limit", "test_limit"), self._sizes[data, data_dir], strict=True))
