@@ -427,12 +427,18 @@ class _Parser(ArgumentParser):
         return joined
 
     def _explain(self, message: str) -> str:
-        """A message about a value's type in the words of the command line."""
+        """A message about a value's type, or a missing one, in the words of the command line."""
+        if missing := re.search(r"argument (--[\w-]+)\S*: expected", message):
+            names = {_flag(name): name for name in self.types}
+            if missing[1] in names:
+                return f"{missing[1]} takes {self._allowed(names[missing[1]])}; got nothing"
         found = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if found is None or found[1] not in self.types:
             return message
-        allowed = ", ".join(_kinds(self.types[found[1]]))
-        return f"{_flag(found[1])} takes {allowed}; got {found[2]}"
+        return f"{_flag(found[1])} takes {self._allowed(found[1])}; got {found[2]}"
+
+    def _allowed(self, name: str) -> str:
+        return ", ".join(_kinds(self.types[name]))
 
 
 def _flag(name: str) -> str:
@@ -448,6 +454,8 @@ def _kinds(annotation: Any) -> list[str]:
         return [kind for part in typing.get_args(annotation) for kind in _kinds(part)]
     if origin is list:
         return [f"list of {', '.join(_kinds(*typing.get_args(annotation)))}"]
+    if annotation is bool:
+        return ["true", "false"]
     kind = origin or annotation
     return ["null" if kind is type(None) else kind.__name__]
 

@@ -49,7 +49,8 @@ NARROW = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
 
 def console_table(results: Mapping[str, Any]) -> Group:
     """The summary of a comparison as a table for the terminal."""
-    table = Table(box=None, pad_edge=False)
+    caption = "× BP: time of a step over that of BP with dense weights"
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for i, heading in enumerate(NARROW):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in results["summary"]:
@@ -156,8 +157,10 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
 
 def profile_table(results: Mapping[str, Any]) -> Table:
     """A profile as a table for the terminal."""
-    rows = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(_profile_headings(results, NARROW_PROFILE)):
+    headings = _profile_headings(results, NARROW_PROFILE)
+    caption = "step and infer: time × BP dense" if headings is NARROW_PROFILE else None
+    rows = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for i, heading in enumerate(headings):
         rows.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in _profile_rows(results):
         rows.add_row(*row)

@@ -66,8 +66,9 @@ class _Run:
 
 
 class Reproduction:
-    """Experiments in a folder: ``runs/GROUP-VARIANT-seedN`` for each training run, and for each
-    experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all there are.
+    """Experiments in a folder: ``config.yaml``, ``runs/GROUP-VARIANT-seedN`` for each training run,
+    and for each experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all
+    there are.
 
     Creating one raises ValueError for what cannot be run and for a folder of something else.
     Finished runs of the same config are not
