@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,14 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --data cifar10 --data-dir nowhere", "data_dir is not a folder: nowhere"),
         ("train --augment rotate", "--augment takes list of crop, flip, cutout; got rotate"),
         ("train --options.alhpa 1", "rule 'ssa' has no option alhpa; it has"),
+        ("train --options.alpha abc", "alpha must be a number of at least 0, got 'abc'"),
+        ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
+        ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("profile --estimate --batch-size 3", "--estimate takes true, false; got nothing"),
+        ("profile --estimate maybe", "--estimate takes true, false; got maybe"),
+        ("train --epochs", "--epochs takes int; got nothing"),
+        ("train --resume nowhere", "there is no folder nowhere"),
         ("compare --rules bp ssb", "svdalign compare: error: unknown method 'ssb'"),
         ("compare --seeds 0", "seeds must be at least one"),
         ("compare --train-limit 0", "train_limit must be at least 1, got 0"),
@@ -73,6 +81,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["train", "compare", "profile", "reproduce table1"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.txt").touch()
+    assert main([*words.split(), "--out", "notes.txt/run"]) == 2
+    error = capsys.readouterr().err
+    assert "--out notes.txt/run cannot be made: " in error
+    assert error.count("\n") == 1
 
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +115,16 @@ def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["train", "--config", "a/config.yaml", "--out", "a"]) == 2
     assert "holds the results of a run" in capsys.readouterr().err
     assert main(["train", "--config", "a/config.yaml", "--out", "a", "--overwrite"]) == 0
+
+
+def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--rule", "bp", "--validation", "16", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  held-out ") == 2  # a line an epoch
+    assert "\nheld-out accuracy " in out
+    page = Path("run/report.html").read_text()
+    assert "Held-out accuracy" in page
+    assert "test" not in (out + page.partition("Where these numbers")[0]).lower()
 
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +172,8 @@ def test_ctrl_c_leaves_what_was_measured() -> None:
     assert process.returncode == 130
     assert err == ""
     assert "interrupted after" in out
+    assert re.search(r"^test accuracy .*% so far$", out, re.MULTILINE)
+    assert "go on with svdalign train --resume run\n" in out
     results = json.loads(Path("run/results.json").read_text())
     assert results["status"] == "interrupted"
     assert len(results["history"]) >= 2

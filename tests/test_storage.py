@@ -236,6 +236,15 @@ def test_state_of_another_learner_is_refused(tmp_path):
     refused(path, "parameter groups")
 
 
+def test_what_is_no_learner_is_refused(tmp_path):
+    learner, path = learner_of(), tmp_path / "x"
+    with pytest.raises(TypeError, match=r"learner must be a svdalign\.Learner, got Sequential"):
+        svdalign.save(learner.model, path)
+    svdalign.save(learner, path)
+    with pytest.raises(TypeError, match=r"into must be a svdalign\.Learner, got Sequential"):
+        svdalign.load(path, into=learner.model)
+
+
 # --- all or nothing -----------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def _train(options: dict[str, Any]) -> int:
     from .experiments.report import run_page
     from .training.build import build_learner, load_data, prepare_machine
     from .training.checkpoint import load_checkpoint
-    from .training.config import RunConfig, from_dict
+    from .training.config import RunConfig, evaluated_on, from_dict
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
     from .training.record import Record, new_folder
@@ -140,9 +140,14 @@ def _train(options: dict[str, Any]) -> int:
             resume=resume is not None,
         )
     record.report_path.write_text(run_page(results, f"Rule {config.rule}"), encoding="utf-8")
+    so_far = results["status"] == "interrupted"
     if results["accuracy"] is not None:
-        console.print(f"test accuracy {results['accuracy']:.2%}", highlight=False)
+        images = evaluated_on(config.validation)
+        reached = f"{images} accuracy {results['accuracy']:.2%}{' so far' * so_far}"
+        console.print(reached, highlight=False)
     _say(console, f"report: {record.report_path}")
+    if so_far:
+        _say(console, f"go on with svdalign train --resume {record.folder}")
     return _exit_code(results["status"])
 
 
@@ -172,7 +177,8 @@ def _compare(options: dict[str, Any]) -> int:
     console.print(console_table(results))
     _say(console, f"report: {comparison.folder / 'report.html'}")
     if results["status"] == "interrupted":
-        _say(console, f"go on with the same command and --out {comparison.folder}")
+        same = f"the same command{' without --overwrite' * overwrite}"
+        _say(console, f"go on with {same} and --out {comparison.folder}")
     return _exit_code(results["status"])
 
 
@@ -184,8 +190,8 @@ def _declare_export(parser: _Parser) -> None:
     parser.add_argument(
         "--formats",
         type=list[str],
-        default=list(FORMATS),
-        help=f"files to write, of {', '.join(FORMATS)}; onnx needs the extra of that name",
+        default=None,
+        help=f"files to write, of {', '.join(FORMATS)} (all); onnx needs the extra of that name",
     )
     parser.add_argument(
         "--out", type=str | None, default=None, help="folder for the files (RUN/export)"
@@ -197,15 +203,25 @@ def _export(options: dict[str, Any]) -> int:
     from pathlib import Path
 
     from .experiments.card import ship
+    from .export import FORMATS, check_imports
     from .training.checkpoint import load_run
+    from .training.config import evaluated_on
 
     console = _console()
     out = Path(options["out"] or Path(options["run"], "export"))
-    with _usage_errors(), console.status("exporting"):
+    asked = options["formats"]
+    formats = list(FORMATS) if asked is None else asked
+    for name in list(formats):
         try:
-            card = ship(load_run(options["run"]), out, options["formats"])
+            check_imports(name)
         except ImportError as error:
-            raise UsageError(str(error)) from error
+            formats.remove(name)
+            if asked is not None:
+                others = formats or [other for other in FORMATS if other != name]
+                raise UsageError(f"{error}, or --formats {' '.join(others)}") from error
+            _say(console, f"model.{name} is left out: {error}")
+    with _usage_errors(), console.status("exporting"):
+        card = ship(load_run(options["run"]), out, formats)
     for file in card["files"]:
         _say(
             console,
@@ -219,7 +235,7 @@ def _export(options: dict[str, Any]) -> int:
         console,
         f"{card['parameters']['ratio']:.1%} of the dense network's parameters, "
         f"{card['macs']['ratio']:.1%} of its MACs, {', '.join(ratios)}; "
-        f"test accuracy {card['test_accuracy']:.2%}",
+        f"{evaluated_on(card['config']['validation'])} accuracy {card['test_accuracy']:.2%}",
     )
     _say(console, f"card: {out / 'card.md'}")
     return 0
@@ -296,6 +312,8 @@ def _reproduce(options: dict[str, Any]) -> int:
         console.print(table)
     _say(console, f"page: {work.folder / 'index.html'}")
     finished = all(results["status"] == "finished" for results in found.values())
+    if not finished:
+        _say(console, f"go on with the same command{' without --overwrite' * overwrite}")
     return _exit_code("finished" if finished else "interrupted")
 
 
@@ -310,19 +328,20 @@ def _data(options: dict[str, Any]) -> int:
     from rich.table import Table
 
     from .training.build import load_data
-    from .training.config import JobConfig
+    from .training.config import JobConfig, evaluated_on
 
     with _usage_errors():
-        data = load_data(JobConfig(**options))
-    console = _console()
+        config = JobConfig(**options)
+        data = load_data(config)
+    console, images = _console(), f"{evaluated_on(config.validation)} images"
     shape = " × ".join(map(str, data.train.images.shape[1:]))
     mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (data.mean, data.std))
     console.print(
-        f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {shape}\n"
+        f"{data.name}: {len(data.train):,} training and {len(data.test):,} {images}, {shape}\n"
         f"pixels from 0 to 1 have mean {mean} and deviation {std}",
         highlight=False,
     )
-    table = Table("class", "training images", "test images")
+    table = Table("class", "training images", images)
     counts = [
         s.labels.bincount(minlength=data.num_classes).tolist() for s in (data.train, data.test)
     ]
@@ -408,12 +427,18 @@ class _Parser(ArgumentParser):
         return joined
 
     def _explain(self, message: str) -> str:
-        """A message about a value's type in the words of the command line."""
+        """A message about a value's type, or a missing one, in the words of the command line."""
+        if missing := re.search(r"argument (--[\w-]+)\S*: expected", message):
+            names = {_flag(name): name for name in self.types}
+            if missing[1] in names:
+                return f"{missing[1]} takes {self._allowed(names[missing[1]])}; got nothing"
         found = re.search(r'Parser key "(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if found is None or found[1] not in self.types:
             return message
-        allowed = ", ".join(_kinds(self.types[found[1]]))
-        return f"{_flag(found[1])} takes {allowed}; got {found[2]}"
+        return f"{_flag(found[1])} takes {self._allowed(found[1])}; got {found[2]}"
+
+    def _allowed(self, name: str) -> str:
+        return ", ".join(_kinds(self.types[name]))
 
 
 def _flag(name: str) -> str:
@@ -429,6 +454,8 @@ def _kinds(annotation: Any) -> list[str]:
         return [kind for part in typing.get_args(annotation) for kind in _kinds(part)]
     if origin is list:
         return [f"list of {', '.join(_kinds(*typing.get_args(annotation)))}"]
+    if annotation is bool:
+        return ["true", "false"]
     kind = origin or annotation
     return ["null" if kind is type(None) else kind.__name__]
 

@@ -20,7 +20,14 @@ from .chains import carry_hooks, followers, substitute
 from .factors import FactoredLayer, FusedConv2d, SVDConv2d
 from .storage import replace_file
 
-__all__ = ["FORMATS", "compact", "write_onnx", "write_pt2", "write_safetensors"]
+__all__ = [
+    "FORMATS",
+    "check_imports",
+    "compact",
+    "write_onnx",
+    "write_pt2",
+    "write_safetensors",
+]
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -203,11 +210,9 @@ def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     ``example``: a batch of two or more; the graph takes any size. Raises ImportError without the
     extra ``onnx``.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("ONNX needs the extra: pip install 'svdalign[onnx]'") from error
+    check_imports("onnx")
+    import onnxruntime
+
     with _quiet():
         program = torch.onnx.export(
             model,
@@ -231,6 +236,16 @@ FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], Runner]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
 }  #: writers by the suffix of their files
+
+
+def check_imports(name: str) -> None:
+    """ImportError that says how to come by what format ``name`` needs, if it is not installed."""
+    if name == "onnx":
+        try:
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError("ONNX needs the extra: pip install 'svdalign[onnx]'") from error
 
 
 @contextlib.contextmanager

@@ -13,17 +13,15 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .engine import Learner
 from .factors import FactoredLayer
-
-if TYPE_CHECKING:
-    from .engine import Learner
 
 __all__ = [
     "load",
@@ -47,9 +45,10 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file at ``path`` is replaced in one
     go: at every moment, power cuts included, it is the old one or the new one.
 
-    Raises TypeError for a value that cannot be written, and for a module's extra state that is no
-    tensor; OSError where the disk refuses.
+    Raises TypeError for what is no learner, for a value that cannot be written, and for a module's
+    extra state that is no tensor; OSError where the disk refuses.
     """
+    _check_learner("learner", learner)
     state = {**learner.state_dict(), "random": random_state(), "extra": extra}
     for part in ("model", "feedback", "transport"):
         for name, value in state[part].items():
@@ -71,8 +70,11 @@ def load(path: str | Path, into: Learner | None = None) -> dict[str, Any]:
     the result. A model cannot be rebuilt from the file alone: that would mean running code from it.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, foreign or of a newer
-    format, or does not fit ``into``; ``into`` is then left as it was.
+    format, or does not fit ``into``, TypeError for an ``into`` that is no learner; ``into`` is then
+    left as it was.
     """
+    if into is not None:
+        _check_learner("into", into)
     state = read(path)
     if missing := {"model", "feedback", "transport", "optimizer", "steps"} - state.keys():
         raise ValueError(f"{path} holds no learner: {', '.join(sorted(missing))} missing")
@@ -241,6 +243,11 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 # --- does it fit --------------------------------------------------------------------------------
+
+
+def _check_learner(name: str, given: object) -> None:
+    if not isinstance(given, Learner):
+        raise TypeError(f"{name} must be a svdalign.Learner, got {type(given).__name__}")
 
 
 def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:

@@ -348,6 +348,16 @@ def test_folder_errors(folder: Path) -> None:
         data.load("folder", data_dir=folder)
 
 
+def test_images_that_are_no_squares_of_one_size_are_named(folder: Path) -> None:
+    Image.new("RGB", (40, 30)).save(folder / "train" / "bee" / "0.png")
+    with pytest.raises(ValueError, match=r"bee/0\.png is 40 x 30, .*ant/\w+\.png is 8 x 8: images"):
+        data.load("folder", data_dir=folder)
+    for path in (folder / "train" / "ant").iterdir():
+        Image.new("RGB", (40, 30)).save(path)
+    with pytest.raises(ValueError, match=r"ant/\w+\.png is 40 x 30: images must be squares"):
+        data.load("folder", data_dir=folder)
+
+
 def test_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no file train\*\.parquet"):
         data.load("cifar10", data_dir=tmp_path)

@@ -327,6 +327,11 @@ def test_the_default_retraction_copes_with_large_steps(rate: float) -> None:
         ({"units": True}, ValueError, r"units must be .*got True"),
         ({"units": lambda name, module: False}, ValueError, r"units chose no module"),
         ({"optimizer": lambda p: "sgd"}, TypeError, r"optimizer must .*Optimizer.*got 'sgd'"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)},
+            TypeError,
+            r"optimizer must be called with .*lambda p: .*got SGD",
+        ),
         ({"retraction": "cayley"}, ValueError, r"retraction .*'newton-schulz'.*None.*'cayley'"),
         ({"retract_every": 0}, ValueError, r"retract_every .*at least 1, got 0"),
         ({"model": "net"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
@@ -352,6 +357,8 @@ def bad_batches() -> dict[str, tuple]:
         "too few": (x, y[:-1], ValueError, r"y must .*each of the 12 samples.*got shape \(11,\)"),
         "too many": (x, y.repeat(2), ValueError, r"y must .*12 samples.*got shape \(24,\)"),
         "one": (x, y[0], ValueError, r"y must .*12 samples.*got shape \(\)"),
+        "none": (x[:0], y[:0], ValueError, r"batch is empty"),
+        "no inputs": (x[:0], y, ValueError, r"batch is empty"),
         "a list": (x, y.tolist(), TypeError, r"y must be a tensor.*got list"),
         "NaN": (nan, y, ValueError, r"x must be finite, got NaN"),
         "infinity": (infinite, y, ValueError, r"x must be finite, got NaN or infinite"),
@@ -418,8 +425,14 @@ def test_pixels_and_probabilities_are_targets_too() -> None:
     learner_of().step(x, torch.rand(12, 3).softmax(1))
 
 
-@pytest.mark.parametrize("rule", [*RULES, "sign-symmetric"])
-@pytest.mark.parametrize("error", ["output", "local"])
+@pytest.mark.parametrize(
+    ("rule", "error"),
+    [
+        *((rule, "output") for rule in [*RULES, "sign-symmetric"]),
+        ("dfa", "local"),
+        ("ssa", "local"),
+    ],
+)
 def test_a_callers_no_grad_does_not_keep_it_from_learning(rule: str, error) -> None:
     learner = learner_of(rule, net(dropout=0.0), error=error)
     wanted = learner.gradients(*batch())

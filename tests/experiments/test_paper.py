@@ -21,6 +21,7 @@ from svdalign.experiments.paper import (
 from svdalign.experiments.paper.draw import experiment_figures, experiment_table, index_page
 from svdalign.experiments.profile import ProfileConfig
 from svdalign.training.build import make_rule
+from svdalign.training.record import Record
 
 JOB = {
     "model": "mlp", "width": 0.05,
@@ -154,6 +155,33 @@ def test_another_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Reproduction(["ranks"], ReproduceConfig(), tmp_path)
 
 
+@pytest.mark.usefixtures("_tiny")
+def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("my home page")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+            Reproduction(["ranks"], ReproduceConfig(), tmp_path, overwrite=overwrite)
+    Record(tmp_path / "run", "compare").start("")
+    with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+        Reproduction(["ranks"], ReproduceConfig(), tmp_path / "run")
+    (tmp_path / "project" / "runs" / "train-001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not made by svdalign reproduce"):
+        Reproduction(["ranks"], ReproduceConfig(), tmp_path / "project")
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_folders_from_before_they_were_marked_go_on(tmp_path: Path) -> None:
+    reproduce(["ranks"], tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
+    for path in tmp_path.iterdir():
+        if path.name != "runs":  # killed before its first results
+            path.unlink()
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
+    reproduce(["ranks"], tmp_path)
+    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
+
+
 def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown experiment fig9; there are all, fig2"):
         Reproduction(["fig9"], ReproduceConfig(), tmp_path)
@@ -166,8 +194,11 @@ def test_every_run_of_every_scale_is_one_that_can_be(
     scale: Any, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(reproduction, "sizes", lambda data, data_dir: (10_000, 10_000))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "images"):
+        (tmp_path / folder).mkdir()
     config = ReproduceConfig(scale=scale, data_dir="data", image_folder="images")
-    work = Reproduction(["all"], config, tmp_path)
+    work = Reproduction(["all"], config, tmp_path / "out")
     assert work.pending > 0
     for name in EXPERIMENTS:
         for run in work._runs_of(name):
@@ -175,7 +206,7 @@ def test_every_run_of_every_scale_is_one_that_can_be(
             folder = {"embedded": None, "folder": "images"}.get(run.config.data, "data")
             assert run.config.data_dir == folder
             assert (run.config.data == "embedded") == (scale == "smoke")
-    work_without = Reproduction(["table2"], ReproduceConfig(scale=scale), tmp_path)
+    work_without = Reproduction(["table2"], ReproduceConfig(scale=scale), tmp_path / "out")
     assert all(run.config.data != "folder" for run in work_without._runs_of("table2"))
 
 
@@ -193,12 +224,29 @@ def test_a_folder_with_fewer_images_than_the_scale_takes_is_used_whole(tmp_path:
 
 def test_data_that_are_not_there_are_missed_before_anything_runs(tmp_path: Path) -> None:
     config = ReproduceConfig(scale="cpu", image_folder=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"not a folder: .*nowhere"):
+    with pytest.raises(ValueError, match=r"--image-folder is not a folder: .*nowhere"):
         Reproduction(["table2"], config, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     config = ReproduceConfig(scale="cpu", data_dir=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="empty"):
         Reproduction(["table1"], config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_of_an_experiment_is_told_by_its_name(name: str, tmp_path: Path) -> None:
+    """Progress shows the label and the seed."""
+    runs = list(Reproduction([name], ReproduceConfig(), tmp_path)._runs_of(name))
+    assert len({(run.label, run.key[2]) for run in runs}) == len(runs)
+
+
+def test_a_label_says_setting_method_and_point() -> None:
+    def labels(name: str) -> list[str]:
+        experiment = EXPERIMENTS[name]
+        return [variant.label(experiment) for variant in experiment.variants.values()]
+
+    assert "BP, factored, rank 0.35" in labels("fig4")
+    assert "DFA, task" in labels("table3")
+    assert "horizon and alignment, horizon 3, α 12.5" in labels("sensitivity")
 
 
 def test_the_paper_has_its_figures_and_tables() -> None:

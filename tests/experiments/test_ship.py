@@ -69,6 +69,7 @@ def test_card_for_people(shipped: Path) -> None:
     assert f"**{card['test_accuracy']:.2%}**" in text
     assert "Ankle boot" in text
     assert "| `model.pt2` |" in text
+    assert "onnx" not in text  # a file that was not written
 
 
 def test_the_difference_is_to_the_trained_model(run: Path) -> None:
@@ -125,9 +126,11 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("export nowhere", "nowhere was not made by svdalign train"),
-        ("inspect nowhere", "nowhere was not made by svdalign train"),
+        ("export nowhere", "there is no folder nowhere"),
+        ("inspect nowhere", "there is no folder nowhere"),
         ("export {run} --formats tflite", "unknown format tflite; available: safetensors"),
+        ("export {run} --out {run}/config.yaml", "config.yaml cannot be made: "),
+        ("inspect {run}/..", "was not made by svdalign train"),
         ("inspect", "required: run"),
     ],
 )
@@ -138,8 +141,28 @@ def test_mistakes(run: Path, words: str, message: str, capsys: pytest.CaptureFix
 
 def test_a_missing_extra_is_named(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert main(["export", str(run), "--formats", "onnx", "--out", str(tmp_path)]) == 2
-    assert "pip install 'svdalign[onnx]'" in capsys.readouterr().err
+    for formats, way_out in (
+        ("onnx", "--formats safetensors pt2"),
+        ("safetensors,onnx", "--formats safetensors"),
+    ):
+        assert main(["export", str(run), "--formats", formats, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"pip install 'svdalign[onnx]', or {way_out}\n" in error
+    with pytest.raises(ImportError, match="svdalign"):
+        cards.ship(load_run(run), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_extra_the_other_files_are_written(
+    run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(cards, "SECONDS", 0.1)
+    monkeypatch.setattr(cards, "BATCHES", (1,))
+    assert main(["export", str(run), "--out", str(tmp_path)]) == 0
+    assert "model.onnx is left out: ONNX needs the extra" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.safetensors", "model.pt2", "card.json", "card.md"}
 
 
 def test_folders_that_cannot_be_looked_into(run: Path, tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_padding_by_name(scheme: str, padding: str, kernel, dilation: int) -> No
             same(getattr(model[0], name).grad, getattr(net[0], name).grad)
 
 
+@pytest.mark.filterwarnings("ignore:nothing was fused")
 def test_what_cannot_be_exact_stays_as_it_is() -> None:
     spatial = sva.fuse(chain("norm, relu", "spatial"))
     assert type(spatial[0]) is SVDConv2d
@@ -194,6 +195,15 @@ def test_what_cannot_be_exact_stays_as_it_is() -> None:
     assert type(sva.fuse(hooked)[0]) is SVDConv2d
     read_twice = sva.fuse(ReadTwice())
     assert not any(isinstance(m, FusedConv2d) for m in read_twice.modules())
+
+
+def test_where_nothing_is_fused_a_warning_says_why() -> None:
+    with pytest.warns(UserWarning, match='spatial scheme .*batch norm.*scheme="channel"'):
+        sva.fuse(chain("norm, relu", "spatial"))
+    with pytest.warns(UserWarning, match="no factored convolution; svdalign.factorize"):
+        sva.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    with pytest.warns(UserWarning, match="is followed.*by a module that it can take in"):
+        sva.fuse(ReadTwice())
 
 
 class ReadTwice(nn.Module):

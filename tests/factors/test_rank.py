@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdalign import Learner
 from svdalign.factors import FactoredLayer, SVDConv2d, factorize, reduce_rank
 from svdalign.factors import rank as rank_module
 from svdalign.factors.rank import energy_rank, match_ranks, rediagonalize, spectrum
@@ -489,13 +490,22 @@ def test_ranks_of_a_state_dict_are_taken_over():
         ({"rank": {"nope": 3}}, ValueError, "rank names"),
         ({"energy": 0.5, "ratio": 2.0}, ValueError, "ratio must be"),
         ({"energy": 0.5, "min_rank": 0}, ValueError, "min_rank must be"),
-        ({"energy": 0.5, "optimizer": 3}, TypeError, "not iterable"),
+        ({"energy": 0.5, "optimizer": 3}, TypeError, "optimizer must be .*got int"),
         ({"energy": 0.5, "optimizer": ["adam"]}, TypeError, "optimizer must be"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, match):
     with pytest.raises(error, match=match):
         reduce_rank(model_of(orthonormal()), **arguments)
+
+
+def test_a_learner_is_neither_a_model_nor_an_optimizer():
+    model = model_of(orthonormal())
+    learner = Learner(model, "bp", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=batch(0)[0])
+    with pytest.raises(TypeError, match=r"optimizer must be .*learner\.optimizer.*got Learner"):
+        reduce_rank(model, learner, energy=0.5)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Learner"):
+        reduce_rank(learner, learner.optimizer, energy=0.5)
 
 
 def test_a_model_without_factors_is_refused():

@@ -194,6 +194,7 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
         models.build(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:nothing was fused")
 @pytest.mark.parametrize("name", models.available())
 def test_every_network_can_be_fused(name: str) -> None:
     with torch.device("meta"):

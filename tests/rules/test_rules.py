@@ -54,11 +54,18 @@ def test_backpropagating_rules_refuse_a_horizon(rule) -> None:
         rule(horizon=1)
 
 
+@pytest.mark.parametrize("rule", [BP, FA])
+def test_backpropagating_rules_take_no_source_of_errors(rule) -> None:
+    with pytest.raises(ValueError, match=r"takes no source of errors.*got error 'local'"):
+        rule(error="local")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("error", "elsewhere"), ("alignment", "angle"), ("alpha", -1.0), ("alpha", float("nan")),
         ("beta", -0.1), ("gamma", -2.0), ("grid", 0), ("rank", 0), ("rank", 1.5),
+        ("alpha", "abc"), ("beta", None), ("gamma", True), ("learn", "maybe"), ("learn", 1),
     ],
 )  # fmt: skip
 def test_ssa_refuses_fields_out_of_range(field: str, value) -> None:

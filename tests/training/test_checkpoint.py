@@ -249,7 +249,7 @@ def test_resume(
 @pytest.mark.parametrize(
     ("words", "damage", "message"),
     [
-        ("--resume nowhere", None, "nowhere was not made by svdalign train"),
+        ("--resume nowhere", None, "there is no folder nowhere"),
         ("--resume run --lr 3", None, "--resume takes all options from its folder"),
         ("--resume run --out b", None, "--resume takes all options from its folder"),
         ("--resume run", "checkpoint.safetensors", "truncated or no safetensors file"),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import yaml
 
-from svdalign import rules
+from svdalign import models, rules
 from svdalign.training.build import make_rule
 from svdalign.training.config import RunConfig, to_yaml
 
@@ -76,7 +77,8 @@ def test_an_option_the_rule_lacks_is_named() -> None:
         make_rule(RunConfig(rule="ssa", options={"alhpa": 1}))
 
 
-def test_help_names_every_rule() -> None:
-    (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == "rule")
-    named = field.metadata["help"].partition(": ")[2].split(", ")
-    assert sorted(named) == rules.available()
+@pytest.mark.parametrize(("name", "known"), [("rule", rules), ("model", models)])
+def test_help_names_everything_there_is(name: str, known: Any) -> None:
+    (field,) = (f for f in dataclasses.fields(RunConfig) if f.name == name)
+    words = re.findall(r"[\w-]+", field.metadata["help"])
+    assert set(known.available()) <= set(words)

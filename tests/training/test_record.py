@@ -29,12 +29,23 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty and was not made by svdalign train"):
         Record(tmp_path).check()
     file = tmp_path / "thesis.tex"
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Record(file).check()
     config = tmp_path / "config.yaml"
     config.write_text("somebody: else's\n")
     with pytest.raises(ValueError, match="was not made by"):
         Record(tmp_path).check()
+
+
+def test_folders_that_cannot_be_made_are_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*run cannot be made: .*file is not a folder"):
+        Record(tmp_path / "file" / "deep" / "run").check()
+    # Said rather than done: to an administrator every folder is open.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match="cannot be made: no permission to write in"):
+        Record(tmp_path / "run").check()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_kinds_of_run_do_not_mix(tmp_path: Path) -> None:

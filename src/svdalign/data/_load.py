@@ -147,10 +147,10 @@ def _decode(
         image = _pixels(source, index, image_size)
         _, height, width = image.shape
         if image.shape != first.shape or height != width:
+            other = f"{source.where(chosen[0])} is {first.shape[2]} x {first.shape[1]}"
             raise ValueError(
-                f"{source.where(index)} is {width} x {height}, {source.where(chosen[0])} is "
-                f"{first.shape[2]} x {first.shape[1]}: images must be squares of one size; "
-                "give image_size to bring them to it"
+                f"{source.where(index)} is {width} x {height}{f', {other}' * (row > 0)}: images "
+                "must be squares of one size; give image_size to bring them to it"
             )
         decoded[row] = image
     return decoded

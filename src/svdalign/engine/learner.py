@@ -100,6 +100,12 @@ class Learner:
             raise ValueError(
                 f"retract_every must be a whole number of at least 1, got {retract_every!r}"
             )
+        if not callable(optimizer):
+            raise TypeError(
+                "optimizer must be called with the parameters to train, among them those of the "
+                "feedback, such as lambda p: torch.optim.AdamW(p, 1e-3), "
+                f"got {type(optimizer).__name__}"
+            )
         changes: dict[str, Any] = {"horizon": horizon, "error": error}
         self.rule = replace(
             rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT}
@@ -180,9 +186,9 @@ class Learner:
         an output (B, C, H, W), or probabilities of the output's shape.
 
         Raises TypeError for a ``y`` that is no tensor and ValueError for a batch that cannot be
-        learned from, before anything changes: ``x`` not finite or ``y`` out of range (of the first
-        batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is called more
-        often than for the example.
+        learned from, before anything changes: an empty one, ``x`` not finite or ``y`` out of range
+        (of the first batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is
+        called more often than for the example.
         """
         self.optimizer.zero_grad(set_to_none=True)
         report = self.backward(x, y)
@@ -348,6 +354,9 @@ class Learner:
         reading them costs a host sync."""
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
+        inputs = [value for value in _parts(x) if isinstance(value, Tensor)]
+        if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
+            raise ValueError("the batch is empty: x and y must hold at least one sample")
         classification = self.loss is F.cross_entropy
         if classification and y.dtype != torch.int64 and y.ndim < 2:
             raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
@@ -366,14 +375,8 @@ class Learner:
                 )
         if self._checked:
             return
-        for value in (
-            x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,)
-        ):
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and not torch.isfinite(value).all()
-            ):
+        for value in inputs:
+            if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
             C = self.teaching_unit(self.plan.output).classes
@@ -383,6 +386,11 @@ class Learner:
                     f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
                 )
         self._checked = True
+
+
+def _parts(x: Any) -> Iterable[Any]:
+    """What an input is made of: arguments by position or by name, or itself."""
+    return x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,)
 
 
 def _unscaled(loss: Tensor) -> Tensor:

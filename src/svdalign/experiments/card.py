@@ -17,8 +17,8 @@ from ..engine.forward import evaluating
 from ..factors import FactoredLayer
 from ..metrics import alternate, inference_macs, parameter_count
 from ..training.build import build_model, evaluate, example_batch, memory_format
-from ..training.config import DENSE, RunConfig
-from ..training.record import provenance, write_json
+from ..training.config import DENSE, RunConfig, evaluated_on
+from ..training.record import check_writable, provenance, write_json
 from ..training.trainer import Trainer
 
 __all__ = ["BATCHES", "card", "latency", "markdown", "ship"]
@@ -33,14 +33,17 @@ def ship(
 ) -> dict[str, Any]:
     """Write ``model.FORMAT`` for each format, ``card.json`` and ``card.md``; return the card.
 
-    Every file is loaded again and compared with the trained model on test images.
+    Every file is loaded again and compared with the trained model on test images. ValueError and
+    ImportError for a format that is not known or cannot be written, before any file is.
     """
     if unknown := sorted(set(formats) - export.FORMATS.keys()):
         raise ValueError(
             f"unknown format {', '.join(unknown)}; available: {', '.join(export.FORMATS)}"
         )
+    for suffix in formats:
+        export.check_imports(suffix)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     model, config, data = trainer.learner.model, trainer.config, trainer.data
     small = export.compact(model)
     x, _ = next(
@@ -52,6 +55,7 @@ def ship(
             memory_format=memory_format(config),
         )
     )
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for suffix in formats:
         path = folder / f"model.{suffix}"
@@ -128,6 +132,14 @@ def latency(
     return rows
 
 
+#: What each file is for.
+_USES = {
+    "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
+    "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
+    "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
+}
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The card for people."""
     shape = content["input"]["shape"]
@@ -140,7 +152,7 @@ def markdown(content: dict[str, Any]) -> str:
          f"{1e3 * row['dense_seconds']:.2f} ms", row["ratio"])
         for row in content["latency"]
     ]  # fmt: skip
-    training = content["training"]
+    training, images = content["training"], evaluated_on(content["config"]["validation"])
     machine = content["machine"]
     means, deviations = (
         ", ".join(f"{v:.4f}" for v in content["input"][key]) for key in ("mean", "std")
@@ -148,7 +160,8 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         f"# {content['network']}, width {content['width']:g}",
         "",
-        f"Test accuracy **{content['test_accuracy']:.2%}** on {training['data']}, trained for "
+        f"{images.capitalize()} accuracy **{content['test_accuracy']:.2%}** on "
+        f"{training['data']}, trained for "
         f"{training['epochs']} epochs by rule `{training['rule']}` (seed {training['seed']}).",
         "",
         f"Input: float32, (N, {', '.join(map(str, shape))}), pixels from 0 to 1, less the mean "
@@ -162,7 +175,7 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         "## Files",
         "",
-        "Each was loaded again and compared with the trained model on test images.",
+        f"Each was loaded again and compared with the trained model on {images} images.",
         "",
         *_table(
             ("file", "bytes", "largest difference"),
@@ -170,8 +183,7 @@ def markdown(content: dict[str, Any]) -> str:
              for f in content["files"]],
         ),
         "",
-        "`model.pt2` runs with torch alone (`torch.export.load`), `model.onnx` with onnxruntime "
-        "(input `x`, output `y`). `model.safetensors` holds the weights of the modules below.",
+        " ".join(_USES[f["name"]] for f in content["files"]),
         "",
         "## Layers",
         "",

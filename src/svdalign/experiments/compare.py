@@ -17,7 +17,7 @@ from ..training.record import Record, new_folder, provenance, read_json
 from ..training.run import train
 from ..training.trainer import Trainer
 from . import costs
-from .methods import DEFAULT, METHODS, check_settings, method_config
+from .methods import BACKPROP, DEFAULT, METHODS, check_settings, method_config
 from .report import comparison_page, run_page
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
@@ -27,7 +27,7 @@ __all__ = ["CompareConfig", "Comparison", "summarise"]
 class CompareConfig(JobConfig):
     """comparison"""
 
-    rules: list[str] = option(DEFAULT, f"methods to compare, of {', '.join(METHODS)}")
+    rules: list[str] = option(DEFAULT, f"methods to compare, of {', '.join(METHODS)}; {BACKPROP}")
     seeds: int | list[int] = option(1, "how many seeds, or which: 3 is the same as [0, 1, 2]")
     lr: float | dict[str, float] | None = option(
         None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"

@@ -100,10 +100,11 @@ class Plot:
         return buffer.getvalue()
 
 
-def accuracy_curves(curves: Curves) -> Plot:
-    """Test accuracy by epoch: the mean over seeds, the range between them shaded."""
+def accuracy_curves(curves: Curves, images: str = "test") -> Plot:
+    """Accuracy on ``images`` by epoch: the mean over seeds, the range between them shaded."""
     return Plot(
-        "Test accuracy by epoch", lambda axes: _draw(axes, curves, "test accuracy (%)", 100)
+        f"{images.capitalize()} accuracy by epoch",
+        lambda axes: _draw(axes, curves, f"{images} accuracy (%)", 100),
     )
 
 

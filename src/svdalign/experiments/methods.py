@@ -15,7 +15,7 @@ from typing import Any
 
 from ..training.config import DENSE, JobConfig, RunConfig, plain
 
-__all__ = ["DEFAULT", "METHODS", "Method", "check_settings", "method_config"]
+__all__ = ["BACKPROP", "DEFAULT", "METHODS", "Method", "check_settings", "method_config"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ METHODS: dict[str, Method] = {
     "ssa": Method("SSA, horizon 2", "ssa", lr=1e-2),
     "ssa-dense": Method("SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2),
 }
+
+#: For help texts.
+BACKPROP = "bp-dense is backpropagation, bp the same on factored weights"
 
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise
 

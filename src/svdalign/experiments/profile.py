@@ -36,7 +36,7 @@ from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, 
 from ..training.record import Record, new_folder, provenance
 from .checkpointing import checkpointed, segment_sizes
 from .costs import Step
-from .methods import METHODS, check_settings, method_config
+from .methods import BACKPROP, METHODS, check_settings, method_config
 from .report import profile_page
 
 __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
@@ -74,7 +74,7 @@ class BatchConfig:
 class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     """profile"""
 
-    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}")
+    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}; {BACKPROP}")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
     precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
     settings: dict[str, Any] = option(

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..training.config import evaluated_on
 from . import figures
 from .page import count, figure_grid, number, page, table
 
@@ -24,7 +25,7 @@ __all__ = [
 
 HEADINGS = (
     "method",
-    "test accuracy",
+    "accuracy",
     "parameters",
     "inference MACs",
     "peak training memory",
@@ -48,7 +49,8 @@ NARROW = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
 
 def console_table(results: Mapping[str, Any]) -> Group:
     """The summary of a comparison as a table for the terminal."""
-    table = Table(box=None, pad_edge=False)
+    caption = "× BP: time of a step over that of BP with dense weights"
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for i, heading in enumerate(NARROW):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in results["summary"]:
@@ -67,8 +69,12 @@ def comparison_page(results: Mapping[str, Any]) -> str:
     count = seeds if isinstance(seeds, int) else len(seeds)
     shaded = ", mean over the seeds, the range between them shaded" if count > 1 else ""
     spread = ", mean ± standard deviation over the seeds" if count > 1 else ""
+    images = _images(results)
     figure = [
-        (figures.accuracy_curves(_column(curves, "test_accuracy")), f"Test accuracy{shaded}."),
+        (
+            figures.accuracy_curves(_column(curves, "test_accuracy"), images),
+            f"{images.capitalize()} accuracy{shaded}.",
+        ),
         (figures.loss_curves(_column(curves, "loss")), f"Training loss{shaded}."),
     ]
     measured = {row["label"]: row for row in summary if "memory" in row}
@@ -99,7 +105,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         results,
         "<h2>Results</h2>",
         table(HEADINGS, [_cells(row) for row in summary]),
-        f'<p class="soft">Accuracy after the last epoch{spread}. '
+        f'<p class="soft">{images.capitalize()} accuracy after the last epoch{spread}. '
         "MACs of one image. Times are medians of steps taken in turns.</p>",
         "<h2>Figures</h2>",
         figure_grid(figure),
@@ -108,7 +114,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
 
 def run_page(results: Mapping[str, Any], title: str) -> str:
     """``report.html`` of one run, from what its ``results.json`` holds."""
-    history = {title: [results["history"]]}
+    history, images = {title: [results["history"]]}, _images(results)
     rows = [
         [
             str(row["epoch"]),
@@ -125,15 +131,24 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
         title,
         f"{config['model']} on {config['data']}, {config['epochs']} epochs, seed {results['seed']}",
         results,
-        f"<p>Test accuracy {number(results['accuracy'], '{:.2%}')}, {results['parameters']:,} "
-        f"parameters, {count(results['macs'])} MACs an image, "
+        f"<p>{images.capitalize()} accuracy {number(results['accuracy'], '{:.2%}')}, "
+        f"{results['parameters']:,} parameters, {count(results['macs'])} MACs an image, "
         f"{results['train_seconds']:.0f} s of training.</p>",
         "<h2>Epochs</h2>",
-        table(("epoch", "loss", "train accuracy", "test loss", "test accuracy", "images/s"), rows),
+        table(
+            (
+                *("epoch", "loss", "train accuracy"),
+                *(f"{images} loss", f"{images} accuracy", "images/s"),
+            ),
+            rows,
+        ),
         "<h2>Figures</h2>",
         figure_grid(
             [
-                (figures.accuracy_curves(_column(history, "test_accuracy")), "Test accuracy."),
+                (
+                    figures.accuracy_curves(_column(history, "test_accuracy"), images),
+                    f"{images.capitalize()} accuracy.",
+                ),
                 (figures.loss_curves(_column(history, "loss")), "Training loss."),
             ]
         ),
@@ -142,8 +157,10 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
 
 def profile_table(results: Mapping[str, Any]) -> Table:
     """A profile as a table for the terminal."""
-    rows = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(_profile_headings(results, NARROW_PROFILE)):
+    headings = _profile_headings(results, NARROW_PROFILE)
+    caption = "step and infer: time × BP dense" if headings is NARROW_PROFILE else None
+    rows = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for i, heading in enumerate(headings):
         rows.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in _profile_rows(results):
         rows.add_row(*row)
@@ -244,12 +261,17 @@ def _profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
 _MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 
+def _images(results: Mapping[str, Any]) -> str:
+    return evaluated_on(results["config"].get("validation"))
+
+
 def _job(results: Mapping[str, Any]) -> str:
     config, data = results["config"], results["data"]
     seeds = config["seeds"] if isinstance(config["seeds"], int) else len(config["seeds"])
     return (
         f"{config['model']} on {data['name']}: {data['train']:,} training and "
-        f"{data['test']:,} test images, {config['epochs']} epochs, {seeds} seed{'s' * (seeds != 1)}"
+        f"{data['test']:,} {_images(results)} images, {config['epochs']} epochs, "
+        f"{seeds} seed{'s' * (seeds != 1)}"
     )
 
 

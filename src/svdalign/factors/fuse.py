@@ -17,6 +17,7 @@ A training step so holds ``r`` channels of full resolution where it held ``2 N``
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -56,9 +57,33 @@ def fuse(model: nn.Module) -> nn.Module:
     block whose pooling stands outside it) ends after it.
 
     To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
-    like ``model``. Raises ValueError for a model whose ``forward`` cannot be traced (control flow
-    that depends on the data).
+    like ``model``, and a UserWarning says why. Raises ValueError for a model whose ``forward``
+    cannot be traced (control flow that depends on the data).
     """
+    fused = fuse_where_possible(model)
+    if not any(isinstance(module, FusedConv2d) for module in fused.modules()):
+        warnings.warn(f"nothing was fused: {_why_not(fused)}", stacklevel=2)
+    return fused
+
+
+def _why_not(model: nn.Module) -> str:
+    layers = [m for m in model.modules() if isinstance(m, SVDConv2d)]
+    if not layers:
+        return "model has no factored convolution; svdalign.factorize makes them"
+    normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    if normed and any(layer.scheme == "spatial" for layer in layers):
+        return (
+            "in the spatial scheme a convolution takes in no batch norm; "
+            'svdalign.factorize(model, scheme="channel") makes convolutions that do'
+        )
+    return (
+        "no factored convolution is followed, and by that alone, by a module that it can take in, "
+        "such as a batch norm, an activation or a small pooling"
+    )
+
+
+def fuse_where_possible(model: nn.Module) -> nn.Module:
+    """:func:`fuse` without a word where there is nothing to fuse."""
     model = copy.deepcopy(model)
     leaf = (SVDConv2d,)
     try:

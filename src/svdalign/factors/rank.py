@@ -146,6 +146,8 @@ def reduce_rank(
     that name the argument, ValueError that names the layer for factors that are not finite; nothing
     is cut then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizers = _optimizers(optimizer)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     _check(layers, energy, rank, parameters, ratio, min_rank)
@@ -318,14 +320,16 @@ _said: set[str] = set()
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
-    optimizers = () if given is None else (given,) if isinstance(given, Optimizer) else tuple(given)
-    for optimizer in optimizers:
+    if given is None or isinstance(given, Optimizer):
+        return () if given is None else (given,)
+    several = tuple(given) if isinstance(given, Iterable) else (given,)
+    for optimizer in several:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                "optimizer must be a torch.optim.Optimizer or several, "
+                "optimizer must be a torch.optim.Optimizer, as learner.optimizer is, or several, "
                 f"got {type(optimizer).__name__}"
             )
-    return optimizers
+    return several
 
 
 def _check(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -229,7 +230,7 @@ def feedback_channels(
 
 
 def check_weights(**weights: float) -> None:
-    """Refuse weights of loss terms that are negative or NaN."""
+    """Refuse weights of loss terms that are no numbers, negative or NaN."""
     for name, value in weights.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")

@@ -23,3 +23,8 @@ class BP(Rule):
                 f"rule {self.name!r} carries errors through every layer: horizon must be None, "
                 f"got {self.horizon}"
             )
+        if self.error != "output":
+            raise ValueError(
+                f"rule {self.name!r} takes no source of errors, for it carries the output's error "
+                f"through every layer, got error {self.error!r}"
+            )

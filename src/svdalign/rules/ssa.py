@@ -61,6 +61,8 @@ class SSA(Rule):
                 f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
             )
         check_weights(alpha=self.alpha)
+        if not isinstance(self.learn, bool):
+            raise ValueError(f"learn must be true or false, got {self.learn!r}")
         for name in ("grid", "rank", "widen"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)

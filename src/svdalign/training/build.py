@@ -20,7 +20,8 @@ from .. import models, rules
 from ..data import Augment, ImageData, batches
 from ..engine import Learner
 from ..engine.forward import evaluating
-from ..factors import factorize, fuse
+from ..factors import factorize
+from ..factors.fuse import fuse_where_possible
 from ..rules import Rule
 from .config import JobConfig, RunConfig
 
@@ -103,7 +104,7 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
         net = factorize(net, config.rank, config.scheme)
         # A rule that sends errors back through other weights needs each layer by itself.
         if config.fuse and not isinstance(rules.get(config.rule), rules.FA):
-            net = fuse(net)
+            net = fuse_where_possible(net)
     return net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload,no-any-return]
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
+from .. import models, rules
+
 __all__ = [
     "DENSE",
     "Augmentation",
@@ -21,6 +23,7 @@ __all__ = [
     "RankConfig",
     "RunConfig",
     "differences",
+    "evaluated_on",
     "from_dict",
     "option",
     "plain",
@@ -74,7 +77,7 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    model: str = option("smallconv", "mlp, smallconv, vgg8, vgg13, resnet20 or resnet32")
+    model: str = option("smallconv", f"of {', '.join(models.available())}")
     width: float = option(1.0, "factor on the number of channels of every hidden layer")
     rank: int | float | None = option(
         0.5, "rank of the factors: a fraction in (0, 1], a whole number, or null for dense weights"
@@ -228,7 +231,10 @@ class RunConfig(JobConfig):
     """method"""
 
     rule: str = option(
-        "ssa", "how the units learn: bp, fa, sign-symmetric, dfa, drtp, ssa, ssa-local, ssa-paper"
+        "ssa",
+        f"how the units learn, of {', '.join(rules.available())}; bp is backpropagation, on "
+        "factored weights unless --rank null makes them dense; the methods of compare and profile, "
+        "such as bp-dense, are rules with settings of their own",
     )
     horizon: int | Literal["rule", "all"] = option(
         "rule",
@@ -248,6 +254,11 @@ class RunConfig(JobConfig):
         if not isinstance(self.horizon, str):
             _at_least(self, "horizon", 0)
         object.__setattr__(self, "options", plain(self.options))
+
+
+def evaluated_on(validation: int | None) -> str:
+    """What people are told the accuracy is of: "test" images, or "held-out" training images."""
+    return "test" if validation is None else "held-out"
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from rich import progress as bars
 from rich.console import Console
 
+from .config import evaluated_on
+
 if TYPE_CHECKING:
     from .trainer import Trainer
 
@@ -64,8 +66,9 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
         left = total - trainer.global_step + self._runs_left * total
         seconds = (time.perf_counter() - self._started) / max(self._steps, 1) * left
         self._print(
-            f"{self._name}  epoch {row['epoch']}/{trainer.config.epochs}  {_measured(row)}  "
-            f"{row['images_per_second']:,.0f} images/s  {_clock(seconds)} left",
+            f"{self._name}  epoch {row['epoch']}/{trainer.config.epochs}  "
+            f"{_measured(trainer, row)}  {row['images_per_second']:,.0f} images/s  "
+            f"{_clock(seconds)} left",
             highlight=False,
             soft_wrap=True,
         )
@@ -122,12 +125,13 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
             self._update(trainer)
 
     def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        self._update(trainer, _measured(row))
+        self._update(trainer, _measured(trainer, row))
 
     def end(self, trainer: Trainer, status: str) -> None:
         if self._run is not None:
             self._bars.remove_task(self._run)
-        last = _measured(trainer.history[-1]) if trainer.history else "nothing measured yet"
+        history = trainer.history
+        last = _measured(trainer, history[-1]) if history else "nothing measured yet"
         mark = "[green]✓[/]" if status == "finished" else f"[yellow]{status}[/]"
         self._bars.print(f"{mark} {self._name}  {last}  {_clock(trainer.seconds)}", highlight=False)
 
@@ -149,9 +153,10 @@ def progress_for(console: Console, runs: int = 1) -> LiveProgress | PlainProgres
     return (LiveProgress if console.is_terminal else PlainProgress)(console, runs)
 
 
-def _measured(row: dict[str, Any]) -> str:
+def _measured(trainer: Trainer, row: dict[str, Any]) -> str:
     train, test = row["train_accuracy"], row["test_accuracy"]
-    return f"loss {row['loss']:.3f}  train {train:.1%}  test {test:.1%}"
+    images = evaluated_on(trainer.config.validation)
+    return f"loss {row['loss']:.3f}  train {train:.1%}  {images} {test:.1%}"
 
 
 def _clock(seconds: float) -> str:

@@ -20,15 +20,16 @@ import yaml
 from ..storage import replace_file
 from .config import differences
 
-__all__ = ["Record", "new_folder", "provenance", "read_json", "write_json"]
+__all__ = ["Record", "check_writable", "new_folder", "provenance", "read_json", "write_json"]
 
 
 class Record:
     """A run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``,
     ``results.json``, ``report.html``.
 
-    The first line of its config says that it is ours and of what ``kind``, ``"train"`` or
-    ``"compare"``. Opening one writes nothing; :meth:`start` makes it.
+    The first line of its config says that it is ours and of what ``kind``: ``"train"``,
+    ``"compare"``, ``"profile"`` or ``"reproduce"``. Opening one writes nothing; :meth:`start` makes
+    it.
     """
 
     FILES = ("metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors")
@@ -62,9 +63,9 @@ class Record:
         return read_json(self.results_path)
 
     def check(self) -> None:
-        """ValueError unless the folder is new, empty, or holds a run of this kind."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"run folder {self.folder} is a file")
+        """ValueError unless the folder is new, empty, or holds a run of this kind, and can be
+        written in."""
+        check_writable(self.folder)
         if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
             raise ValueError(
                 f"folder {self.folder} is not empty and was not made by {self._mark[2:].strip()}"
@@ -80,9 +81,13 @@ class Record:
 
     def start(self, config_yaml: str) -> None:
         """Make the folder hold this config and no results yet. Only files of ours are removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name in self.FILES:
             (self.folder / name).unlink(missing_ok=True)
+        self.write_config(config_yaml)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Make the folder hold this config, marked as ours, beside what else is in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Whole or not there: what is left after a kill is what a resumed run starts from.
         replace_file(
             self.config_path,
@@ -91,6 +96,8 @@ class Record:
 
     def config(self) -> dict[str, Any]:
         """What ``config.yaml`` holds; ValueError where there is none of ours."""
+        if not self.folder.is_dir():
+            raise ValueError(f"there is no folder {self.folder}")
         if not self._is_ours():
             raise ValueError(f"{self.folder} was not made by {self._mark[2:].strip()}")
         content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
@@ -124,6 +131,16 @@ class Record:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError unless ``folder`` can be made, or written in where it exists. Makes nothing."""
+    # os.path, for which what must not be looked at does not exist.
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(there):
+        raise ValueError(f"--out {folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder} cannot be made: no permission to write in {there}")
 
 
 def new_folder(parent: str | Path, stem: str) -> Path:

@@ -24,6 +24,7 @@ from ...training.config import (
     RunConfig,
     from_dict,
     option,
+    to_yaml,
 )
 from ...training.progress import Progress, Silent
 from ...training.record import Record, provenance, read_json, write_json
@@ -65,10 +66,12 @@ class _Run:
 
 
 class Reproduction:
-    """Experiments in a folder: ``runs/GROUP-VARIANT-seedN`` for each training run, and for each
-    experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all there are.
+    """Experiments in a folder: ``config.yaml``, ``runs/GROUP-VARIANT-seedN`` for each training run,
+    and for each experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all
+    there are.
 
-    Creating one raises ValueError for what cannot be run. Finished runs of the same config are not
+    Creating one raises ValueError for what cannot be run and for a folder of something else.
+    Finished runs of the same config are not
     run again, unfinished ones go on from their checkpoints. ``overwrite`` starts over.
     """
 
@@ -88,6 +91,9 @@ class Reproduction:
         self.config = config
         self.folder = Path(folder or f"runs/reproduce-{config.scale}")
         self._overwrite = overwrite
+        self._top = Record(self.folder, "reproduce")
+        if not self._is_unmarked():
+            self._top.check()
         self._data: dict[str, ImageData] = {}
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
         self._runs = {run.key: run for name in self.names for run in self._runs_of(name)}
@@ -105,13 +111,26 @@ class Reproduction:
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, dict[str, Any]]:
         """Do what is pending; return by experiment what its ``NAME.json`` holds."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._top.write_config(to_yaml(self.config))
         for name in self.names:
             for run in self._runs_of(name):
                 if run.key not in self._done and not stop():
                     self._train(run, progress or Silent(), stop)
             self._write(name, stop)
         return {name: self._results(name) or {} for name in self.names}
+
+    def _is_unmarked(self) -> bool:
+        """Whether the folder is a reproduction from before such folders were marked: it has the
+        results of an experiment, or nothing yet but runs of some."""
+        if self._top.config_path.exists() or not self.folder.is_dir():
+            return False
+        if any((self._results(name) or {}).get("experiment") == name for name in EXPERIMENTS):
+            return True
+        runs = self.folder / "runs"
+        return list(self.folder.iterdir()) == [runs] and all(
+            run.name.startswith(tuple(f"{e.group or name}-" for name, e in EXPERIMENTS.items()))
+            for run in runs.iterdir()
+        )
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -121,7 +140,7 @@ class Reproduction:
             for key, variant in self._variants(experiment).items():
                 config = self._run_config(experiment, variant, seed)
                 group = experiment.group or name
-                yield _Run((group, key, seed), variant.method.label, config, experiment.angles)
+                yield _Run((group, key, seed), variant.label(experiment), config, experiment.angles)
 
     def _variants(self, experiment: Experiment) -> dict[str, Variant]:
         smoke, folder = self.config.scale == "smoke", self.config.image_folder
@@ -148,6 +167,9 @@ class Reproduction:
         that is not what it should be. Nothing is known of what is still to be downloaded."""
         if data_dir is None:
             return []
+        if not Path(data_dir).is_dir():
+            option = "--image-folder" if data == "folder" else "--data-dir"
+            raise ValueError(f"{option} is not a folder: {data_dir}")
         if (data, data_dir) not in self._sizes:
             self._sizes[data, data_dir] = sizes(data, data_dir)
         return list(zip(("train_limit", "test_limit"), self._sizes[data, data_dir], strict=True))

@@ -41,6 +41,18 @@ class Variant:
     y: float | None = None
     smoke: bool = True
 
+    def label(self, experiment: Experiment) -> str:
+        """What tells it from the others of ``experiment``: setting, method and rank, or the point
+        of a map, whose axes change the one method that it is of."""
+        axes = experiment.axes.get(self.setting, ("rank", ""))
+        point = [
+            f"{axis} {value:g}"
+            for axis, value in zip(axes, (self.x, self.y), strict=True)
+            if value is not None
+        ]
+        method = [self.method.label] if self.y is None else []
+        return ", ".join([*[self.setting] * bool(self.setting), *method, *point])
+
 
 @dataclass(frozen=True)
 class Experiment:
