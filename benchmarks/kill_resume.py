@@ -44,7 +44,7 @@ def command(epochs: int) -> list[str]:
 
 def start(*words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "svdalign.cli", "train", *words],
+        [sys.executable, "-m", "svdalign", "train", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

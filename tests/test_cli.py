@@ -156,7 +156,7 @@ def test_ctrl_c_leaves_what_was_measured() -> None:
     """In a process of its own, for the signal is real."""
     words = ["train", *TINY, "--epochs", "100000", "--out", "run"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "svdalign.cli", *words],
+        [sys.executable, "-m", "svdalign", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

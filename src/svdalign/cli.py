@@ -527,7 +527,3 @@ def _overview() -> str:
             "svdalign COMMAND --help shows its options; --version, the version.",
         ]
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
