@@ -177,6 +177,24 @@ def peers(results: Results) -> str:
     )
 
 
+def bp_floor(results: Results) -> str:
+    """What the engine adds to backpropagation."""
+    content = results["bp_floor"]
+    rows = [
+        [
+            f"{row['model']}, width {row['width']:g}, {row['image_size']}×{row['image_size']}",
+            f"{1e3 * row['hand_written_seconds']:.1f} ms",
+            f"{row['ratio']:.2f} ×",
+        ]
+        for row in content["rows"]
+    ]
+    return (
+        f"{markdown(['network', 'hand-written step', 'the learner'], rows)}\n\n"
+        'A step of `Learner(model, "bp")` on dense weights over one of a hand-written PyTorch loop '
+        f"on the same batch, in turns, medians. Made by {made_by(content)}."
+    )
+
+
 JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
@@ -355,6 +373,7 @@ def levers(content: Mapping[str, Any]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "comparison": comparison,
     "memory": memory,
+    "bp_floor": bp_floor,
     "break_even": break_even,
     "peers": peers,
     "whole": whole,
