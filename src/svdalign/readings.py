@@ -55,7 +55,9 @@ class _Readings(torch.autograd.Function):
         spread_dtype: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        held, parts = hold(h), parts_of(h)
+        # Of a part in half precision copies are made in single precision.
+        copies = 1 if h.dtype == statistics(h.dtype) else 4
+        held, parts = hold(h), parts_of(h, copies * h.shape[1])
         ctx.held, ctx.parts = held.without_tensors(), parts
         raster = found = mean = None
         if size is not None:
