@@ -198,6 +198,7 @@ def bp_floor(results: Results) -> str:
 JOBS = {
     "smallconv": "SmallConv, CIFAR-10",
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
+    "vgg13": "VGG-13, half as wide, 10,000 images of CIFAR-10 at 16×16, 8 epochs",
     "mlp": "MLP, CIFAR-10",
     "resnet32": "ResNet-32, half as wide, in units of 3 blocks, 10,000 images at 16×16, 8 epochs",
     "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
