@@ -148,6 +148,11 @@ class Learner:
                 feedback = self.rule.feedback(view, generator)
                 if feedback is not None:
                     self.feedback[str(i)] = feedback.to(first.device, first.dtype)
+        self._on_the_manifold = [
+            module
+            for module in (*model.modules(), *self.feedback.modules())
+            if isinstance(module, FactoredLayer | StructuredFeedback)
+        ]
         self.transport = self.rule.transport(model, generator)
         self._index = {unit.name: str(i) for i, unit in enumerate(self.plan.units)}
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -205,7 +210,9 @@ class Learner:
         """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""
         self.steps += 1
         torch.clear_autocast_cache()  # of copies of the weights before the update
-        if self.retraction is not None and self.steps % self.retract_every == 0:
+        if self.retraction is None or not self._on_the_manifold:
+            return
+        if self.steps % self.retract_every == 0:
             retract = RETRACTIONS[self.retraction]
             with torch.no_grad(), outside_autocast():
                 for X in self._stiefel_factors():
@@ -319,7 +326,9 @@ class Learner:
         return z, losses
 
     def _recomputing(self) -> AbstractContextManager[None]:
-        return recomputing(self.model, self.plan.blocks if self.recompute else ())
+        if not self.recompute:
+            return contextlib.nullcontext()
+        return recomputing(self.model, self.plan.blocks)
 
     def _output_error(self, x: Any, y: Tensor) -> Tensor:
         """``dL/dz``, from a first pass that leaves no trace."""
@@ -332,6 +341,8 @@ class Learner:
     def _finish(self, unit: Unit, scale: Scale) -> None:
         """Add the gradients of the unit's weight terms."""
         view = self.teaching_unit(unit)
+        if not view.layers:
+            return
         with outside_autocast():
             loss = self.rule.weights_loss(view, self.feedback_of(unit))
         if loss is not None and loss.requires_grad:
@@ -343,11 +354,10 @@ class Learner:
                 _accumulate(parameter, grad)
 
     def _stiefel_factors(self) -> Iterable[nn.Parameter]:
-        for module in (*self.model.modules(), *self.feedback.modules()):
-            if isinstance(module, FactoredLayer | StructuredFeedback):
-                for X in (module.U, module.V):
-                    if isinstance(X, nn.Parameter) and X.requires_grad:
-                        yield X
+        for module in self._on_the_manifold:
+            for X in (module.U, module.V):
+                if isinstance(X, nn.Parameter) and X.requires_grad:
+                    yield X
 
     def _check(self, x: Any, y: Tensor) -> None:
         """Refuse a batch that cannot be learned from. Values are read on the first batch only:
