@@ -86,6 +86,12 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def peak_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Peak memory by method, × BP dense."""
+    peaks = {row["label"]: row["memory"]["peak"] for row in rows}
+    return {label: f"{peak / peaks['BP, dense']:.2f}" for label, peak in peaks.items()}
+
+
 # --- tables by name -----------------------------------------------------------------------------
 
 
@@ -95,7 +101,7 @@ def comparison(results: Results) -> str:
     costs = results["profile_smallconv"]
     on_cifar = {row["label"]: row for row in cifar["rows"]}
     cost = {row["label"]: row for row in costs["methods"]}
-    whole = cost["BP, dense"]["memory"]["peak"]
+    share = peak_shares(costs["methods"])
     rows = [
         [
             label := row["label"],
@@ -103,7 +109,7 @@ def comparison(results: Results) -> str:
             accuracy(on_cifar[label]),
             f"{on_cifar[label]['parameters']:,}",
             count(on_cifar[label]["macs"]),
-            f"{cost[label]['memory']['peak'] / whole:.2f} ×",
+            f"{share[label]} ×",
             f"{cost[label]['step_ratio']:.2f} ×",
         ]
         for row in embedded["summary"]
@@ -125,11 +131,11 @@ def memory(results: Results) -> str:
     """Peak training memory of VGG-13."""
     content = results["profile_vgg13"]
     rows = content["methods"]
-    whole = next(row for row in rows if row["method"] == "bp-dense")["memory"]["peak"]
+    share = peak_shares(rows)
     cells = []
     for row in rows:
         peak = row["memory"]["peak"]
-        cells.append([row["label"], f"{peak / 2**20:.0f} MiB", f"{peak / whole:.2f} ×"])
+        cells.append([row["label"], f"{peak / 2**20:.0f} MiB", f"{share[row['label']]} ×"])
     config = content["config"]
     return (
         f"{markdown(['method', 'peak', 'of BP dense'], cells)}\n\n"
@@ -212,7 +218,7 @@ def whole(results: Results) -> str:
     rows, made = [], []
     for name, title in JOBS.items():
         content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
-        share = peak_shares(profile)
+        share = peak_shares(profile["methods"])
         dense = content["summary"][0]
         for row in content["summary"]:
             against = ["–", "1.00"] if row is dense else against_dense(row, dense)
@@ -231,9 +237,8 @@ def whole_in_short(results: Results) -> str:
     headings += ["that of BP, checkpointed"]
     rows = []
     for name, title in JOBS.items():
-        summary, share = (
-            results[f"whole_{name}"]["summary"], peak_shares(results[f"profile_whole_{name}"])
-        )  # fmt: skip
+        summary = results[f"whole_{name}"]["summary"]
+        share = peak_shares(results[f"profile_whole_{name}"]["methods"])
         dense, ssa = summary[0], summary[-1]
         rows.append(
             [
@@ -269,12 +274,6 @@ def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]
     """Points under BP dense, and the share of its parameters."""
     under = 100 * (dense["accuracy"] - row["accuracy"])
     return [f"{under:.1f}", f"{row['parameters'] / dense['parameters']:.2f}"]
-
-
-def peak_shares(profile: Mapping[str, Any]) -> dict[str, str]:
-    """Peak memory by method, × BP dense."""
-    peaks = {row["label"]: row["memory"]["peak"] for row in profile["methods"]}
-    return {label: f"{peak / peaks['BP, dense']:.2f}" for label, peak in peaks.items()}
 
 
 SEARCHES = {
@@ -320,13 +319,13 @@ def image_folder(results: Results) -> str:
     """A folder of images in ImageNet's layout."""
     content = results["image_folder"]
     config, summary = content["config"], content["summary"]
-    whole = summary[0]["memory"]["peak"]
+    share = peak_shares(summary)
     rows = [
         [
             row["label"],
             accuracy(row),
             f"{row['parameters']:,}",
-            f"{row['memory']['peak'] / whole:.2f} ×",
+            f"{share[row['label']]} ×",
         ]
         for row in summary
     ]
@@ -431,13 +430,13 @@ def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def profile(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     parts = ("peak", "parameters", "gradients", "optimizer", "activations")
-    dense = next(row for row in methods if row["method"] == "bp-dense")["memory"]["peak"]
+    share = peak_shares(methods)
     headings = ["method", *parts, "peak × BP", "MACs", "time × BP", "inference × BP"]
     rows = [
         [
             row["label"],
             *(f"{row['memory'][part] / 2**20:,.0f}" for part in parts),
-            f"{row['memory']['peak'] / dense:.2f}",
+            share[row["label"]],
             count(row["step_macs"]),
             number(row.get("step_ratio"), "{:.2f}"),
             number(row.get("latency_ratio"), "{:.2f}"),

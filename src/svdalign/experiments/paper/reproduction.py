@@ -71,8 +71,8 @@ class Reproduction:
     there are.
 
     Creating one raises ValueError for what cannot be run and for a folder of something else.
-    Finished runs of the same config are not
-    run again, unfinished ones go on from their checkpoints. ``overwrite`` starts over.
+    Finished runs of the same config are not run again, unfinished ones go on from their
+    checkpoints. ``overwrite`` starts over.
     """
 
     def __init__(
