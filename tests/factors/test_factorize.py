@@ -77,6 +77,18 @@ def test_replaces_layers_and_reports_each() -> None:
     assert len(text.splitlines()) == 5
 
 
+def test_the_classifier_is_factored_where_it_is_asked_for() -> None:
+    plain, model = factorize(net(), 0.25), factorize(net(), 0.25, classifier=True)
+    assert isinstance(model[7], SVDLinear)
+    full = min(net()[7].weight.shape)
+    assert rows(model)["7"].rank == math.ceil(0.25 * full)
+    assert {k: r.rank for k, r in rows(model).items() if k != "7"} == {
+        k: r.rank for k, r in rows(plain).items() if k != "7"
+    }
+    with pytest.raises(TypeError, match="classifier must be true or false, got '7'"):
+        factorize(net(), 0.25, classifier="7")  # type: ignore[arg-type]
+
+
 @given(fraction=st.floats(1e-6, 1.0))
 def test_a_fraction_is_of_full_rank_and_rounded_up(fraction: float) -> None:
     layer = nn.Linear(20, 30)

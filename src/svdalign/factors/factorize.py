@@ -70,6 +70,8 @@ def factorize(
     net: nn.Module,
     rank: Rank | Mapping[str, Rank] = 0.25,
     scheme: Scheme = "spatial",
+    *,
+    classifier: bool = False,
 ) -> nn.Module:
     """A copy of ``net`` whose linear and convolution layers are held as ``U diag(s) V^T``.
 
@@ -82,10 +84,11 @@ def factorize(
 
     A layer whose factors would hold no fewer numbers than its weight, a grouped convolution, a
     shared weight and the classifier (the last layer, if it is linear or a 1 x 1 convolution) stay
-    dense; naming a layer in a mapping overrides the first and the last of these. So does every
-    other module with a weight matrix of its own, such as ``nn.MultiheadAttention``, which packs its
-    projections into one. The returned module's ``factorization`` attribute (:class:`Factorization`)
-    tells what was left dense and why.
+    dense; ``classifier`` factors the last of these as well, and naming a layer in a mapping
+    overrides the first and the last. Every other module with a weight matrix of its own stays
+    dense too, such as ``nn.MultiheadAttention``, which packs its projections into one. The
+    returned module's ``factorization`` attribute (:class:`Factorization`) tells what was left
+    dense and why.
 
     Raises TypeError or ValueError for a rank or scheme that is not allowed, a mapping that names no
     layer, and a net without any layer that can be factored.
@@ -94,6 +97,8 @@ def factorize(
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    if not isinstance(classifier, bool):
+        raise TypeError(f"classifier must be true or false, got {classifier!r}")
     for value in rank.values() if isinstance(rank, Mapping) else (rank,):
         _check_rank(value)
     model = copy.deepcopy(net)
@@ -110,7 +115,7 @@ def factorize(
     places: dict[int, list[str]] = {}  # one module may stand under several names
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
-    classifier = _classifier(layers)
+    left_dense = None if classifier else _classifier(layers)
     reports = []
     for name, layer in layers.items():
         explicit = isinstance(rank, Mapping) and rank.get(name) is not None
@@ -131,7 +136,7 @@ def factorize(
             note = "its weight is computed from other parameters"
         elif uses[id(layer.weight)] > 1:
             note = "weight shared with another module"
-        elif name == classifier and not explicit:
+        elif name == left_dense and not explicit:
             note = "classifier"
         elif r > break_even_rank(*matrix_shape) and not explicit:
             note = f"rank {r} is above break-even rank {break_even_rank(*matrix_shape)}"

@@ -101,7 +101,7 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
             width=config.width,
         )
     if config.rank is not None:
-        net = factorize(net, config.rank, config.scheme)
+        net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
         if config.fuse and not isinstance(rules.get(config.rule), rules.FA):
             net = fuse_where_possible(net)

@@ -85,6 +85,9 @@ class ModelConfig:
     scheme: Literal["channel", "spatial"] = option(
         "channel", "how a kernel becomes a matrix: channel (more accurate and faster), or spatial"
     )
+    factor_classifier: bool = option(
+        False, "factor the classifier as well: where there are many classes it is a large layer"
+    )
     retraction: Literal["qr", "polar", "newton-schulz"] | None = option(
         "qr", "what keeps the factors orthonormal after each step; null: nothing but the loss"
     )
