@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["evaluating", "first_tensor", "forward", "preserved"]
+__all__ = ["evaluating", "first_tensor", "forward", "preserved", "preserved_buffers"]
 
 
 def forward(model: nn.Module, x: Any) -> Tensor:
@@ -54,26 +54,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Run the model inside without a trace: buffers (batch-norm statistics) and random state come
-    back as they were, so that a second run repeats the first and counts once. Graphs that hold a
-    buffer which the run does not change stay usable."""
+    back as they were, so that a second run repeats the first and counts once."""
+    devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index for d in devices]), preserved_buffers(model):
+        yield
+
+
+@contextlib.contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """:func:`preserved`, but for random state. Graphs that hold a buffer which the run does not
+    change stay usable."""
     buffers = [
         (module, name, buffer, _copy(buffer))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index for d in devices]):
-        try:
-            yield
-        finally:
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer  # the model may have put another one there
-                if buffer is not None and saved is not None:
-                    # Through `data`, for a graph that holds the buffer takes a new version of it
-                    # for a change. Versions do not tell what has changed: models write so too.
-                    buffer.data.copy_(saved)
-            # Autocast caches low-precision copies of weights; those made without grad stay without.
-            torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for module, name, buffer, saved in buffers:
+            module._buffers[name] = buffer  # the model may have put another one there
+            if buffer is not None and saved is not None:
+                # Through `data`, for a graph that holds the buffer takes a new version of it for a
+                # change. Versions do not tell what has changed: models write so too.
+                buffer.data.copy_(saved)
+        # Autocast caches low-precision copies of weights; those made without grad stay without.
+        torch.clear_autocast_cache()
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .forward import preserved
+from .forward import preserved_buffers
 
 __all__ = ["recomputing"]
 
@@ -34,24 +34,14 @@ def recomputing(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
 
 
 def _recomputed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return contextlib.nullcontext(), _Preserved(module)
-
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        runs = itertools.count()
+
+        def counted_once(*args: Any, **kwargs: Any) -> Any:
+            again = next(runs) > 0  # with the random state of the first time
+            with preserved_buffers(module) if again else contextlib.nullcontext():
+                return forward(*args, **kwargs)
+
+        return checkpoint(counted_once, *args, use_reentrant=False, **kwargs)
 
     return run
-
-
-class _Preserved(AbstractContextManager[None]):
-    """:func:`preserved`, entered once for each time that the module runs again."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.inner = preserved(self.module)
-        self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self.inner.__exit__(*error)
