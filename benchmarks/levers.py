@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from svdalign.data import ImageData
 from svdalign.engine import Learner
-from svdalign.experiments.methods import METHODS, method_config
+from svdalign.experiments.methods import METHODS, Method, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
@@ -443,6 +443,12 @@ LEVERS: dict[str, Lever] = {
 }  # fmt: skip
 
 
+def applies(lever: Lever, method: Method) -> bool:
+    """Whether there is something to change: BP has no feedback, dense weights have no rank."""
+    of_rank = any(name.startswith("rank") for name in lever.changes)
+    return (method.rule != "bp" or lever.bp) and (method.factored or not of_rank)
+
+
 def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, lr: float) -> float:
     config = method_config(method, job, seed=seed, lr=lr)
     changes = dict(lever.changes)
@@ -508,7 +514,7 @@ def main() -> None:
         for method in options.methods:
             for name in options.levers:
                 lever = LEVERS[name]
-                if (METHODS[method].rule == "bp" and not lever.bp) or (method, name, lr) in known:
+                if (method, name, lr) in known or not applies(lever, METHODS[method]):
                     continue
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
                 row = {"method": method, "label": METHODS[method].label, "lever": name}

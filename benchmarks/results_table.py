@@ -222,7 +222,7 @@ def whole(results: Results) -> str:
         dense = content["summary"][0]
         for row in content["summary"]:
             against = ["–", "1.00"] if row is dense else against_dense(row, dense)
-            label = row["label"] + own_settings(content, row["method"])
+            label = row["label"] + own_settings(content["config"], row["method"])
             rows.append([title, label, accuracy(row), *against, share[row["label"]]])
             if row is dense:
                 label = "BP, checkpointed"
@@ -262,8 +262,8 @@ WHOLE = (
 
 
 def own_settings(content: Mapping[str, Any], method: str) -> str:
-    """What a comparison sets for one method alone, to stand behind its name."""
-    settings = content["config"].get("settings", {}).get(method, {})
+    """What a comparison or a search sets for one method alone, to stand behind its name."""
+    settings = content.get("settings", {}).get(method, {})
     flat = {**settings, **settings.get("options", {})}
     flat.pop("options", None)
     named = [name if value is True else f"{name} {value}" for name, value in flat.items()]
@@ -279,7 +279,7 @@ def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]
 SEARCHES = {
     "cifar100": "SmallConv, CIFAR-100 at 16×16",
     "vgg13": "VGG-13, half as wide, CIFAR-10 at 16×16",
-    "resnet32": "ResNet-32, half as wide, in units of 3 blocks, CIFAR-10 at 16×16",
+    "resnet32": "ResNet-32, half as wide, CIFAR-10 at 16×16",
     "fashion": "SmallConv, Fashion-MNIST",
     "mlp": "MLP, CIFAR-10 at 32×32",
 }  #: files tune_NAME.json
@@ -300,7 +300,7 @@ def transfer(results: Results) -> str:
             rows.append(
                 [
                     title,
-                    content["labels"][method],
+                    content["labels"][method] + own_settings(content, method),
                     f"{moved:.1f}",
                     f"{reached[best]:.1f} at {best:g}",
                     f"{reached[best] - moved:.1f}",

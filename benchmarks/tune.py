@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
 
-from svdalign.experiments.methods import METHODS, method_config
+from svdalign.experiments.methods import METHODS, check_settings, method_config
 from svdalign.training.build import build_learner, load_data, prepare_machine
 from svdalign.training.config import JobConfig
 from svdalign.training.record import Record, provenance
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--model", default="smallconv", help="another network, to see what moves")
     parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--blocks", type=int, help="so many blocks a unit, in place of one")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="by method, any fields of its runs, as JSON"
+    )
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--data", default="cifar10", help="another data set, likewise")
     parser.add_argument("--image-size", type=int, default=16)
@@ -48,7 +51,6 @@ def main() -> None:
     job = JobConfig(
         model=options.model,
         width=options.width,
-        units="block" if options.blocks is None else options.blocks,
         precision=options.precision,
         data=options.data,
         data_dir=options.data_dir,
@@ -59,6 +61,7 @@ def main() -> None:
         epochs=8,
         threads=options.threads,
     )
+    settings = check_settings(options.settings, options.methods)
     prepare_machine(job)
     data = load_data(job)
     found: dict[str, dict[str, float]] = {}
@@ -66,7 +69,7 @@ def main() -> None:
         for rate in options.rates:
             reached = []
             for seed in range(options.seeds):
-                config = method_config(name, job, seed=seed, lr=rate)
+                config = method_config(name, job, seed=seed, lr=rate, settings=settings.get(name))
                 record = Record(options.runs / f"{name}-{rate}-seed{seed}")
                 result = record.results()
                 if result is None:
@@ -76,9 +79,10 @@ def main() -> None:
             print(f"{name:12} lr {rate:g}: {statistics.mean(reached):.4f}", flush=True)
     best = {name: max(rates, key=rates.__getitem__) for name, rates in found.items()}
     labels = {name: METHODS[name].label for name in found}
-    content = {"job": dataclasses.asdict(job), "labels": labels, "accuracy": found, "best": best}
+    content = {"job": dataclasses.asdict(job), "settings": settings, "labels": labels}
+    content |= {"accuracy": found, "best": best}
     content |= provenance("cpu")
-    content["command"] = " ".join(["python", *sys.argv])
+    content["command"] = shlex.join(["python", *sys.argv])
     options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
