@@ -30,7 +30,7 @@ from svdalign.experiments.methods import METHODS, Method, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
-from svdalign.losses import similarity_matrix
+from svdalign.losses import similarity_alignment, similarity_matrix
 from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
 from svdalign.rules.base import task_loss
 from svdalign.training.build import (
@@ -253,6 +253,17 @@ class PooledSimilaritySSA(SSA):
         return loss + self.alpha * F.mse_loss(similarity_matrix(pooled), wanted)
 
 
+class CentredSimilaritySSA(SSA):
+    """Similarity of what has no space, less its mean over the batch: units that all samples excite
+    alike need not fall silent to make samples differ."""
+
+    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+        if h.ndim != 2:
+            return super().loss(unit, feedback, h, teaching)
+        task = task_loss(self.error, feedback, unit.pool(h, self.grid), teaching)
+        return task + self.alpha * similarity_alignment(h - h.mean(0), teaching.target_matrix())
+
+
 class FewFeaturesSSA(SSA):
     """A coarser raster where feedback would read more than 1024 numbers of a unit."""
 
@@ -427,6 +438,9 @@ LEVERS: dict[str, Lever] = {
     "alignment 1": Lever({"options": {"alpha": 1.0}}),
     "alignment 16": Lever({"options": {"alpha": 16.0}}),
     "similarity of pooled maps": Lever(rule=changed(PooledSimilaritySSA)),
+    "similarity less the batch's mean where there is no space": Lever(
+        rule=changed(CentredSimilaritySSA)
+    ),
     "normalised teaching signals": Lever(rule=changed(NormalisedSSA)),
     "B from class means": Lever(prepare=warm_started),
     "auxiliary hidden layer": Lever(rule=changed(AuxiliarySSA)),
