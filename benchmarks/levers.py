@@ -395,11 +395,12 @@ LEVERS: dict[str, Lever] = {
             ("units of two blocks, horizon 2, ", {**LARGE, "units": 2}),
             ("units of four blocks, horizon 0, ", {"units": 4, "horizon": 0}),
             ("units of five blocks, horizon 0, ", {"units": 5, "horizon": 0}),
+            ("units of six blocks, horizon 0, ", {"units": 6, "horizon": 0}),
             ("units of eight blocks, horizon 0, ", {"units": 8, "horizon": 0}),
             ("units of three blocks, horizon 1, ", {**LARGE, "horizon": 1}),
             ("units of three blocks, horizon 2, ", LARGE),
         )
-        for wide in (32, 64)
+        for wide in (32, 64, 96)
     },
     "units of five blocks, horizon 0, from rank 0.8 to half the parameters, "
     "maps widened to 64 on a raster of 2": Lever(
