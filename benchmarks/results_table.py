@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from svdalign.experiments import METHODS
+from svdalign.experiments.methods import named_settings
 from svdalign.experiments.page import count, number
 from svdalign.experiments.paper.draw import experiment_table
 from svdalign.experiments.report import break_even_rows
@@ -263,11 +264,8 @@ WHOLE = (
 
 def own_settings(content: Mapping[str, Any], method: str) -> str:
     """What a comparison or a search sets for one method alone, to stand behind its name."""
-    settings = content.get("settings", {}).get(method, {})
-    flat = {**settings, **settings.get("options", {})}
-    flat.pop("options", None)
-    named = [name if value is True else f"{name} {value}" for name, value in flat.items()]
-    return f" ({', '.join(named)})" if named else ""
+    settings = content.get("settings", {}).get(method)
+    return f" ({named_settings(settings)})" if settings else ""
 
 
 def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
@@ -403,7 +401,7 @@ def of_file(content: Mapping[str, Any]) -> str:
         f"{config['model']}, batch {config['batch_size']} of {config['image_size']} × "
         f"{config['image_size']} pixels, {config['optimizer']}, rank {config['rank']:.3g}, "
         f"{config['scheme']} scheme, {fused}{how}; memory in MiB.\n\n"
-        f"{markdown(*profile(content['methods']))}\n\nMade by {made_by(content)}."
+        f"{markdown(*profile(content))}\n\nMade by {made_by(content)}."
     )
 
 
@@ -428,13 +426,14 @@ def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*headings, *latencies], rows
 
 
-def profile(methods: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def profile(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    config, methods = content["config"], content["methods"]
     parts = ("peak", "parameters", "gradients", "optimizer", "activations")
     share = peak_shares(methods)
     headings = ["method", *parts, "peak × BP", "MACs", "time × BP", "inference × BP"]
     rows = [
         [
-            row["label"],
+            row["label"] + own_settings(config, row["method"]),
             *(f"{row['memory'][part] / 2**20:,.0f}" for part in parts),
             share[row["label"]],
             count(row["step_macs"]),

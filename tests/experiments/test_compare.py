@@ -117,6 +117,15 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
         assert outside not in page
 
 
+def test_what_one_method_has_for_itself_is_told_with_the_results(tmp_path: Path) -> None:
+    settings = {"ssa": {"recompute": True, "epochs": 1, "options": {"alpha": 2.0}}}
+    results = compare(tmp_path, settings=settings)
+    table, told = io.StringIO(), "SSA, horizon 2: recompute, epochs 1, alpha 2.0"
+    Console(file=table, width=100).print(console_table(results))
+    assert told in table.getvalue()
+    assert told in (tmp_path / "report.html").read_text()
+
+
 def test_the_same_again_runs_nothing(tmp_path: Path) -> None:
     first = compare(tmp_path)
     runs = files(tmp_path / "ssa-seed0")

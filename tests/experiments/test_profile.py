@@ -20,7 +20,8 @@ PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 def test_a_profile_end_to_end(tmp_path: Path) -> None:
     methods = ["bp-dense", "bp", "ssa-local", "ssa-1", "ssa", *CHECKPOINTED]
-    results = Profile(ProfileConfig(**TINY, methods=methods), tmp_path).run()
+    own = {"ssa": {"options": {"alpha": 2.0}}}
+    results = Profile(ProfileConfig(**TINY, methods=methods, settings=own), tmp_path).run()
     assert json.loads((tmp_path / "results.json").read_text()) == results
     rows = {row["method"]: row for row in results["methods"]}
     assert list(rows) == methods
@@ -44,6 +45,8 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
     Console(file=table, width=80).print(profile_table(results))
     assert all(row["label"] in table.getvalue() for row in rows.values())
     page = (tmp_path / "report.html").read_text()
+    for text in (table.getvalue(), page):
+        assert "SSA, horizon 2: alpha 2.0" in text
     assert page.count("<svg") == 2
     assert "peak (MiB)" in page
 

@@ -15,7 +15,15 @@ from typing import Any
 
 from ..training.config import DENSE, JobConfig, RunConfig, plain
 
-__all__ = ["BACKPROP", "DEFAULT", "METHODS", "Method", "check_settings", "method_config"]
+__all__ = [
+    "BACKPROP",
+    "DEFAULT",
+    "METHODS",
+    "Method",
+    "check_settings",
+    "method_config",
+    "named_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -94,3 +102,10 @@ def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[
                 f"settings of {name} name {', '.join(wrong)}; a run has {', '.join(known)}"
             )
     return {name: plain(fields) for name, fields in settings.items()}
+
+
+def named_settings(settings: Mapping[str, Any]) -> str:
+    """A method's own settings in words: ``units 5, recompute, widen 64``."""
+    flat = {**settings, **settings.get("options", {})}
+    flat.pop("options", None)
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in flat.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from ..training.config import evaluated_on
 from . import figures
+from .methods import named_settings
 from .page import count, figure_grid, number, page, table
 
 __all__ = [
@@ -49,8 +51,8 @@ NARROW = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
 
 def console_table(results: Mapping[str, Any]) -> Group:
     """The summary of a comparison as a table for the terminal."""
-    caption = "× BP: time of a step over that of BP with dense weights"
-    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    caption = ["× BP: time of a step over that of BP with dense weights", *_own_settings(results)]
+    table = Table(box=None, pad_edge=False, caption="\n".join(caption), caption_justify="left")
     for i, heading in enumerate(NARROW):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in results["summary"]:
@@ -107,6 +109,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         table(HEADINGS, [_cells(row) for row in summary]),
         f'<p class="soft">{images.capitalize()} accuracy after the last epoch{spread}. '
         "MACs of one image. Times are medians of steps taken in turns.</p>",
+        *(f'<p class="soft">{html.escape(own)}</p>' for own in _own_settings(results)),
         "<h2>Figures</h2>",
         figure_grid(figure),
     )
@@ -158,8 +161,9 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
 def profile_table(results: Mapping[str, Any]) -> Table:
     """A profile as a table for the terminal."""
     headings = _profile_headings(results, NARROW_PROFILE)
-    caption = "step and infer: time × BP dense" if headings is NARROW_PROFILE else None
-    rows = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    caption = ["step and infer: time × BP dense"] if headings is NARROW_PROFILE else []
+    caption += _own_settings(results)
+    rows = Table(box=None, pad_edge=False, caption="\n".join(caption), caption_justify="left")
     for i, heading in enumerate(headings):
         rows.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in _profile_rows(results):
@@ -226,6 +230,7 @@ def profile_page(results: Mapping[str, Any]) -> str:
         table(_profile_headings(results, PROFILE), list(_profile_rows(results))),
         '<p class="soft">MACs of matrix products and convolutions in one training step, forward '
         "and backward. Inference: one image through the compact model.</p>",
+        *(f'<p class="soft">{html.escape(own)}</p>' for own in _own_settings(results)),
         *_break_even_part(results),
         "<h2>Figures</h2>",
         figure_grid(grid),
@@ -263,6 +268,14 @@ _MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 def _images(results: Mapping[str, Any]) -> str:
     return evaluated_on(results["config"].get("validation"))
+
+
+def _own_settings(results: Mapping[str, Any]) -> list[str]:
+    """A line for every method that has settings of its own."""
+    rows = results["summary"] if "summary" in results else results["methods"]
+    labels = {row["method"]: row["label"] for row in rows}
+    settings = results["config"].get("settings", {})
+    return [f"{labels[name]}: {named_settings(own)}" for name, own in settings.items() if own]
 
 
 def _job(results: Mapping[str, Any]) -> str:
