@@ -61,27 +61,28 @@ def overview(left: Axes, right: Axes) -> None:
 
 
 def memory(axes: Axes, model: str) -> None:
-    """A network on CIFAR-10: accuracy of table 2, peak memory of a step of the same size. With
-    gradient checkpointing BP computes the same."""
-    trained = {
-        row["label"]: row["accuracy"]
-        for row in read("reproduce/table2")["rows"]
-        if row["variant"].startswith(f"{model}-cifar10-")
-    }
+    """A network on CIFAR-10: accuracy, three seeds, against peak memory of a step. With gradient
+    checkpointing BP computes the same."""
+    trained = read(f"whole_{model}")
+    reached = {row["label"]: row for row in trained["summary"]}
+    settings = trained["config"].get("settings", {})
     points = []
-    for row in read(f"estimate_{model}_16")["methods"]:
-        if row["label"].startswith("SSA") and "checkpointed" in row["label"]:
-            continue  # saves nothing where convolutions are fused
-        same = row["label"].removesuffix(", checkpointed")
-        same = "BP, dense" if same == "BP" else same
-        if same in trained:
-            points.append((row["memory"]["peak"] / 2**20, 100 * trained[same], row["label"]))
-    for x, y, label in points:
-        axes.plot(x, y, "o", color=colour(label))
+    for row in read(f"profile_whole_{model}")["methods"]:
+        label = row["label"]
+        if row["method"] == "ssa-checkpointed":
+            continue  # a setting of the learner, where it is of use
+        same = label.removesuffix(", checkpointed")
+        found = reached["BP, dense" if same == "BP" else same]
+        own = settings.get(row["method"])
+        name = f"{label}\n({named_settings(own)})" if own else label
+        y, std = 100 * found["accuracy"], 100 * found["accuracy_std"]
+        points.append((row["memory"]["peak"] / 2**20, y, std, label, name))
+    for x, y, std, label, name in points:
+        axes.errorbar(x, y, std, fmt="o", color=colour(label), elinewidth=0.8)
         offset = (6, BELOW.get(label, 5))
-        axes.annotate(label, (x, y), offset, textcoords="offset points")
+        axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8)
     axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %")
-    axes.set_xlim(0, 1.4 * max(points)[0])
+    axes.set_xlim(0, 1.3 * max(points)[0])
     axes.margins(y=0.15)
 
 

@@ -69,6 +69,7 @@ class Trainer:
         self.batch = 0
         self.seconds = 0.0
         self.epoch_seconds = 0.0
+        self.diverged = False
         self.history: list[dict[str, Any]] = []
         device = data.train.images.device
         self.loss_sum = torch.zeros((), device=device)
@@ -133,7 +134,7 @@ class Trainer:
                 row = self.finish_epoch()
                 on_epoch(row)
                 progress.epoch(self, row)
-                if not self._finite(row["loss"]):
+                if self.diverged:
                     status = "diverged"
         if self.epoch == self.config.epochs and status == "interrupted":
             status = "finished"
@@ -174,7 +175,10 @@ class Trainer:
         running, speed = self.running(), self.images_per_second
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
-        kept = self._cut_ranks(self.epoch + 1) if self._finite(running.loss) else {}
+        weights = self.learner.model.parameters()
+        finite = math.isfinite(running.loss) and all(bool(p.isfinite().all()) for p in weights)
+        self.diverged = not finite
+        kept = self._cut_ranks(self.epoch + 1) if finite else {}
         test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
         row = {
             "epoch": self.epoch + 1,
@@ -208,11 +212,6 @@ class Trainer:
             value = state[name]
             device = self.loss_sum.device
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
-
-    def _finite(self, loss: float) -> bool:
-        """Whether ``loss`` and the weights are."""
-        weights = self.learner.model.parameters()
-        return math.isfinite(loss) and all(bool(p.isfinite().all()) for p in weights)
 
     def _cut_ranks(self, epoch: int) -> dict[str, float]:
         """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
