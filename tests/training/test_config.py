@@ -48,6 +48,7 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -
         ({"rank_parameters": 0.5, "rank_energy": 0.9}, "not both"),
         ({"rank_parameters": 0.5, "rank_freeze": 5}, "rank_freeze, .* at most .* 4, got 5"),
         ({"rank_parameters": 0.5, "rank_freeze": 2, "rank": None}, "needs factored weights"),
+        ({"factor_classifier": True, "rank": None}, "factor_classifier needs factored weights"),
     ],
 )
 def test_a_budget_of_parameters_needs_a_way_there(changes: dict[str, Any], message: str) -> None:

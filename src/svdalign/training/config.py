@@ -36,7 +36,9 @@ C = TypeVar("C")
 Augmentation = Literal["crop", "flip", "cutout"]
 
 #: What makes a config's weights dense.
-DENSE: Mapping[str, Any] = {"rank": None, "rank_energy": None, "rank_parameters": None}
+DENSE: Mapping[str, Any] = {
+    "rank": None, "rank_energy": None, "rank_parameters": None, "factor_classifier": False
+}  # fmt: skip
 
 
 def option(default: T, help: str) -> T:
@@ -224,8 +226,8 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
                 "rank_freeze, the epoch of the last cut, must be at most the number of epochs, "
                 f"{self.epochs}, got {self.rank_freeze}"
             )
-        for name in ("rank_energy", "rank_parameters"):
-            if self.rank is None and getattr(self, name) is not None:
+        for name, dense in DENSE.items():
+            if self.rank is None and getattr(self, name) != dense:
                 raise ValueError(f"{name} needs factored weights, but rank is null")
 
 
