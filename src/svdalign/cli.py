@@ -492,7 +492,7 @@ def _exit_code(status: str) -> int:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)  # brackets in paths and names of classes are no markup
 
 
 def _say(console: Console, line: object) -> None:

@@ -160,7 +160,8 @@ def test_without_the_extra_the_other_files_are_written(
     monkeypatch.setattr(cards, "SECONDS", 0.1)
     monkeypatch.setattr(cards, "BATCHES", (1,))
     assert main(["export", str(run), "--out", str(tmp_path)]) == 0
-    assert "model.onnx is left out: ONNX needs the extra" in capsys.readouterr().out
+    needed = "model.onnx is left out: ONNX needs the extra: pip install 'svdalign[onnx]'"
+    assert needed in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.safetensors", "model.pt2", "card.json", "card.md"}
 

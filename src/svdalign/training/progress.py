@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich import progress as bars
 from rich.console import Console
+from rich.text import Text
 
 from .config import evaluated_on
 
@@ -132,8 +133,9 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
             self._bars.remove_task(self._run)
         history = trainer.history
         last = _measured(trainer, history[-1]) if history else "nothing measured yet"
-        mark = "[green]✓[/]" if status == "finished" else f"[yellow]{status}[/]"
-        self._bars.print(f"{mark} {self._name}  {last}  {_clock(trainer.seconds)}", highlight=False)
+        mark = ("✓", "green") if status == "finished" else (status, "yellow")
+        line = Text.assemble(mark, f" {self._name}  {last}  {_clock(trainer.seconds)}")
+        self._bars.print(line, highlight=False)
 
     def _update(self, trainer: Trainer, note: str | None = None) -> None:
         if note is None:
