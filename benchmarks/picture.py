@@ -19,6 +19,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from svdalign.experiments.methods import named_settings
+
 HERE = Path(__file__).resolve().parent
 #: Names that stand below their points, where they would cover others.
 BELOW = {

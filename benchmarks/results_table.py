@@ -338,7 +338,7 @@ def image_folder(results: Results) -> str:
 
 def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
-    rate, job = 0.01, content["job"]
+    rate, job = content["rows"][0]["lr"], content["job"]
     found = {(r["label"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
     methods = sorted({label for label, _ in found}, key=lambda label: (label[:2] == "BP", label))
 
@@ -353,17 +353,20 @@ def levers(content: Mapping[str, Any]) -> str:
 
     names = dict.fromkeys(lever for _, lever in found)
     rows = [[name, *(cell(method, name) for method in methods)] for name in names]
-    changes = ", and points more or less than that" if "as it is" in names else ""
-    seeds = {len(row["accuracies"]) for row in found.values()}
+    changed = "as it is" in names
+    changes = ", and points more or less than that" if changed else ""
+    headings = methods if changed else ["accuracy"]  # horizons are among the changes
+    seeds = sorted({len(row["accuracies"]) for row in found.values()})
     made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
     machine, name = content["machine"], job["data"].replace("cifar", "CIFAR-")
+    each = " or ".join(map(str, seeds))
     return (
-        f"{markdown(['lever', *methods], rows)}\n\n"
+        f"{markdown(['lever', *headings], rows)}\n\n"
         f"Accuracy in % on {job['validation']:,} held-out training images{changes}: "
         f"{job['model']} at rank {job['rank']:g} on "
         f"{job['train_limit'] - job['validation']:,} images of {name} at {job['image_size']}×"
         f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
-        f"{min(seeds)} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
+        f"{each} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
         f"{machine['cpu']}, {machine['threads']} thread(s)."
     )
 
