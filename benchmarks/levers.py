@@ -375,6 +375,7 @@ LEVERS: dict[str, Lever] = {
     "decaying spectrum": Lever(weights=decaying_spectrum, bp=True),
     "spatial scheme": Lever({"scheme": "spatial"}, bp=True),
     "rank 0.8": Lever({"rank": 0.8}, bp=True),
+    "classifier factored": Lever({"factor_classifier": True}, bp=True),
     "rank 0.8, cut while training": Lever(
         {"rank": 0.8, "rank_energy": 0.9, "rank_freeze": 5}, bp=True
     ),
@@ -460,8 +461,8 @@ LEVERS: dict[str, Lever] = {
 
 def applies(lever: Lever, method: Method) -> bool:
     """Whether there is something to change: BP has no feedback, dense weights have no rank."""
-    of_rank = any(name.startswith("rank") for name in lever.changes)
-    return (method.rule != "bp" or lever.bp) and (method.factored or not of_rank)
+    of_factors = any(name.startswith(("rank", "factor")) for name in lever.changes)
+    return (method.rule != "bp" or lever.bp) and (method.factored or not of_factors)
 
 
 def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, lr: float) -> float:
