@@ -207,9 +207,12 @@ JOBS = {
     "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
     "vgg13": "VGG-13, half as wide, 10,000 images of CIFAR-10 at 16×16, 8 epochs",
     "mlp": "MLP, CIFAR-10",
-    "resnet32": "ResNet-32, half as wide, in units of 3 blocks, 10,000 images at 16×16, 8 epochs",
+    "resnet32": "ResNet-32, half as wide, 10,000 images at 16×16, 8 epochs",
+    "cifar100_smallconv": "SmallConv, CIFAR-100",
     "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
-    "cifar100": "SmallConv, CIFAR-100 at 16×16",
+    "cifar100_vgg13": "the same VGG-13, 10,000 images of CIFAR-100",
+    "cifar100_mlp": "the same MLP, CIFAR-100",
+    "cifar100_resnet32": "the same ResNet-32, 10,000 images of CIFAR-100",
 }  #: files whole_NAME.json and profile_whole_NAME.json
 
 
