@@ -19,15 +19,15 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from svdalign.experiments.methods import named_settings
-
 HERE = Path(__file__).resolve().parent
-#: Names that stand below their points, where they would cover others.
-BELOW = {
-    "BP, factored": -11,
-    "BP, checkpointed": -11,
-    "BP, factored, checkpointed": -22,
-    "SSA, horizon 2": -11,
+#: Points are hollow where blocks of BP run again for their gradients.
+MARKERS = {
+    "BP, dense": "o",
+    "BP, factored": "s",
+    "DFA": "^",
+    "SSA, horizon 0": "v",
+    "SSA, horizon 1": "D",
+    "SSA, horizon 2": "P",
 }
 FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
@@ -65,27 +65,27 @@ def overview(left: Axes, right: Axes) -> None:
 def memory(axes: Axes, model: str) -> None:
     """A network on CIFAR-10: accuracy, three seeds, against peak memory of a step. With gradient
     checkpointing BP computes the same."""
-    trained = read(f"whole_{model}")
-    reached = {row["label"]: row for row in trained["summary"]}
-    settings = trained["config"].get("settings", {})
-    points = []
+    reached = {row["label"]: row for row in read(f"whole_{model}")["summary"]}
     for row in read(f"profile_whole_{model}")["methods"]:
         label = row["label"]
         if row["method"] == "ssa-checkpointed":
             continue  # a setting of the learner, where it is of use
         same = label.removesuffix(", checkpointed")
-        found = reached["BP, dense" if same == "BP" else same]
-        own = settings.get(row["method"])
-        name = f"{label}\n({named_settings(own)})" if own else label
-        y, std = 100 * found["accuracy"], 100 * found["accuracy_std"]
-        points.append((row["memory"]["peak"] / 2**20, y, std, label, name))
-    for x, y, std, label, name in points:
-        axes.errorbar(x, y, std, fmt="o", color=colour(label), elinewidth=0.8)
-        offset = (6, BELOW.get(label, 5))
-        axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=8)
+        same = "BP, dense" if same == "BP" else same
+        found = reached[same]
+        axes.errorbar(
+            row["memory"]["peak"] / 2**20,
+            100 * found["accuracy"],
+            100 * found["accuracy_std"],
+            fmt=MARKERS[same],
+            color=colour(label),
+            mfc="white" if label != same else None,
+            elinewidth=0.8,
+            label=label,
+        )
     axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %")
-    axes.set_xlim(0, 1.3 * max(points)[0])
-    axes.margins(y=0.15)
+    axes.set_xlim(left=0)
+    axes.margins(y=0.1)
 
 
 def rank(axes: Axes) -> None:
@@ -113,6 +113,7 @@ def main() -> None:
     ):
         memory(axes, model)
         axes.set_title(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(HERE.parent / "docs" / "memory.svg", metadata={"Date": None})
     figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     rank(axes)
