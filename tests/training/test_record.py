@@ -92,3 +92,17 @@ def test_the_first_interrupt_asks_and_the_second_insists() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [
+        ("/somewhere/bin/svdalign", "svdalign"),
+        ("/there/svdalign/__main__.py", "python -m svdalign"),
+    ],
+)
+def test_provenance_names_the_command_but_not_where_it_lies(
+    program: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "--model", "my model"])
+    assert provenance("cpu")["command"] == f"{named} train --model 'my model'"

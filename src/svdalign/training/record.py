@@ -187,8 +187,16 @@ def provenance(device: str) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         },
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line of this process, with the program's name in place of where it lies."""
+    program = Path(sys.argv[0])
+    module = program.name == "__main__.py"
+    name = ["python", "-m", program.parent.name] if module else [program.name]
+    return shlex.join([*name, *sys.argv[1:]])
 
 
 def _version(package: str) -> str | None:
