@@ -105,6 +105,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "width")
+        _switches(self, "factor_classifier", "fuse", "recompute")
         if isinstance(self.rank, float):
             if not 0 < self.rank <= 1:
                 raise ValueError(
@@ -209,6 +210,7 @@ class MachineConfig:
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
+        _switches(self, "channels_last")
         _at_least(self, "checkpoint_seconds", 0.0)
         if self.threads is not None:
             _at_least(self, "threads", 1)
@@ -301,6 +303,12 @@ def _at_least(config: object, name: str, least: float) -> None:
     value = getattr(config, name)
     if not (math.isfinite(value) and value >= least):
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def _switches(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}")
 
 
 def _rank(config: object, name: str) -> None:
