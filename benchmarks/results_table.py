@@ -279,6 +279,7 @@ def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]
 
 SEARCHES = {
     "cifar100": "SmallConv, CIFAR-100 at 16×16",
+    "vgg8": "VGG-8, a quarter as wide, CIFAR-10 at 32×32",
     "vgg13": "VGG-13, half as wide, CIFAR-10 at 16×16",
     "resnet32": "ResNet-32, half as wide, CIFAR-10 at 16×16",
     "fashion": "SmallConv, Fashion-MNIST",
