@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -535,7 +533,7 @@ def main() -> None:
                 found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
                 row = {"method": method, "label": METHODS[method].label, "lever": name}
                 row |= {"lr": lr, "accuracies": found}
-                made = provenance("cpu") | {"command": shlex.join(["python", *sys.argv])}
+                made = provenance("cpu")
                 rows.append({**row, "command": made["command"], "git": made["git"]})
                 print(
                     f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f} {found}",

@@ -23,7 +23,6 @@ import dataclasses
 import io
 import itertools
 import statistics
-import sys
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
@@ -263,7 +262,6 @@ def main() -> None:
         "rows": rows,
         **provenance("cpu"),
     }
-    content["command"] = " ".join(["python", *sys.argv])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, content)
 

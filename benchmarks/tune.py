@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 
 from svdalign.experiments.methods import METHODS, check_settings, method_config
@@ -80,9 +78,7 @@ def main() -> None:
     best = {name: max(rates, key=rates.__getitem__) for name, rates in found.items()}
     labels = {name: METHODS[name].label for name in found}
     content = {"job": dataclasses.asdict(job), "settings": settings, "labels": labels}
-    content |= {"accuracy": found, "best": best}
-    content |= provenance("cpu")
-    content["command"] = shlex.join(["python", *sys.argv])
+    content |= {"accuracy": found, "best": best, **provenance("cpu")}
     options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 

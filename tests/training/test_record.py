@@ -99,6 +99,8 @@ def test_the_first_interrupt_asks_and_the_second_insists() -> None:
     [
         ("/somewhere/bin/svdalign", "svdalign"),
         ("/there/svdalign/__main__.py", "python -m svdalign"),
+        ("benchmarks/tune.py", "python benchmarks/tune.py"),
+        ("/there/benchmarks/tune.py", "python tune.py"),
     ],
 )
 def test_provenance_names_the_command_but_not_where_it_lies(

@@ -192,10 +192,14 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line of this process, with the program's name in place of where it lies."""
+    """The command line of this process, with the program's name in place of where it lies (a script
+    keeps a relative path)."""
     program = Path(sys.argv[0])
-    module = program.name == "__main__.py"
-    name = ["python", "-m", program.parent.name] if module else [program.name]
+    name = [program.name]
+    if program.name == "__main__.py":
+        name = ["python", "-m", program.parent.name]
+    elif program.suffix == ".py":
+        name = ["python", program.name if program.is_absolute() else str(program)]
     return shlex.join([*name, *sys.argv[1:]])
 
 
