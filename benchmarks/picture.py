@@ -19,15 +19,17 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from svdalign.experiments.profile import CHECKPOINTED
+
 HERE = Path(__file__).resolve().parent
 #: Points are hollow where blocks of BP run again for their gradients.
 MARKERS = {
-    "BP, dense": "o",
-    "BP, factored": "s",
-    "DFA": "^",
-    "SSA, horizon 0": "v",
-    "SSA, horizon 1": "D",
-    "SSA, horizon 2": "P",
+    "bp-dense": "o",
+    "bp": "s",
+    "dfa": "^",
+    "ssa-local": "v",
+    "ssa-1": "D",
+    "ssa": "P",
 }
 FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
@@ -65,21 +67,18 @@ def overview(left: Axes, right: Axes) -> None:
 def memory(axes: Axes, model: str) -> None:
     """A network on CIFAR-10: accuracy, three seeds, against peak memory of a step. With gradient
     checkpointing BP computes the same."""
-    reached = {row["label"]: row for row in read(f"whole_{model}")["summary"]}
+    reached = {row["method"]: row for row in read(f"whole_{model}")["summary"]}
     for row in read(f"profile_whole_{model}")["methods"]:
-        label = row["label"]
-        if row["method"] == "ssa-checkpointed":
-            continue  # a setting of the learner, where it is of use
-        same = label.removesuffix(", checkpointed")
-        same = "BP, dense" if same == "BP" else same
-        found = reached[same]
+        method, label = row["method"], row["label"]
+        plain, _ = CHECKPOINTED.get(method, (method, label))
+        found = reached[plain]
         axes.errorbar(
             row["memory"]["peak"] / 2**20,
             100 * found["accuracy"],
             100 * found["accuracy_std"],
-            fmt=MARKERS[same],
+            fmt=MARKERS[plain],
             color=colour(label),
-            mfc="white" if label != same else None,
+            mfc="white" if method in CHECKPOINTED else None,
             elinewidth=0.8,
             label=label,
         )

@@ -291,10 +291,7 @@ def transfer(results: Results) -> str:
     """What the learning rates of one job lose on others."""
     rows, made = [], []
     for name, title in SEARCHES.items():
-        try:
-            content = results[f"tune_{name}"]
-        except KeyError:
-            continue
+        content = results[f"tune_{name}"]
         for method, by_rate in content["accuracy"].items():
             reached = {float(rate): 100 * found for rate, found in by_rate.items()}
             best = max(reached, key=reached.__getitem__)

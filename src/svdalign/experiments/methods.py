@@ -93,10 +93,10 @@ def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[
         raise ValueError(
             f"settings names {', '.join(unknown)}, but the methods are {', '.join(methods)}"
         )
+    known = [f.name for f in dataclasses.fields(RunConfig)]
     for name, fields in settings.items():
         if not isinstance(fields, Mapping):
             raise ValueError(f"settings of {name} must be {{field: value}}, got {fields!r}")
-        known = [f.name for f in dataclasses.fields(RunConfig)]
         if wrong := sorted(set(fields) - set(known)):
             raise ValueError(
                 f"settings of {name} name {', '.join(wrong)}; a run has {', '.join(known)}"
@@ -106,6 +106,7 @@ def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[
 
 def named_settings(settings: Mapping[str, Any]) -> str:
     """A method's own settings in words: ``units 5, recompute, widen 64``."""
-    flat = {**settings, **settings.get("options", {})}
-    flat.pop("options", None)
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in flat.items())
+    fields = dict(settings)
+    options = fields.pop("options", {})
+    own = {**fields, **options}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in own.items())

@@ -109,7 +109,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         table(HEADINGS, [_cells(row) for row in summary]),
         f'<p class="soft">{images.capitalize()} accuracy after the last epoch{spread}. '
         "MACs of one image. Times are medians of steps taken in turns.</p>",
-        *(f'<p class="soft">{html.escape(own)}</p>' for own in _own_settings(results)),
+        *_own_settings_part(results),
         "<h2>Figures</h2>",
         figure_grid(figure),
     )
@@ -230,7 +230,7 @@ def profile_page(results: Mapping[str, Any]) -> str:
         table(_profile_headings(results, PROFILE), list(_profile_rows(results))),
         '<p class="soft">MACs of matrix products and convolutions in one training step, forward '
         "and backward. Inference: one image through the compact model.</p>",
-        *(f'<p class="soft">{html.escape(own)}</p>' for own in _own_settings(results)),
+        *_own_settings_part(results),
         *_break_even_part(results),
         "<h2>Figures</h2>",
         figure_grid(grid),
@@ -276,6 +276,10 @@ def _own_settings(results: Mapping[str, Any]) -> list[str]:
     labels = {row["method"]: row["label"] for row in rows}
     settings = results["config"].get("settings", {})
     return [f"{labels[name]}: {named_settings(own)}" for name, own in settings.items() if own]
+
+
+def _own_settings_part(results: Mapping[str, Any]) -> list[str]:
+    return [f'<p class="soft">{html.escape(own)}</p>' for own in _own_settings(results)]
 
 
 def _job(results: Mapping[str, Any]) -> str:
