@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svdalign as sva
-from svdalign import models
-from svdalign.metrics import alternate
-from svdalign.training.build import prepare_machine
-from svdalign.training.config import JobConfig
-from svdalign.training.record import provenance, write_json
+from svdalign.lab import models
+from svdalign.lab.costs import alternate
+from svdalign.lab.training.build import prepare_machine
+from svdalign.lab.training.config import JobConfig
+from svdalign.lab.training.record import provenance, write_json
 
 BATCH, CLASSES, MARK = 128, 10, 1.05
 

@@ -21,10 +21,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from svdalign.data import batches
-from svdalign.experiments.card import IMAGES, ship
-from svdalign.training import load_run
-from svdalign.training.record import provenance, write_json
+from svdalign.lab.data import batches
+from svdalign.lab.experiments.card import IMAGES, ship
+from svdalign.lab.training import load_run
+from svdalign.lab.training.record import provenance, write_json
 
 PROGRAMS = {
     "pt2": """

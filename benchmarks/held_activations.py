@@ -5,7 +5,7 @@
 A chain of equal units (3 x 3 convolution, batch norm, ReLU; 32 channels at 16 x 16, batch 64), from
 4 to 32 of them, takes an SGD step by BP and by SSA at horizons 0, 1 and 2. Counted are the bytes of
 all tensors alive at the step's peak that are no parameter, gradient or optimizer state: activations
-held for the backward pass, the batch, and temporaries (see ``svdalign.metrics.step_memory``).
+held for the backward pass, the batch, and temporaries (see ``svdalign.lab.costs.step_memory``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import svdalign as sva
-from svdalign.metrics import step_memory
-from svdalign.training.record import provenance
+from svdalign.lab.costs import step_memory
+from svdalign.lab.training.record import provenance
 
 DEPTHS = (4, 8, 16, 32)
 METHODS: dict[str, tuple[str, int | None]] = {

@@ -22,16 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdalign.data import ImageData
 from svdalign.engine import Learner
-from svdalign.experiments.methods import METHODS, Method, method_config
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
-from svdalign.losses import similarity_alignment, similarity_matrix
-from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
-from svdalign.rules.base import task_loss
-from svdalign.training.build import (
+from svdalign.lab.data import ImageData
+from svdalign.lab.experiments.methods import METHODS, Method, method_config
+from svdalign.lab.training.build import (
     build_learner,
     build_model,
     example_batch,
@@ -39,9 +36,12 @@ from svdalign.training.build import (
     make_rule,
     prepare_machine,
 )
-from svdalign.training.config import JobConfig, RunConfig
-from svdalign.training.record import provenance
-from svdalign.training.trainer import Trainer
+from svdalign.lab.training.config import JobConfig, RunConfig
+from svdalign.lab.training.record import provenance
+from svdalign.lab.training.trainer import Trainer
+from svdalign.losses import similarity_alignment, similarity_matrix
+from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
+from svdalign.rules.base import task_loss
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from tune import RATES
 
 from svdalign import Learner, StepReport
-from svdalign.data import ImageData
-from svdalign.experiments.methods import METHODS, Method, method_config
-from svdalign.metrics import alternate
-from svdalign.training.build import build_learner, build_model, load_data, prepare_machine
-from svdalign.training.config import JobConfig, RunConfig
-from svdalign.training.record import provenance, write_json
-from svdalign.training.trainer import Trainer
+from svdalign.lab.costs import alternate
+from svdalign.lab.data import ImageData
+from svdalign.lab.experiments.methods import METHODS, Method, method_config
+from svdalign.lab.training.build import build_learner, build_model, load_data, prepare_machine
+from svdalign.lab.training.config import JobConfig, RunConfig
+from svdalign.lab.training.record import provenance, write_json
+from svdalign.lab.training.trainer import Trainer
 
 OURS: dict[str, Method] = {
     "bp-dense": METHODS["bp-dense"],

@@ -19,7 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from svdalign.experiments.profile import CHECKPOINTED
+from svdalign.lab.experiments.profile import CHECKPOINTED
 
 HERE = Path(__file__).resolve().parent
 #: Points are hollow where blocks of BP run again for their gradients.

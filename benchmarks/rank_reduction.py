@@ -29,16 +29,16 @@ import yaml
 from rich.console import Console
 
 from svdalign import RankCut, compact, reduce_rank
-from svdalign.experiments.card import DENSE, latency
 from svdalign.factors import FactoredLayer
-from svdalign.metrics import inference_macs, parameter_count
-from svdalign.training import Record, RunConfig, Trainer, build_learner, build_model, load_data
-from svdalign.training.build import evaluate, example_batch, prepare_machine
-from svdalign.training.checkpoint import load_checkpoint
-from svdalign.training.config import from_dict
-from svdalign.training.progress import PlainProgress
-from svdalign.training.record import provenance, write_json
-from svdalign.training.run import train
+from svdalign.lab.costs import inference_macs, parameter_count
+from svdalign.lab.experiments.card import DENSE, latency
+from svdalign.lab.training import Record, RunConfig, Trainer, build_learner, build_model, load_data
+from svdalign.lab.training.build import evaluate, example_batch, prepare_machine
+from svdalign.lab.training.checkpoint import load_checkpoint
+from svdalign.lab.training.config import from_dict
+from svdalign.lab.training.progress import PlainProgress
+from svdalign.lab.training.record import provenance, write_json
+from svdalign.lab.training.run import train
 
 VARIANTS = ("fixed", "cut", "cut, state dropped", "cut, hoyer")
 MARKS = {"parameters": 0.35, "macs": 0.40, "latency": 0.6, "points": 0.5}

@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdalign.experiments import METHODS
-from svdalign.experiments.methods import named_settings
-from svdalign.experiments.page import count, number
-from svdalign.experiments.paper.draw import experiment_table
-from svdalign.experiments.report import break_even_rows
+from svdalign.lab.experiments import METHODS
+from svdalign.lab.experiments.methods import named_settings
+from svdalign.lab.experiments.page import count, number
+from svdalign.lab.experiments.paper.draw import experiment_table
+from svdalign.lab.experiments.report import break_even_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)

@@ -4,7 +4,8 @@
 
 SmallConv on CIFAR-10 at 16 x 16, eight epochs on 10,000 training images, accuracy on 10,000
 others held out of the training set; every method at every rate of the same grid, two seeds. The
-test images are not looked at. What comes out is written into ``svdalign/experiments/methods.py``
+test images are not looked at. What comes out is written into
+``svdalign/lab/experiments/methods.py``
 by hand and used unchanged on every other job.
 """
 
@@ -16,12 +17,12 @@ import json
 import statistics
 from pathlib import Path
 
-from svdalign.experiments.methods import METHODS, check_settings, method_config
-from svdalign.training.build import build_learner, load_data, prepare_machine
-from svdalign.training.config import JobConfig
-from svdalign.training.record import Record, provenance
-from svdalign.training.run import train
-from svdalign.training.trainer import Trainer
+from svdalign.lab.experiments.methods import METHODS, check_settings, method_config
+from svdalign.lab.training.build import build_learner, load_data, prepare_machine
+from svdalign.lab.training.config import JobConfig
+from svdalign.lab.training.record import Record, provenance
+from svdalign.lab.training.run import train
+from svdalign.lab.training.trainer import Trainer
 
 RATES = (5e-3, 1e-2, 2e-2)
 

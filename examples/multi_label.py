@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svdalign as sva
-from svdalign import data
+from svdalign.lab import data
 
 
 def pairs(split: data.Split, seed: int) -> tuple[Tensor, Tensor]:

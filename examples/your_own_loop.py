@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import svdalign as sva
-from svdalign import data, models
+from svdalign.lab import data, models
 
 ACCUMULATE = 2
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdalign import compact, data, export, factorize, models
+from svdalign import compact, export, factorize
 from svdalign.factors import SVDConv2d, SVDLinear
-from svdalign.metrics import inference_macs
+from svdalign.lab import data, models
+from svdalign.lab.costs import inference_macs
 
 EQUAL = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -36,3 +36,21 @@ def test_public_names() -> None:
         assert name in sva.__all__
     for name in sva.__all__:
         assert hasattr(sva, name)
+
+
+def test_nothing_outside_the_lab_imports_it() -> None:
+    import ast
+    from pathlib import Path
+
+    import svdalign
+
+    package = Path(svdalign.__file__).parent
+    for file in package.rglob("*.py"):
+        place = file.relative_to(package).parts
+        if place[0] == "lab" or place == ("__main__.py",):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(a.name for a in node.names)]
+            assert not any("lab" in name.split(".") for name in names), file

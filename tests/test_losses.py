@@ -13,7 +13,7 @@ from tests.oracles import losses as oracle
 from torch import Tensor
 
 from svdalign import losses
-from svdalign.metrics import LiveTensors
+from svdalign.lab.costs import LiveTensors
 
 seeds = st.integers(0, 2**20)
 small = st.integers(1, 7)

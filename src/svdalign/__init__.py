@@ -1,9 +1,9 @@
 """Train neural networks without a global backward pass, in the SVD space of their weights."""
 
+from .alignment import alignment
 from .engine import Learner, StepReport
 from .export import compact
 from .factors import RankCut, SVDConv2d, SVDLinear, factorize, fuse, reduce_rank
-from .metrics.angles import alignment
 from .storage import load, save
 
 __version__ = "0.1.0"

@@ -1,9 +1,28 @@
-"""``python -m svdalign`` is the command ``svdalign``."""
+"""The command ``svdalign``, also as ``python -m svdalign``. It lives in the lab, an extra."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
-from .cli import main
+__all__ = ["main"]
 
-sys.exit(main())
+#: Imported by every command; only the extra ``lab`` brings it.
+NEEDED = "jsonargparse"
+
+
+def main() -> int:
+    """Run the command line; an exit code. Without the extra ``lab`` say what to install."""
+    if importlib.util.find_spec(NEEDED) is None:
+        print(
+            "svdalign: the command line needs an extra: pip install 'svdalign[lab]'",
+            file=sys.stderr,
+        )
+        return 2
+    from .lab.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

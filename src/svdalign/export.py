@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .chains import carry_hooks, followers, substitute
+from ._tracing import carry_hooks, followers, substitute
 from .factors import FactoredLayer, FusedConv2d, SVDConv2d
 from .storage import replace_file
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .readings import spread, statistics
+from ._map_statistics import spread, statistics
 
 __all__ = [
     "channel_statistics",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from svdalign.experiments import CompareConfig, Comparison
-from svdalign.experiments.profile import Profile, ProfileConfig
+from svdalign.lab.experiments import CompareConfig, Comparison
+from svdalign.lab.experiments.profile import Profile, ProfileConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from tests.oracles.saved import peak_saved_bytes
 from torch import nn
 
 import svdalign as sva
-from svdalign.metrics import step_memory
+from svdalign.lab.costs import step_memory
 
 DEPTHS = (4, 8, 16, 32)
 WIDTH, BATCH = 32, 64

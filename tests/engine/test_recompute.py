@@ -10,7 +10,7 @@ from tests.oracles.saved import peak_saved_bytes
 from torch import nn
 
 import svdalign as sva
-from svdalign import models
+from svdalign.lab import models
 
 
 class Noisy(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import svdalign as sva
 from svdalign import rules
 from svdalign.feedback import GaussianFeedback
-from svdalign.metrics import LiveTensors
+from svdalign.lab.costs import LiveTensors
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 SSA = replace(rules.get("ssa"), alpha=0.7)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
-from svdalign import models
+from svdalign._saved import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
-from svdalign.held import CHUNK
-from svdalign.metrics import LiveTensors, storage_bytes
+from svdalign.lab import models
+from svdalign.lab.costs import LiveTensors, storage_bytes
 
 TAILS: dict[str, Callable[[int], list[nn.Module]]] = {
     "norm": lambda n: [nn.BatchNorm2d(n)],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdalign import data
+from svdalign.lab import data
 
 
 @pytest.fixture(scope="session")

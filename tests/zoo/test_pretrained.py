@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svdalign as sva
-from svdalign import data, models
+from svdalign.lab import data, models
 
 Trained = tuple[nn.Module, Tensor, Tensor]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rules
-from ..autocast import outside_autocast
+from .._autocast import outside_autocast
 from ..factors import FactoredLayer
 from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..autocast import outside_autocast
+from .._autocast import outside_autocast
 from .forward import first_tensor, forward
 from .units import Plan, Unit
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..chains import carry_hooks
+from .._tracing import carry_hooks
 from .layers import (
     SCHEMES,
     FactoredLayer,

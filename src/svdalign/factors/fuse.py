@@ -9,7 +9,7 @@ channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
 - What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it runs for some
   samples at a time. Held is ``z``, and where a ReLU's output is pooled, that and the places of the
   maxima; what else the backward pass needs is made again, for those who come after as well
-  (:mod:`svdalign.held`).
+  (:mod:`svdalign._saved`).
 
 A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
 """
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from ..autocast import outside_autocast, present_autocast
-from ..chains import followers, substitute
-from ..held import Held, by_parts, empty, hold, made_of, parts_of
-from ..readings import statistics
+from .._autocast import outside_autocast, present_autocast
+from .._map_statistics import statistics
+from .._saved import Held, by_parts, empty, hold, made_of, parts_of
+from .._tracing import followers, substitute
 from .layers import SVDConv2d
 
 __all__ = ["FusedConv2d", "fuse"]

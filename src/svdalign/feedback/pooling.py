@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..readings import raster
+from .._map_statistics import raster
 
 __all__ = ["pool", "pooled_size", "raster_size"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..autocast import autocasted
+from .._autocast import autocasted
 from .matrices import Feedback, StructuredFeedback
 
 __all__ = ["WidenedFeedback"]

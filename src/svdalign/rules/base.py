@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._map_statistics import raster_and_spread
 from ..factors import FactoredLayer
 from ..feedback import Feedback, pool, pooled_size, raster_size
 from ..losses import channel_statistics, hoyer_sparsity, orthogonality_penalty
-from ..readings import raster_and_spread
 
 __all__ = ["ErrorSource", "Rule", "Teaching", "TeachingUnit"]
 

@@ -1,0 +1,191 @@
+"""Angles between what a rule does and what backpropagation would, training left undisturbed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .engine import Learner, Unit
+from .engine.forward import evaluating, first_tensor, forward, preserved
+from .factors import FactoredLayer
+
+__all__ = ["Alignment", "LayerAlignment", "UnitAlignment", "alignment", "descent_share"]
+
+
+@dataclass(frozen=True)
+class LayerAlignment:
+    """One layer's gradient under the rule against its gradient under backpropagation.
+
+    Angles in degrees. ``factor_angle``: between the gradients of the layer's weights as they are
+    held, (U, s, V) or the dense weight. ``tangent_angle``: between the changes of ``W`` that steps
+    along them make to first order, ``dU diag(s) V^T + U diag(ds) V^T + U diag(s) dV^T``.
+    ``norm_ratio``: norm of the rule's gradient over norm of backpropagation's.
+    """
+
+    name: str
+    factor_angle: float
+    tangent_angle: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class UnitAlignment:
+    """``feedback_angle``, in degrees: between the matrix that brings errors to a unit's output and
+    the transposed Jacobian of the logits in that output, averaged over the batch."""
+
+    name: str
+    feedback_angle: float
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """``descent``: whether the rule's gradient as a whole points downhill on the global loss,
+    ``<g, g_BP> > 0``. ``cosine``: of the angle between the two over all parameters."""
+
+    layers: tuple[LayerAlignment, ...]
+    units: tuple[UnitAlignment, ...]
+    cosine: float
+
+    @property
+    def descent(self) -> bool:
+        return self.cosine > 0
+
+
+def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignment:
+    """Measure ``learner``'s rule on a batch against backpropagation through ``model``.
+
+    Both gradients are taken from the same random state, and parameters, gradients, buffers and
+    random state are left as they were. The Jacobian is taken in evaluation mode, where samples do
+    not act on each other; it costs one backward pass a class. Source: arXiv 2510.25594, figures 2
+    and 3.
+    """
+    if model is not learner.model:
+        raise ValueError(
+            "learner must be the one that trains model, got a learner of another model"
+        )
+    rule, bp = learner.gradients(x, y), _backpropagation(learner, x, y)
+    layers = tuple(_layers(model, rule, bp))
+    return Alignment(layers, tuple(_units(learner, x)), _cosine_of_common(rule, bp))
+
+
+def descent_share(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> float:
+    """Share of ``batches`` on which the rule's gradient points downhill on the global loss,
+    ``<g, g_BP> > 0``; NaN if there are none. Training is left undisturbed."""
+    downhill = [
+        _cosine_of_common(learner.gradients(x, y), _backpropagation(learner, x, y)) > 0
+        for x, y in batches
+    ]
+    return sum(downhill) / len(downhill) if downhill else math.nan
+
+
+def _cosine_of_common(rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]) -> float:
+    """Over all parameters that both have a gradient for."""
+    names = [name for name in bp if name in rule]
+    return _cosine([rule[n] for n in names], [bp[n] for n in names])
+
+
+def _backpropagation(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:
+    named = {n: p for n, p in learner.model.named_parameters() if p.requires_grad}
+    with preserved(learner.model), torch.enable_grad():
+        loss = learner.loss(forward(learner.model, x), y)
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def _layers(
+    model: nn.Module, rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]
+) -> Iterator[LayerAlignment]:
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        held = ("U", "s", "V") if isinstance(module, FactoredLayer) else ("weight",)
+        keys = [prefix + k for k in held if prefix + k in rule and prefix + k in bp]
+        if not keys or any(rule[k].ndim < 2 for k in keys if not k.endswith("s")):
+            continue  # norms have no matrix to align
+        ours, theirs = [rule[k] for k in keys], [bp[k] for k in keys]
+        angle = _angle(_cosine(ours, theirs))
+        tangent = angle
+        if isinstance(module, FactoredLayer) and len(keys) == 3:
+            tangent = _angle(_cosine([_change(module, *ours)], [_change(module, *theirs)]))
+        yield LayerAlignment(name, angle, tangent, float(_norm(ours) / _norm(theirs)))
+
+
+def _change(layer: FactoredLayer, dU: Tensor, ds: Tensor, dV: Tensor) -> Tensor:
+    """First-order change (m, n) of ``U diag(s) V^T`` along a change of its factors."""
+    U, s, V = layer.U.detach(), layer.s.detach(), layer.V.detach()
+    return (dU * s) @ V.mT + (U * ds) @ V.mT + (U * s) @ dV.mT
+
+
+def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
+    outputs: dict[str, Tensor] = {}
+    units = {(unit.exit, unit.call): unit for unit in learner.units[:-1]}
+    calls: dict[str, int] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            call = calls[path] = calls.get(path, -1) + 1
+            if (path, call) in units and any(isinstance(t, Tensor) for t in tree_leaves(output)):
+                outputs[units[path, call].name] = first_tensor(output)
+
+        return hook
+
+    model = learner.model
+    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
+    with preserved(model), torch.enable_grad():
+        try:
+            with evaluating(model):
+                z = forward(model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if z.ndim != 2:
+            return []  # one answer a sample: only there is the Jacobian one matrix a sample
+        found = []
+        for unit in learner.units[:-1]:
+            h = outputs.get(unit.name)
+            if h is None or not h.requires_grad:
+                continue
+            readout = _readout(learner, unit, h)
+            if readout is not None:
+                cosines = _sample_cosines(_jacobian(readout[1], readout[0]), _jacobian(z, h))
+                found.append(UnitAlignment(unit.name, _angle(float(cosines.mean()))))
+        return found
+
+
+def _readout(learner: Learner, unit: Unit, h: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The unit's features as a leaf, and the rule's linear readout of them."""
+    feedback = learner.feedback_of(unit)
+    if feedback is None:
+        return None
+    leaf = h.detach().requires_grad_()
+    with torch.enable_grad():
+        out = learner.rule.readout(learner.teaching_unit(unit), feedback, unit.layout(leaf))
+    return None if out is None else (leaf, out)
+
+
+def _jacobian(z: Tensor, h: Tensor) -> Tensor:
+    """Jacobians (B, C, d) of ``z`` (B, C) in ``h`` (B, ...): one backward pass a class."""
+    rows = [torch.autograd.grad(z[:, c].sum(), h, retain_graph=True)[0] for c in range(z.shape[1])]
+    return torch.stack([row.flatten(1) for row in rows], dim=1)
+
+
+def _sample_cosines(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
+
+
+def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    dot = sum((p.double() * q.double()).sum() for p, q in zip(a, b, strict=True))
+    return float(dot / (_norm(a) * _norm(b)).clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
+
+
+def _angle(cosine: float) -> float:
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))

@@ -1,0 +1,123 @@
+"""The rank up to which a factored layer costs no more than its dense form: by multiply-accumulates
+(MACs), by time."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...factors import FactoredLayer, SVDConv2d
+from ...factors.layers import absolute_rank
+from .latency import alternate
+
+__all__ = ["Call", "factored_calls", "macs_break_even", "time_break_even", "time_ratios"]
+
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  #: of full rank, to time
+
+
+class Call(NamedTuple):
+    """A layer as a network calls it: shapes of input and output, and whether backpropagation goes
+    on to the input."""
+
+    layer: FactoredLayer
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    input_gradient: bool
+
+
+def factored_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
+    """By name, the first call of each factored layer in a forward pass of ``model`` on ``x``."""
+    calls: dict[str, Call] = {}
+
+    def note(name: str, layer: FactoredLayer, args: tuple[Tensor], y: Tensor) -> None:
+        (x,) = args
+        calls.setdefault(name, Call(layer, tuple(x.shape), tuple(y.shape), x.requires_grad))
+
+    handles = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLayer)
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def macs_break_even(layer: FactoredLayer, x: Sequence[int], y: Sequence[int]) -> int:
+    """The largest rank at which ``layer`` takes no more MACs than its dense form; 0 if none does.
+
+    ``x`` and ``y`` are the shapes of its input and output. The factors ``U`` (m, r) and ``V``
+    (n, r) take r n products for each pixel between the two, r m for each pixel of the output, the
+    dense matrix m n. A pixel of the output is one of those between, save in the spatial scheme:
+    its first convolution keeps the input's width. Counted as in :func:`inference_macs`.
+    """
+    m, n = len(layer.U), len(layer.V)
+    spatial = isinstance(layer, SVDConv2d) and layer.scheme == "spatial"
+    between, out = (x[-1], y[-1]) if spatial else (1, 1)
+    return min(layer.full_rank, out * m * n // (between * n + out * m))
+
+
+def time_ratios(
+    layer: FactoredLayer, x: Tensor, *, training: bool, seconds: float = math.inf
+) -> dict[int, float]:
+    """Time of ``layer`` over that of its dense form on ``x``, by rank, for some ranks up to full.
+
+    Timed is a forward pass without gradients or, with ``training``, one with its backward pass: to
+    the parameters, and to ``x`` if that requires a gradient. All ranks and the dense layer run in
+    turns, see :func:`alternate`, which also takes ``seconds``. Of ``layer`` itself only the shape
+    counts: it may be on the meta device.
+    """
+    ranks = sorted({absolute_rank(share, layer.full_rank) for share in SHARES})
+    layers = {"dense": layer.dense(), **{str(rank): _of_rank(layer, rank) for rank in ranks}}
+    layers = {name: _with_numbers(module, x) for name, module in layers.items()}
+    with torch.no_grad():
+        gradient = torch.randn_like(layers["dense"](x)) if training else None
+    work = {name: partial(_run, module, x, gradient) for name, module in layers.items()}
+    times = alternate(work, rounds=15, warmup=1, seconds=seconds)
+    return {rank: times[str(rank)].ratio(times["dense"]) for rank in ranks}
+
+
+def time_break_even(ratios: Mapping[int, float]) -> int | None:
+    """The largest rank that takes at most the time of the dense layer, with straight lines drawn
+    between the ``ratios`` measured; None if every ratio is above 1."""
+    within = max((rank for rank, ratio in ratios.items() if ratio <= 1), default=None)
+    above = min((rank for rank in ratios if within is not None and rank > within), default=None)
+    if within is None or above is None:
+        return within
+    rise = (ratios[above] - ratios[within]) / (above - within)
+    return within + math.floor((1 - ratios[within]) / rise)
+
+
+def _of_rank(layer: FactoredLayer, rank: int) -> FactoredLayer:
+    layer = copy.deepcopy(layer)
+    U, V = (factor.new_empty(len(factor), rank) for factor in (layer.U, layer.V))
+    layer.set_factors(U, layer.s.new_empty(rank), V)
+    return layer
+
+
+def _with_numbers(layer: nn.Module, x: Tensor) -> nn.Module:
+    """``layer`` on the device of ``x``, its kernels laid out as ``x`` is."""
+    layer = layer.to_empty(device=x.device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return layer
+
+
+def _run(layer: nn.Module, x: Tensor, gradient: Tensor | None) -> None:
+    """A forward pass; with the ``gradient`` of its output, a backward pass too."""
+    with torch.set_grad_enabled(gradient is not None):
+        y = layer(x)
+    if gradient is not None:
+        leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+        torch.autograd.grad(y, leaves, gradient)

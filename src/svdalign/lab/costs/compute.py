@@ -1,0 +1,87 @@
+"""Size and arithmetic of a network: parameters, multiply-accumulates (MACs) of an inference, of a
+training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn, no_grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from ...engine.forward import evaluating
+
+__all__ = ["inference_macs", "macs_by_module", "parameter_count", "step_macs"]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers held as parameters, each shared one counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def inference_macs(model: nn.Module, example: Tensor) -> int:
+    """MACs of one image through ``model`` in eval mode; ``example`` is a batch, (N, C, H, W) say.
+
+    Counted are matrix products and convolutions, as torch's FLOP counter does (two FLOPs a MAC);
+    element-wise work (norms, activations, the factor ``s``) is not.
+    """
+    return macs_by_module(model, example)[""]
+
+
+def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """MACs of one image by module name, each with all it contains; ``""`` is the whole model."""
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), no_grad(), counter:
+        model(example[:1])
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    macs = {"": counter.get_total_flops() // 2}
+    for name, flops in counts.items():
+        if name.startswith(f"{root}."):
+            macs[name.removeprefix(f"{root}.")] = sum(flops.values()) // 2
+    return macs
+
+
+def step_macs(step: Callable[[], object]) -> int:
+    """MACs of everything that ``step`` runs, backward passes included; counted as above."""
+    flops = _Flops()
+    with flops:
+        step()
+    return flops.total // 2
+
+
+_ATEN = torch.ops.aten
+_COUNTS = {
+    **flop_registry,
+    # Torch counts fused attention on CUDA alone.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Torch's FLOP counts without its attribution to modules, which forbids ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = _COUNTS.get(func._overloadpacket)  # type: ignore[attr-defined]
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result

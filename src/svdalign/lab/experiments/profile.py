@@ -1,0 +1,279 @@
+"""What training costs, by method: memory, arithmetic, time; on images of a given shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...export import compact
+from ..costs import (
+    Call,
+    alternate,
+    factored_calls,
+    inference_macs,
+    macs_break_even,
+    parameter_count,
+    pretending,
+    step_macs,
+    time_break_even,
+    time_ratios,
+)
+from ..data import ImageData, Split
+from ..training.build import (
+    build_learner,
+    build_model,
+    example_batch,
+    memory_format,
+    prepare_machine,
+)
+from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
+from ..training.record import Record, new_folder, provenance
+from .checkpointing import checkpointed, segment_sizes
+from .costs import Step
+from .methods import BACKPROP, METHODS, check_settings, method_config
+from .report import profile_page
+
+__all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
+
+#: By name of a step with gradient checkpointing, the method and what it is called: of a plain
+#: network by the better of two segmentations, of one that learns locally block by block. Factors
+#: and checkpointing go together, so a claim of little memory has to meet both at once.
+CHECKPOINTED = {
+    "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
+    "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
+    "ssa-checkpointed": ("ssa", f"{METHODS['ssa'].label}, checkpointed"),
+}
+DEFAULT = [
+    *("bp-dense", "bp-checkpointed", "bp", "bp-factored-checkpointed"),
+    *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """batch"""
+
+    batch_size: int = option(128, "images a step")
+    image_size: int = option(32, "height and width of the images in pixels")
+    channels: int = option(3, "channels of the images")
+    classes: int = option(10, "classes to tell apart")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "image_size", "channels", "classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
+    """profile"""
+
+    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}; {BACKPROP}")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
+    precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
+    settings: dict[str, Any] = option(
+        {}, "{method: {field: value}}: what differs for a method, such as units or options"
+    )
+    estimate: bool = option(False, "work memory and arithmetic out without running anything")
+    seconds: float = option(60.0, "for the timing of steps; at least three rounds")
+    break_even: bool = option(
+        False, "time each factored layer by rank against its dense form, for as many seconds again"
+    )
+
+    def __post_init__(self) -> None:
+        for part in (BatchConfig, ModelConfig, MachineConfig):
+            part.__post_init__(self)
+        if len(set(self.methods)) < max(len(self.methods), 1):
+            raise ValueError(f"methods must be at least one, each once, got {self.methods}")
+        known = (*METHODS, *CHECKPOINTED)
+        if unknown := [name for name in self.methods if name not in known]:
+            raise ValueError(f"unknown method {unknown[0]!r}; available: {', '.join(known)}")
+        object.__setattr__(self, "settings", check_settings(self.settings, self.methods))
+        if self.break_even and self.estimate:
+            raise ValueError("break_even times layers, but estimate runs nothing")
+        if self.estimate and self.precision != "fp32":
+            raise ValueError(f"estimate works out fp32 alone, got precision {self.precision!r}")
+        for name in self.methods:
+            self.run(name)  # names every mistake in a method's own settings
+        if self.break_even and self.factored is None:
+            raise ValueError(
+                "break_even needs a method with factored weights, got methods "
+                f"{', '.join(self.methods)} at rank {'null' if self.rank is None else self.rank}"
+            )
+
+    @property
+    def factored(self) -> str | None:
+        """The first method with factored weights; all such methods train the same network."""
+        return next((name for name in self.methods if self.run(name).rank is not None), None)
+
+    def run(self, name: str) -> RunConfig:
+        """The run whose step stands for method ``name``."""
+        shared = {f.name for f in dataclasses.fields(JobConfig)}
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
+        method, _ = CHECKPOINTED.get(name, (name, ""))
+        config = method_config(method, job, seed=0, settings=self.settings.get(name))
+        local = name in CHECKPOINTED and config.rule != "bp"
+        return dataclasses.replace(config, recompute=True) if local else config
+
+
+class Profile:
+    """A profile in a folder: ``config.yaml``, ``results.json``, ``report.html``.
+
+    Creating one raises ValueError for what cannot be profiled.
+    """
+
+    def __init__(
+        self, config: ProfileConfig, folder: str | Path | None = None, *, overwrite: bool = False
+    ) -> None:
+        self.config = config
+        prepare_machine(config.run(config.methods[0]))
+        if folder is not None:
+            record = Record(folder, "profile")
+            record.check()
+            if not overwrite and record.results() is not None:
+                raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
+        self._segment_sizes: dict[str, int] = {}
+        self._estimates = {name: self._estimate(name) for name in config.methods}
+        self._record = Record(folder or new_folder("runs", "profile"), "profile")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self._record.folder
+
+    def run(self) -> dict[str, Any]:
+        """Measure, or estimate, every method; return what ``results.json`` holds."""
+        self._record.start(to_yaml(self.config))
+        rows = []
+        for name, row in self._estimates.items():
+            if not self.config.estimate:
+                if self.config.precision == "fp32":
+                    row["estimated_memory"] = row["memory"]
+                row["memory"] = self._step(name, self.config.device).memory().as_dict()
+            rows.append(row)
+        if not self.config.estimate:
+            self._add_times(rows)
+        content = {
+            "status": "finished",
+            "config": dataclasses.asdict(self.config),
+            "methods": rows,
+            "break_even": self._break_even(),
+            **provenance(self.config.device),
+        }
+        self._record.write_results(content)
+        self._record.report_path.write_text(profile_page(content), encoding="utf-8")
+        return content
+
+    def _estimate(self, name: str) -> dict[str, Any]:
+        with pretending():  # in single precision: there is no autocast without numbers
+            if name in CHECKPOINTED and not self.config.run(name).recompute:
+                self._choose_segment_size(name)
+            step = self._step(name, "meta")
+            memory = step.memory()
+            return {
+                "method": name,
+                "label": label(name),
+                "parameters": parameter_count(step.learner.model),
+                "macs": inference_macs(step.learner.model, step.x),
+                "step_macs": step_macs(step),
+                "memory": memory.as_dict(),
+            }
+
+    def _add_times(self, rows: list[dict[str, Any]]) -> None:
+        names = dict.fromkeys(["bp-dense", *self.config.methods])
+        steps = {name: self._step(name, self.config.device) for name in names}
+        models = {name: compact(step.learner.model) for name, step in steps.items()}
+        image = steps["bp-dense"].x[:1]
+        inference = {name: partial(_infer, model, image) for name, model in models.items()}
+        seconds = self.config.seconds
+        times = alternate(steps, rounds=15, warmup=1, seconds=0.8 * seconds)
+        latencies = alternate(inference, rounds=51, warmup=5, seconds=0.2 * seconds)
+        for row in rows:
+            for key, measured in (("step", times), ("latency", latencies)):
+                mine, dense = measured[row["method"]], measured["bp-dense"]
+                row[f"{key}_seconds"], row[f"{key}_ratio"] = mine.median, mine.ratio(dense)
+
+    def _break_even(self) -> list[dict[str, Any]]:
+        """By factored layer, the largest rank that costs no more than the dense layer."""
+        if self.config.factored is None:
+            return []
+        # A layer against its dense form, so without what would be fused with it.
+        config = dataclasses.replace(self.config.run(self.config.factored), fuse=False)
+        with pretending():
+            elsewhere, data = dataclasses.replace(config, device="meta"), self._data("meta")
+            x = example_batch(elsewhere, data, config.batch_size)
+            calls = factored_calls(build_model(elsewhere, data), x)
+        rows = []
+        for name, call in calls.items():
+            row = {
+                "layer": name,
+                "input": list(call.x),
+                "rank": call.layer.rank,
+                "full_rank": call.layer.full_rank,
+                "macs": macs_break_even(call.layer, call.x, call.y),
+            }
+            if self.config.break_even:
+                row |= _break_even_times(call, config, self.config.seconds / len(calls))
+            rows.append(row)
+        return rows
+
+    def _step(self, name: str, device: str) -> Step:
+        config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
+        if device == "meta":
+            config = dataclasses.replace(config, precision="fp32")
+        net = build_model(config, data)
+        if name in self._segment_sizes:
+            net = checkpointed(net, self._segment_sizes[name])
+        x = example_batch(config, data, config.batch_size)
+        return Step(build_learner(config, data, net), config, x, data.train.labels)
+
+    def _choose_segment_size(self, name: str) -> None:
+        """Of the two segmentations, the one with the lower peak."""
+        config = dataclasses.replace(self.config.run(name), device="meta")
+        net = build_model(config, self._data("meta"))
+
+        def peak(size: int) -> int:
+            self._segment_sizes[name] = size
+            return self._step(name, "meta").memory().peak
+
+        self._segment_sizes[name] = min(segment_sizes(net), key=peak)
+
+    def _data(self, device: str) -> ImageData:
+        """Noise of the batch's shape."""
+        config = self.config
+        shape = (config.batch_size, config.channels, config.image_size, config.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        split = Split(images, torch.arange(config.batch_size, device=device) % config.classes)
+        half = (0.5,) * config.channels
+        return ImageData("noise", split, split, tuple(map(str, range(config.classes))), half, half)
+
+
+def label(name: str) -> str:
+    """What tables and figures call a method."""
+    return CHECKPOINTED[name][1] if name in CHECKPOINTED else METHODS[name].label
+
+
+def _break_even_times(call: Call, config: RunConfig, seconds: float) -> dict[str, Any]:
+    x = torch.randn(call.x, device=config.device)
+    if x.ndim == 4:
+        x = x.to(memory_format=memory_format(config))
+    x.requires_grad_(call.input_gradient)
+    forward = time_ratios(call.layer, x, training=False, seconds=seconds / 3)
+    training = time_ratios(call.layer, x, training=True, seconds=2 * seconds / 3)
+    return {
+        "forward": time_break_even(forward),
+        "training": time_break_even(training),
+        "ratios": [{"rank": r, "forward": forward[r], "training": training[r]} for r in forward],
+    }
+
+
+@torch.no_grad()
+def _infer(model: nn.Module, image: Tensor) -> None:
+    model(image)

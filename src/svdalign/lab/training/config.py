@@ -1,0 +1,328 @@
+"""What a training run is, as frozen dataclasses: flat, a field being a flag and a YAML key too."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+
+from ... import rules
+from .. import models
+
+__all__ = [
+    "DENSE",
+    "Augmentation",
+    "DataConfig",
+    "JobConfig",
+    "MachineConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RankConfig",
+    "RunConfig",
+    "differences",
+    "evaluated_on",
+    "from_dict",
+    "option",
+    "plain",
+    "to_yaml",
+]
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+Augmentation = Literal["crop", "flip", "cutout"]
+
+#: What makes a config's weights dense.
+DENSE: Mapping[str, Any] = {
+    "rank": None, "rank_energy": None, "rank_parameters": None, "factor_classifier": False
+}  # fmt: skip
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with a default and the line that ``--help`` shows for it."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """data"""
+
+    data: str = option("embedded", "embedded, fashion_mnist, cifar10, cifar100 or folder")
+    data_dir: str | None = option(
+        None, "folder of Parquet files, or of images with one directory a class"
+    )
+    train_limit: int | None = option(None, "use only this many training images")
+    test_limit: int | None = option(None, "use only this many test images")
+    validation: int | None = option(
+        None, "hold out so many training images and evaluate on them, not on the test images"
+    )
+    image_size: int | None = option(None, "resize images to this height and width in pixels")
+    augment: list[Augmentation] = option([], "any of crop, flip, cutout, on training batches")
+
+    def __post_init__(self) -> None:
+        for name in ("train_limit", "test_limit", "validation", "image_size"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in self.augment:
+            if name not in get_args(Augmentation):
+                raise ValueError(
+                    f"augment must be any of {', '.join(get_args(Augmentation))}, got {name!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """model"""
+
+    model: str = option("smallconv", f"of {', '.join(models.available())}")
+    width: float = option(1.0, "factor on the number of channels of every hidden layer")
+    rank: int | float | None = option(
+        0.5, "rank of the factors: a fraction in (0, 1], a whole number, or null for dense weights"
+    )
+    scheme: Literal["channel", "spatial"] = option(
+        "channel", "how a kernel becomes a matrix: channel (more accurate and faster), or spatial"
+    )
+    factor_classifier: bool = option(
+        False, "factor the classifier as well: where there are many classes it is a large layer"
+    )
+    retraction: Literal["qr", "polar", "newton-schulz"] | None = option(
+        "qr", "what keeps the factors orthonormal after each step; null: nothing but the loss"
+    )
+    fuse: bool = option(
+        True, "fuse factored convolutions with the norm, activation and pooling after them"
+    )
+    units: int | str = option(
+        "block", "what learns on its own: layer, block, stage, or a number of blocks"
+    )
+    recompute: bool = option(
+        False, "hold the inputs of blocks alone, and run blocks again for their gradients"
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "width")
+        _switches(self, "factor_classifier", "fuse", "recompute")
+        if isinstance(self.rank, float):
+            if not 0 < self.rank <= 1:
+                raise ValueError(
+                    "rank must be a fraction in (0, 1], a whole number of at least 1, or null, "
+                    f"got {self.rank}"
+                )
+        elif self.rank is not None:
+            _at_least(self, "rank", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """rank reduction"""
+
+    rank_energy: float | None = option(
+        None, "share of each layer's energy that a cut keeps, in (0, 1]; null: ranks stay"
+    )
+    rank_parameters: int | float | None = option(
+        None,
+        "parameters of the whole model that the last cut leaves, as a number or a share of those "
+        "of dense weights; cuts before it lead there by equal ratios",
+    )
+    rank_warmup: int = option(1, "epochs before the first cut; 0: the initial weights are cut")
+    rank_period: int = option(1, "epochs from one cut to the next")
+    rank_freeze: int | None = option(None, "no cut after this many epochs")
+    rank_ratio: float = option(0.5, "a cut by energy leaves at least this share of a rank")
+    rank_min: int | float = option(
+        4, "no cut goes below this rank: a whole number, or a fraction of full rank"
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank_energy is not None and not 0 < self.rank_energy <= 1:
+            raise ValueError(f"rank_energy must be in (0, 1], got {self.rank_energy}")
+        if self.rank_parameters is not None:
+            _rank(self, "rank_parameters")
+            if self.rank_energy is not None:
+                raise ValueError("give either rank_energy or rank_parameters, not both")
+            if self.rank_freeze is None:
+                raise ValueError("rank_parameters needs rank_freeze, the epoch of the last cut")
+        if not 0 <= self.rank_ratio <= 1:
+            raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
+        _at_least(self, "rank_warmup", 0)
+        _at_least(self, "rank_period", 1)
+        _rank(self, "rank_min")
+        if self.rank_freeze is not None:
+            _at_least(self, "rank_freeze", self.rank_warmup)
+
+    def cuts_rank_after(self, epoch: int) -> bool:
+        """Whether ranks are to be cut once ``epoch`` epochs are done."""
+        since = epoch - self.rank_warmup
+        frozen = self.rank_freeze is not None and epoch > self.rank_freeze
+        return (
+            (self.rank_energy is not None or self.rank_parameters is not None)
+            and since >= 0
+            and since % self.rank_period == 0
+            and not frozen
+        )
+
+    def cuts_left_after(self, epoch: int) -> int:
+        """Cuts that come once that after ``epoch`` epochs is done; for a given ``rank_freeze``."""
+        assert self.rank_freeze is not None
+        return (self.rank_freeze - epoch) // self.rank_period
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """training"""
+
+    epochs: int = option(4, "passes over the training images")
+    batch_size: int = option(128, "images a step")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "update rule of the weights")
+    weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
+    momentum: float = option(0.9, "of sgd; the first of adamw's two betas")
+    beta2: float = option(0.999, "the second of adamw's two betas")
+    schedule: Literal["one-cycle", "cosine", "constant"] = option(
+        "one-cycle",
+        "learning rate over the steps: linear up, then linear to 0, cosine to 0, or flat",
+    )
+    warmup: float = option(0.2, "share of all steps in which the learning rate rises")
+    label_smoothing: float = option(0.0, "share of the label spread over all classes, in [0, 1)")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16 runs under autocast")
+
+    def __post_init__(self) -> None:
+        _at_least(self, "epochs", 1)
+        _at_least(self, "batch_size", 1)
+        for name in ("weight_decay", "momentum", "beta2", "warmup", "label_smoothing"):
+            _at_least(self, name, 0.0)
+        for name in ("momentum", "beta2", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if self.warmup > 1:
+            raise ValueError(f"warmup is a share of all steps, at most 1, got {self.warmup}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """machine"""
+
+    device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...")
+    threads: int | None = option(None, "CPU threads (torch's own choice)")
+    channels_last: bool = option(True, "hold images and kernels channels last; faster convolutions")
+    checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
+
+    def __post_init__(self) -> None:
+        _switches(self, "channels_last")
+        _at_least(self, "checkpoint_seconds", 0.0)
+        if self.threads is not None:
+            _at_least(self, "threads", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
+    """What all methods of a comparison share: data, network, budget, machine."""
+
+    def __post_init__(self) -> None:
+        for part in (DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
+            part.__post_init__(self)
+        if self.rank_parameters is not None and (self.rank_freeze or 0) > self.epochs:
+            raise ValueError(
+                "rank_freeze, the epoch of the last cut, must be at most the number of epochs, "
+                f"{self.epochs}, got {self.rank_freeze}"
+            )
+        for name, dense in DENSE.items():
+            if self.rank is None and getattr(self, name) != dense:
+                raise ValueError(f"{name} needs factored weights, but rank is null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(JobConfig):
+    """method"""
+
+    rule: str = option(
+        "ssa",
+        f"how the units learn, of {', '.join(rules.available())}; bp is backpropagation, on "
+        "factored weights unless --rank null makes them dense; the methods of compare and profile, "
+        "such as bp-dense, are rules with settings of their own",
+    )
+    horizon: int | Literal["rule", "all"] = option(
+        "rule",
+        "units that a task gradient travels upstream; all: backpropagation; rule: its own",
+    )
+    error: Literal["rule", "output", "local", "target"] = option(
+        "rule", "where a unit's error comes from; rule: the rule's own"
+    )
+    options: dict[str, Any] = option({}, "fields of the rule to change: --options.alpha 0.5")
+    lr: float = option(1e-2, "peak learning rate")
+    seed: int = option(0, "of the initial weights, the feedback and the order of the data")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "lr")
+        _at_least(self, "seed", 0)
+        if not isinstance(self.horizon, str):
+            _at_least(self, "horizon", 0)
+        object.__setattr__(self, "options", plain(self.options))
+
+
+def evaluated_on(validation: int | None) -> str:
+    """What people are told the accuracy is of: "test" images, or "held-out" training images."""
+    return "test" if validation is None else "held-out"
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The fields in which two configs, as dicts, differ, with both values; "" where none does."""
+    return ", ".join(
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    )
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+    """``kind(**values)`` with an error that names the keys it does not have."""
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    return kind(**values)
+
+
+def plain(value: Any) -> Any:
+    """Strings of the command line as the YAML scalars they stand for, at any depth."""
+    if isinstance(value, str):
+        return yaml.safe_load(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML that ``--config`` takes back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _at_least(config: object, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def _switches(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}")
+
+
+def _rank(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, int):
+        _at_least(config, name, 1)
+    elif not 0 < value <= 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, or a fraction in (0, 1], got {value}"
+        )
+
+
+def _positive(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")

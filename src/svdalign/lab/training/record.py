@@ -1,0 +1,250 @@
+"""The folder a run leaves behind, and what it says about where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ...storage import replace_file
+from .config import differences
+
+__all__ = ["Record", "check_writable", "new_folder", "provenance", "read_json", "write_json"]
+
+
+class Record:
+    """A run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``,
+    ``results.json``, ``report.html``.
+
+    The first line of its config says that it is ours and of what ``kind``: ``"train"``,
+    ``"compare"``, ``"profile"`` or ``"reproduce"``. Opening one writes nothing; :meth:`start` makes
+    it.
+    """
+
+    FILES = ("metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors")
+
+    def __init__(self, folder: str | Path, kind: str = "train") -> None:
+        self.folder = Path(folder)
+        self._mark = f"# svdalign {kind}\n"
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def results_path(self) -> Path:
+        return self.folder / "results.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
+
+    def results(self) -> dict[str, Any] | None:
+        """What the run measured, or None where there is no complete ``results.json``."""
+        return read_json(self.results_path)
+
+    def check(self) -> None:
+        """ValueError unless the folder is new, empty, or holds a run of this kind, and can be
+        written in."""
+        check_writable(self.folder)
+        if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
+            raise ValueError(
+                f"folder {self.folder} is not empty and was not made by {self._mark[2:].strip()}"
+            )
+
+    def check_config(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        """ValueError unless ``there``, the config of the run in the folder, is ``here``."""
+        if changed := differences(there, here):
+            raise ValueError(
+                f"{self.folder} holds a run with another config ({changed}); give another --out, "
+                "or --overwrite"
+            )
+
+    def start(self, config_yaml: str) -> None:
+        """Make the folder hold this config and no results yet. Only files of ours are removed."""
+        for name in self.FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        self.write_config(config_yaml)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Make the folder hold this config, marked as ours, beside what else is in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Whole or not there: what is left after a kill is what a resumed run starts from.
+        replace_file(
+            self.config_path,
+            lambda part: part.write_text(self._mark + config_yaml, encoding="utf-8"),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` holds; ValueError where there is none of ours."""
+        if not self.folder.is_dir():
+            raise ValueError(f"there is no folder {self.folder}")
+        if not self._is_ours():
+            raise ValueError(f"{self.folder} was not made by {self._mark[2:].strip()}")
+        content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.config_path} holds no options")
+        return content
+
+    def restart(self, history: Iterable[dict[str, Any]]) -> None:
+        """Make the folder of a run that goes on hold ``history``, and no results yet."""
+        for path in (self.results_path, self.report_path):
+            path.unlink(missing_ok=True)
+        lines = "".join(_line(row) for row in history)
+        replace_file(self.metrics_path, lambda part: part.write_text(lines, encoding="utf-8"))
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl``, complete on disk when this returns."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json`` in one go: it is whole or not there."""
+        write_json(self.results_path, results)
+
+    def _is_ours(self) -> bool:
+        try:
+            with self.config_path.open(encoding="utf-8") as file:
+                return file.readline() == self._mark
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError unless ``folder`` can be made, or written in where it exists. Makes nothing."""
+    # os.path, for which what must not be looked at does not exist.
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(there):
+        raise ValueError(f"--out {folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder} cannot be made: no permission to write in {there}")
+
+
+def new_folder(parent: str | Path, stem: str) -> Path:
+    """Make and return the first free of ``parent/stem-001``, ``-002``, ..."""
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / f"{stem}-{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, all or nothing; numbers that are not finite become null."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    replace_file(path, lambda part: part.write_text(text, "utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``, or None where there is no such file or no object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Versions, git commit, machine and command line of this process, ready for JSON."""
+    return {
+        "svdalign": _version("svdalign"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "git": _git_commit(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        },
+        "command": _command(),
+    }
+
+
+def _command() -> str:
+    """The command line of this process, with the program's name in place of where it lies (a script
+    keeps a relative path)."""
+    program = Path(sys.argv[0])
+    name = [program.name]
+    if program.name == "__main__.py":
+        name = ["python", "-m", program.parent.name]
+    elif program.suffix == ".py":
+        name = ["python", program.name if program.is_absolute() else str(program)]
+    return shlex.join([*name, *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, with ``+`` if it was changed since."""
+    package = Path(__file__).resolve().parent.parent
+    if _git(package, ["ls-files", "--error-unmatch", "__init__.py"]) is None:
+        return None  # installed, and so in no repository of its own
+    commit = _git(package, ["rev-parse", "HEAD"])
+    return commit and commit + ("+" if _git(package, ["status", "--porcelain", "."]) else "")
+
+
+def _git(folder: Path, arguments: Iterable[str]) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

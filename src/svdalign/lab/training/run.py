@@ -1,0 +1,100 @@
+"""A run from its trainer to its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..costs import inference_macs, parameter_count
+from .build import example_batch
+from .checkpoint import save_checkpoint
+from .config import to_yaml
+from .progress import Progress
+from .record import Record, provenance
+from .trainer import Trainer
+
+__all__ = ["train"]
+
+
+def train(
+    trainer: Trainer,
+    record: Record,
+    *,
+    name: str = "",
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run ``trainer`` to its end and leave a run folder; return what its ``results.json`` holds.
+
+    ``stop`` is asked after every step: once it says so the run ends, with ``status``
+    ``"interrupted"`` and what was measured so far. ``name`` stands for the run in ``progress``.
+    A checkpoint is written after every epoch, every ``checkpoint_seconds`` within one, and when the
+    run is interrupted. ``resume``: ``trainer`` comes from the folder's checkpoint
+    (:func:`load_checkpoint`).
+    """
+    started = time.time()
+    if resume:
+        record.restart(trainer.history)
+    else:
+        record.start(to_yaml(trainer.config))
+        torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        save_checkpoint(trainer, record.checkpoint_path)
+        saved = time.monotonic()
+
+    def on_step() -> None:
+        if time.monotonic() - saved >= trainer.config.checkpoint_seconds:
+            save()
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        record.append_metrics(row)
+        if math.isfinite(row["loss"]):  # keep the last good one of a run that diverges
+            save()
+
+    status = trainer.run(
+        name=name or trainer.config.rule,
+        progress=progress,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        stop=stop,
+    )
+    if status == "interrupted":
+        save()
+    results = _summary(trainer, status, time.time() - started)
+    record.write_results(results)
+    return results
+
+
+def _summary(trainer: Trainer, status: str, wall_seconds: float) -> dict[str, Any]:
+    """What a run says about itself: its result, and all that is needed to get it again."""
+    config, model = trainer.config, trainer.learner.model
+    unfinished = None
+    if trainer.batch:
+        running = trainer.running()
+        unfinished = {
+            "steps": trainer.batch,
+            "loss": running.loss,
+            "train_accuracy": running.accuracy,
+        }
+    return {
+        "status": status,
+        "accuracy": trainer.history[-1]["test_accuracy"] if trainer.history else None,
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "history": trainer.history,
+        "unfinished_epoch": unfinished,
+        "parameters": parameter_count(model),
+        "macs": inference_macs(model, example_batch(config, trainer.data)),
+        "train_seconds": trainer.seconds + trainer.epoch_seconds,
+        "wall_seconds": wall_seconds,
+        **provenance(config.device),
+    }

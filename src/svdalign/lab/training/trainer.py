@@ -1,0 +1,246 @@
+"""One training run: :class:`Trainer` holds its whole state, so that it can go on anywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine import Learner
+from ...factors import RankCut, reduce_rank
+from ...factors.rank import parameter_budget
+from ...storage import ranks
+from ..costs import parameter_count
+from ..data import ImageData, batches, num_batches
+from .build import augmentation, evaluate, memory_format, precision
+from .config import RunConfig
+from .progress import Progress, Silent
+from .schedule import learning_rate_factor
+
+__all__ = ["Running", "Trainer"]
+
+_STATE = (
+    "epoch",
+    "batch",
+    "seconds",
+    "epoch_seconds",
+    "history",
+    "loss_sum",
+    "accuracy_sum",
+)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Means over the epoch so far; NaN before its first step."""
+
+    loss: float
+    accuracy: float
+
+
+class Trainer:
+    """Trains ``learner`` on ``data`` as ``config`` says.
+
+    Its state is ``epoch`` (epochs done), ``batch`` (batches done of the next), the learner, the
+    sums over the epoch so far, ``history`` (a row an epoch) and ``seconds`` of training. The order
+    of the data is a function of (seed, epoch, batch) and the learning rate one of the step, so they
+    need no state of their own. ``measure``: called at the end of each epoch, adds to its row; it
+    must leave the learner as it was.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ImageData,
+        learner: Learner,
+        *,
+        measure: Callable[[Learner], dict[str, Any]] | None = None,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.learner = learner
+        self.measure = measure
+        self.epoch = 0
+        self.batch = 0
+        self.seconds = 0.0
+        self.epoch_seconds = 0.0
+        self.diverged = False
+        self.history: list[dict[str, Any]] = []
+        device = data.train.images.device
+        self.loss_sum = torch.zeros((), device=device)
+        self.accuracy_sum = torch.zeros((), device=device)
+        # Steps of one size: what is left over of an epoch is dropped, other images each time.
+        self._drop_last = len(data.train) > config.batch_size
+        self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
+        if config.rank_parameters is not None:  # refused now if it cannot be reached
+            try:
+                parameter_budget(learner.model, config.rank_parameters)
+            except ValueError as error:
+                raise ValueError(f"rank_{error}") from None
+        self._cut_ranks(0)  # a checkpoint that is loaded after this brings ranks of its own
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Steps done."""
+        return self.epoch * self.steps_per_epoch + self.batch
+
+    @property
+    def images_per_second(self) -> float:
+        """Training speed over the epoch so far."""
+        return self.batch * self.config.batch_size / self.epoch_seconds if self.batch else 0.0
+
+    def running(self) -> Running:
+        """Training loss and accuracy of the epoch so far. Waits for the device."""
+        if not self.batch:
+            return Running(math.nan, math.nan)
+        return Running(self.loss_sum.item() / self.batch, self.accuracy_sum.item() / self.batch)
+
+    def run(
+        self,
+        *,
+        name: str = "",
+        progress: Progress | None = None,
+        on_step: Callable[[], None] = lambda: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> str:
+        """Train to the end; after every step ``on_step`` is told and ``stop`` asked.
+
+        Returns ``"finished"``, ``"interrupted"`` if ``stop`` said so, or ``"diverged"`` if an
+        epoch's mean loss or the weights that it left were not finite.
+        """
+        progress = progress or Silent()
+        progress.start(name, self)
+        status = "finished"
+        while status == "finished" and self.epoch < self.config.epochs:
+            for x, y in self.batches():
+                self.step(x, y)
+                progress.step(self)
+                on_step()
+                if stop():
+                    status = "interrupted"
+                    break
+            if self.batch == self.steps_per_epoch:
+                row = self.finish_epoch()
+                on_epoch(row)
+                progress.epoch(self, row)
+                if self.diverged:
+                    status = "diverged"
+        if self.epoch == self.config.epochs and status == "interrupted":
+            status = "finished"
+        progress.end(self, status)
+        return status
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches that are left of the present epoch."""
+        return batches(
+            self.data.train,
+            self.config.batch_size,
+            mean=self.data.mean,
+            std=self.data.std,
+            shuffle=True,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            start=self.batch,
+            augment=augmentation(self.config, self.data),
+            drop_last=self._drop_last,
+            memory_format=memory_format(self.config),
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One update at the learning rate of this step. Waits for nothing on the device."""
+        started = time.perf_counter()
+        self._set_learning_rate()
+        with precision(self.config):
+            report = self.learner.step(x, y)
+        self.loss_sum += report.loss
+        if report.accuracy is not None:
+            self.accuracy_sum += report.accuracy
+        self.batch += 1
+        self.epoch_seconds += time.perf_counter() - started
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Close the epoch: cut ranks if it is time to (not of a run that has diverged), evaluate,
+        return a row of ``history``."""
+        running, speed = self.running(), self.images_per_second
+        rate = self.learner.optimizer.param_groups[0]["lr"]
+        self.seconds += self.epoch_seconds
+        weights = self.learner.model.parameters()
+        finite = math.isfinite(running.loss) and all(bool(p.isfinite().all()) for p in weights)
+        self.diverged = not finite
+        kept = self._cut_ranks(self.epoch + 1) if finite else {}
+        test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
+        row = {
+            "epoch": self.epoch + 1,
+            "loss": running.loss,
+            "train_accuracy": running.accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": rate,
+            "seconds": self.epoch_seconds,
+            "images_per_second": speed,
+            "ranks": ranks(self.learner.model),
+            "kept_energy": kept,
+        }
+        if self.measure is not None:
+            row |= self.measure(self.learner)
+        self.history.append(row)
+        self.epoch += 1
+        self.batch = 0
+        self.epoch_seconds = 0.0
+        self.loss_sum.zero_()
+        self.accuracy_sum.zero_()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of the trainer's own state, beside the learner's."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        for name in _STATE:
+            value = state[name]
+            device = self.loss_sum.device
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+
+    def _cut_ranks(self, epoch: int) -> dict[str, float]:
+        """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
+        was kept of each that was cut."""
+        if not self.config.cuts_rank_after(epoch):
+            return {}
+        cuts = self._reduce_rank(self._limits(epoch))
+        return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
+
+    def _reduce_rank(self, limits: dict[str, Any]) -> tuple[RankCut, ...]:
+        return reduce_rank(self.learner.model, self.learner.optimizer, **limits)
+
+    def _limits(self, epoch: int) -> dict[str, Any]:
+        """What the cut after ``epoch`` epochs leaves, as arguments of :func:`reduce_rank`."""
+        config, model = self.config, self.learner.model
+        if config.rank_parameters is None:
+            return {
+                "energy": config.rank_energy,
+                "ratio": config.rank_ratio,
+                "min_rank": config.rank_min,
+            }
+        wanted = parameter_budget(model, config.rank_parameters)
+        now = parameter_count(model)
+        share = min(1.0, wanted / now) ** (1 / (config.cuts_left_after(epoch) + 1))
+        return {"parameters": max(wanted, int(now * share)), "min_rank": config.rank_min}
+
+    def _set_learning_rate(self) -> None:
+        rate = self.config.lr * learning_rate_factor(
+            self.config.schedule, self.global_step, self.total_steps, self.config.warmup
+        )
+        for group in self.learner.optimizer.param_groups:  # one may have a rate of its own
+            group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from svdalign.lab.experiments.profile import CHECKPOINTED, Profile, ProfileConfig
+from svdalign.lab.experiments.report import break_even_table, profile_table
+
+TINY: dict[str, Any] = {
+    "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,
+    "fuse": False,
+}  # fmt: skip
+PARTS = ("parameters", "gradients", "optimizer", "activations")
+
+
+def test_a_profile_end_to_end(tmp_path: Path) -> None:
+    methods = ["bp-dense", "bp", "ssa-local", "ssa-1", "ssa", *CHECKPOINTED]
+    own = {"ssa": {"options": {"alpha": 2.0}}}
+    results = Profile(ProfileConfig(**TINY, methods=methods, settings=own), tmp_path).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = {row["method"]: row for row in results["methods"]}
+    assert list(rows) == methods
+    for row in rows.values():
+        assert row["memory"]["peak"] == sum(row["memory"][part] for part in PARTS)
+        assert row["estimated_memory"]["peak"] == pytest.approx(row["memory"]["peak"], rel=0.05)
+        assert row["step_seconds"] > 0
+        assert row["latency_ratio"] > 0
+    dense, checkpointed, local = rows["bp-dense"], rows["bp-checkpointed"], rows["ssa-local"]
+    assert (dense["step_ratio"], dense["latency_ratio"]) == (1.0, 1.0)
+    assert checkpointed["memory"]["activations"] < dense["memory"]["activations"]
+    for name, (plain, _) in CHECKPOINTED.items():
+        assert rows[name]["memory"]["activations"] < rows[plain]["memory"]["activations"]
+        assert rows[name]["memory"]["parameters"] == rows[plain]["memory"]["parameters"]
+        assert rows[name]["step_macs"] > rows[plain]["step_macs"]
+    once_more = dense["step_macs"] + 16 * dense["macs"]
+    assert dense["step_macs"] < checkpointed["step_macs"] < once_more
+    assert local["memory"]["activations"] < rows["ssa"]["memory"]["activations"]
+    assert local["step_macs"] < rows["bp"]["step_macs"] < dense["step_macs"]
+    table = io.StringIO()
+    Console(file=table, width=80).print(profile_table(results))
+    assert all(row["label"] in table.getvalue() for row in rows.values())
+    page = (tmp_path / "report.html").read_text()
+    for text in (table.getvalue(), page):
+        assert "SSA, horizon 2: alpha 2.0" in text
+    assert page.count("<svg") == 2
+    assert "peak (MiB)" in page
+
+
+def test_fused_convolutions_hold_less_and_the_estimate_knows(tmp_path: Path) -> None:
+    methods = ["bp-dense", "bp", "ssa"]
+    rows = {}
+    for fuse in (False, True):
+        size = {"width": 0.25, "batch_size": 64, "fuse": fuse}
+        config = ProfileConfig(**{**TINY, **size}, methods=methods)
+        rows[fuse] = Profile(config, tmp_path / str(fuse)).run()["methods"]
+    for plain, fused in zip(rows[False][1:], rows[True][1:], strict=True):
+        assert fused["memory"]["activations"] < 0.8 * plain["memory"]["activations"]
+        estimate = fused["estimated_memory"]["peak"]
+        assert estimate == pytest.approx(fused["memory"]["peak"], rel=0.05)
+    assert rows[True][0]["memory"] == rows[False][0]["memory"]
+
+
+def test_half_precision_holds_little_more_than_half(tmp_path: Path) -> None:
+    held = {}
+    for precision in ("fp32", "bf16"):
+        config = ProfileConfig(
+            **{**TINY, "width": 0.5, "batch_size": 128}, methods=["ssa"], precision=precision
+        )
+        (row,) = Profile(config, tmp_path / precision).run()["methods"]
+        held[precision] = row["memory"]["activations"]
+        assert ("estimated_memory" in row) == (precision == "fp32")
+    assert 0.4 < held["bf16"] / held["fp32"] < 0.75
+
+
+def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
+    big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 4096, "estimate": True}
+    results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa-local"]), tmp_path).run()
+    dense, local = results["methods"]
+    assert dense["memory"]["peak"] > 2**39
+    assert local["memory"]["activations"] < dense["memory"]["activations"]
+    assert "step_ratio" not in dense
+    assert "nothing was run" in (tmp_path / "report.html").read_text()
+    assert all(0 < row["macs"] < row["full_rank"] for row in results["break_even"])
+
+
+def test_break_even_ranks_by_layer(tmp_path: Path) -> None:
+    config = ProfileConfig(**TINY, methods=["bp-dense", "bp"], break_even=True)
+    results = Profile(config, tmp_path).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    rows = {row["layer"]: row for row in results["break_even"]}
+    assert rows["0"]["input"] == [16, 3, 16, 16]
+    for row in rows.values():
+        ranks = [at["rank"] for at in row["ratios"]]
+        assert ranks == sorted(set(ranks))
+        assert ranks[-1] == row["full_rank"] > row["macs"] >= row["rank"]
+        for kind in ("forward", "training"):
+            assert all(at[kind] > 0 for at in row["ratios"])
+            assert row[kind] is None or ranks[0] <= row[kind] <= row["full_rank"]
+    console = io.StringIO()
+    Console(file=console, width=80).print(break_even_table(results))
+    page = (tmp_path / "report.html").read_text()
+    for row in rows.values():
+        share = f"{row['macs']} ({row['macs'] / row['full_rank']:.2f})"
+        assert share in console.getvalue()
+        assert f"<td>{share}</td>" in page
+
+
+def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
+    config = ProfileConfig(**{**TINY, "rank": None}, methods=["bp-dense", "bp"], estimate=True)
+    assert Profile(config, tmp_path).run()["break_even"] == []
+    assert "Break-even" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["bp", "backprop"]}, "unknown method 'backprop'"),
+        ({"methods": []}, "methods must be at least one"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"model": "transformer"}, "unknown model 'transformer'"),
+        ({"image_size": 4}, "image_size must be at least 8"),
+        ({"break_even": True, "estimate": True}, "but estimate runs nothing"),
+        ({"estimate": True, "precision": "bf16"}, "estimate works out fp32 alone"),
+        ({"break_even": True, "methods": ["bp-dense"]}, "needs a method with factored weights"),
+        ({"device": "tpu"}, "device 'tpu' cannot be used"),
+    ],
+)
+def test_mistakes_are_found_first(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Profile(ProfileConfig(**{**TINY, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    config = ProfileConfig(**TINY, methods=["bp-dense"], estimate=True)
+    Profile(config, tmp_path).run()
+    with pytest.raises(ValueError, match="holds a profile"):
+        Profile(config, tmp_path)
+    Profile(config, tmp_path, overwrite=True).run()

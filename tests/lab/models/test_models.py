@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import svdalign as sva
+from svdalign.lab import models
+from svdalign.lab.costs import parameter_count, pretending, step_macs
+
+SMALL = ["mlp", "smallconv", "vgg8", "vgg13", "resnet20", "resnet32"]
+
+
+@pytest.mark.parametrize("image_size", [16, 28, 32])
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_maps_images_to_finite_logits(name: str, in_channels: int, image_size: int) -> None:
+    net = models.build(
+        name, num_classes=7, in_channels=in_channels, image_size=image_size, width=0.125
+    )
+    logits = net(torch.randn(2, in_channels, image_size, image_size))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("image_size", [8, 9, 15])
+@pytest.mark.parametrize("name", SMALL)
+def test_smallest_and_odd_sizes(name: str, image_size: int) -> None:
+    net = models.build(name, num_classes=3, image_size=image_size, width=0.125)
+    assert net(torch.randn(2, 3, image_size, image_size)).shape == (2, 3)
+
+
+def conv(fan_in: int, fan_out: int) -> int:
+    """Parameters of a 3x3 convolution without bias and its batch norm."""
+    return fan_in * fan_out * 9 + 2 * fan_out
+
+
+def linear(fan_in: int, fan_out: int) -> int:
+    return fan_in * fan_out + fan_out
+
+
+COUNTS = {
+    "mlp": linear(3072, 512) + linear(512, 512) + linear(512, 10),
+    "smallconv": conv(3, 32) + conv(32, 64) + conv(64, 128) + linear(128 * 4 * 4, 10),
+    "vgg8": conv(3, 128)
+    + conv(128, 256)
+    + conv(256, 256)
+    + conv(256, 512)
+    + 2 * conv(512, 512)
+    + linear(512 * 2 * 2, 1024)
+    + linear(1024, 10),
+    # Configuration B of Simonyan & Zisserman: 1x1 map after five poolings of 32 pixels.
+    "vgg13": conv(3, 64)
+    + conv(64, 64)
+    + conv(64, 128)
+    + conv(128, 128)
+    + conv(128, 256)
+    + conv(256, 256)
+    + conv(256, 512)
+    + 3 * conv(512, 512)
+    + 2 * linear(512, 512)
+    + linear(512, 10),
+    # The published 0.27 M and 0.46 M with parameter-free skips, plus two 1x1 skips with batch norm.
+    "resnet20": 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64),
+    "resnet32": 464_154 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameter_counts(name: str) -> None:
+    net = models.build(name, num_classes=10)
+    assert sum(p.numel() for p in net.parameters()) == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    [("mlp", 3), ("smallconv", 4), ("vgg8", 8), ("vgg13", 13), ("resnet20", 20), ("resnet32", 32)],
+)
+def test_number_of_weighted_layers_is_the_name(name: str, weighted: int) -> None:
+    net = models.build(name, num_classes=10, width=0.1)
+    layers = [
+        m
+        for path, m in net.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and ".skip." not in path
+    ]
+    assert len(layers) == weighted
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_width_scales_every_hidden_layer(name: str) -> None:
+    narrow = models.build(name, num_classes=10, width=0.5)
+    full = models.build(name, num_classes=10)
+
+    def widths(net: nn.Module) -> list[int]:
+        return [m.weight.shape[0] for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+    *hidden, classes = widths(narrow)
+    *hidden_full, classes_full = widths(full)
+    assert [2 * w for w in hidden] == hidden_full
+    assert classes == classes_full == 10
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_activations_are_distinct_modules_out_of_place(name: str) -> None:
+    net = models.build(name, num_classes=10, image_size=16, width=0.125)
+    calls: dict[str, int] = {}
+    for path, module in net.named_modules():
+        if isinstance(module, nn.ReLU):
+            assert not module.inplace
+            calls[path] = 0
+
+            def count(*_: object, path: str = path) -> None:
+                calls[path] += 1
+
+            module.register_forward_hook(count)
+    net(torch.randn(2, 3, 16, 16))
+    assert calls
+    assert set(calls.values()) == {1}
+
+
+def test_resnet_block_is_its_definition() -> None:
+    torch.manual_seed(0)
+    net = models.build("resnet20", num_classes=10, width=0.25)
+    block = net.get_submodule("stage2.0").eval()
+    x = torch.randn(2, 4, 8, 8)
+    p = dict(block.named_parameters())
+    b = dict(block.named_buffers())
+
+    def conv_norm(h: torch.Tensor, conv: str, bn: str, stride: int, padding: int) -> torch.Tensor:
+        h = torch.conv2d(h, p[f"{conv}.weight"], stride=stride, padding=padding)
+        return torch.nn.functional.batch_norm(
+            h, b[f"{bn}.running_mean"], b[f"{bn}.running_var"], p[f"{bn}.weight"], p[f"{bn}.bias"]
+        )
+
+    h = conv_norm(x, "conv1", "bn1", 2, 1).clamp(min=0)
+    h = conv_norm(h, "conv2", "bn2", 1, 1) + conv_norm(x, "skip.0", "skip.1", 2, 0)
+    torch.testing.assert_close(block(x), h.clamp(min=0))
+
+
+def test_convolutions_are_he_initialised() -> None:
+    torch.manual_seed(0)
+    net = models.build("vgg8", num_classes=10)
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    for m in convs:
+        expected = (2 / (m.out_channels * 9)) ** 0.5
+        assert m.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+# Parameters, and multiply-accumulates at 224 pixels, as published for 1000 classes.
+LARGE = {
+    "resnet50": (25_557_032, 4.09e9),
+    "resnet101": (44_549_160, 7.80e9),
+    "vit_b16": (86_567_656, 17.6e9),
+    "vit_l16": (304_326_632, 61.6e9),
+}
+
+
+def test_every_model_is_tested() -> None:
+    assert sorted([*SMALL, *LARGE]) == models.available()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_are_the_published_ones(name: str) -> None:
+    parameters, macs = LARGE[name]
+    with pretending():
+        net = models.build(name, num_classes=1000, image_size=224)
+        counted = step_macs(lambda: net(torch.randn(1, 3, 224, 224)))
+    assert parameter_count(net) == parameters
+    assert counted == pytest.approx(macs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_run(name: str) -> None:
+    net = models.build(name, num_classes=7, in_channels=1, image_size=32, width=0.1)
+    logits = net(torch.randn(2, 1, 32, 32))
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "vgg"}, r"unknown model 'vgg'; available: .*vgg13"),
+        ({"image_size": 7}, r"image_size must be at least 8 for 'smallconv', got 7"),
+        ({"num_classes": 0}, r"num_classes must be at least 1"),
+        ({"in_channels": 0}, r"in_channels must be at least 1"),
+        ({"width": 0.0}, r"width must be a positive"),
+        ({"width": float("nan")}, r"width must be a positive"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"name": "smallconv", "num_classes": 10} | change
+    with pytest.raises(ValueError, match=message):
+        models.build(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:nothing was fused")
+@pytest.mark.parametrize("name", models.available())
+def test_every_network_can_be_fused(name: str) -> None:
+    with torch.device("meta"):
+        net = models.build(name, num_classes=10, image_size=32, width=0.25)
+    sva.fuse(net)  # raises where the forward cannot be traced

@@ -1,0 +1,180 @@
+"""The command line as users meet it: exit codes, messages, and what is left in folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from svdalign.lab.cli import COMMANDS, main
+
+TINY = [
+    *("--model", "mlp", "--width", "0.1", "--epochs", "2", "--batch-size", "32"),
+    *("--train-limit", "64", "--test-limit", "30"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+    assert main([]) == 0
+    assert capsys.readouterr().out == overview
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([name, "--help"])
+    assert done.value.code == 0
+    assert f"usage: svdalign {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "svdalign: error: unknown command 'trian'; there are train, compare, export,"),
+        ("train --epochs -3", "svdalign train: error: epochs must be at least 1, got -3"),
+        ("train --epochs x", "svdalign train: error: --epochs takes int; got x"),
+        ("train --epoch 3", "svdalign train: error: unrecognized arguments: --epoch 3"),
+        ("train --rule ssb", "svdalign train: error: rule must be"),
+        ("train --horizon -1", "svdalign train: error: horizon must be at least 0, got -1"),
+        ("train --horizon x", "--horizon takes int, rule, all; got x"),
+        ("train --rank 1.5", "rank must be a fraction in (0, 1]"),
+        ("train --model vgg99", "unknown model 'vgg99'; available: mlp,"),
+        ("train --data mnist", "unknown data set 'mnist'; available: cifar10,"),
+        ("train --data cifar10 --data-dir nowhere", "data_dir is not a folder: nowhere"),
+        ("train --augment rotate", "--augment takes list of crop, flip, cutout; got rotate"),
+        ("train --options.alhpa 1", "rule 'ssa' has no option alhpa; it has"),
+        ("train --options.alpha abc", "alpha must be a number of at least 0, got 'abc'"),
+        ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
+        ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("profile --estimate --batch-size 3", "--estimate takes true, false; got nothing"),
+        ("profile --estimate maybe", "--estimate takes true, false; got maybe"),
+        ("train --epochs", "--epochs takes int; got nothing"),
+        ("train --resume nowhere", "there is no folder nowhere"),
+        ("compare --rules bp ssb", "svdalign compare: error: unknown method 'ssb'"),
+        ("compare --seeds 0", "seeds must be at least one"),
+        ("compare --train-limit 0", "train_limit must be at least 1, got 0"),
+        ("data --data mnist", "svdalign data: error: unknown data set 'mnist'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["train", "compare", "profile", "reproduce table1"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.txt").touch()
+    assert main([*words.split(), "--out", "notes.txt/run"]) == 2
+    error = capsys.readouterr().err
+    assert "--out notes.txt/run cannot be made: " in error
+    assert error.count("\n") == 1
+
+
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--rule", "ssa", "--horizon", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "ssa  epoch 2/2" in out
+    assert "report: runs/train-001/report.html" in out
+    results = json.loads(Path("runs/train-001/results.json").read_text())
+    assert results["config"]["horizon"] == 2
+    assert f"test accuracy {results['accuracy']:.2%}" in out
+    assert Path("runs/train-001/report.html").read_text().count("<svg") == 2
+
+
+def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--out", "a", "--options.alpha", "0.5"]) == 0
+    assert main(["train", "--config", "a/config.yaml", "--out", "b"]) == 0
+    a, b = (json.loads(Path(x, "results.json").read_text()) for x in "ab")
+    assert a["config"] == b["config"]
+    assert a["config"]["options"] == {"alpha": 0.5}
+    assert a["accuracy"] == b["accuracy"]
+    assert main(["train", "--config", "a/config.yaml", "--out", "a"]) == 2
+    assert "holds the results of a run" in capsys.readouterr().err
+    assert main(["train", "--config", "a/config.yaml", "--out", "a", "--overwrite"]) == 0
+
+
+def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--rule", "bp", "--validation", "16", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  held-out ") == 2  # a line an epoch
+    assert "\nheld-out accuracy " in out
+    page = Path("run/report.html").read_text()
+    assert "Held-out accuracy" in page
+    assert "test" not in (out + page.partition("Where these numbers")[0]).lower()
+
+
+def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *TINY, "--rules", "bp-dense", "ssa", "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    for part in ("BP, dense", "SSA, horizon 2", "±", "MiB", "report: runs/compare-001/report.html"):
+        assert part in out
+    results = json.loads(Path("runs/compare-001/results.json").read_text())
+    assert len(results["runs"]) == 4
+    assert all(len(line) <= 80 for line in out.splitlines() if "MiB" in line)
+
+
+@pytest.mark.parametrize("words", [["bp", "dfa"], ["bp,dfa"], ["bp,", "dfa"], ["[bp,dfa]"]])
+def test_lists_can_be_written_in_several_ways(words: list[str]) -> None:
+    assert main(["compare", *TINY, "--rules", *words, "--seeds", "1,4", "--out", "run"]) == 0
+    config = json.loads(Path("run/results.json").read_text())["config"]
+    assert config["rules"] == ["bp", "dfa"]
+    assert config["seeds"] == [1, 4]
+
+
+def test_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data"]) == 0
+    out = capsys.readouterr().out
+    assert "embedded: 10,000 training and 2,000 test images, 1 × 28 × 28" in out
+    assert "Ankle boot" in out
+
+
+def test_ctrl_c_leaves_what_was_measured() -> None:
+    """In a process of its own, for the signal is real."""
+    words = ["train", *TINY, "--epochs", "100000", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "svdalign", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = Path("run/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == ""
+    assert "interrupted after" in out
+    assert re.search(r"^test accuracy .*% so far$", out, re.MULTILINE)
+    assert "go on with svdalign train --resume run\n" in out
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["status"] == "interrupted"
+    assert len(results["history"]) >= 2
+    assert Path("run/report.html").exists()
