@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,25 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)
 
 
-class Results:
-    """The JSON files of a folder by name; KeyError for one that is not there."""
+WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Results:
+    """The JSON files of a folder by name; KeyError for one that is not there.
+
+    Each comes with its ``source``: a link to it from a page in the folder ``page``.
+    """
+
+    def __init__(self, folder: Path, page: Path) -> None:
+        self.folder, self.page = folder, page
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
         if not path.exists():
             raise KeyError(name)
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        link = Path(os.path.relpath(path, self.page)).as_posix()
+        return {**content, "source": f"[{path.name}]({link})"}
 
 
 def render(text: str, results: Results) -> str:
@@ -50,7 +59,7 @@ def render(text: str, results: Results) -> str:
     def replace(found: re.Match[str]) -> str:
         name = found[2]
         try:
-            body = TABLES[name](results) if name in TABLES else of_file(results[name])
+            body = wrapped(TABLES[name](results) if name in TABLES else of_file(results[name]))
         except KeyError as missing:
             print(f"no {missing} yet for table {name}", file=sys.stderr)
             return found[1] + found[3]
@@ -59,15 +68,18 @@ def render(text: str, results: Results) -> str:
     return MARKS.sub(replace, text)
 
 
-def made_by(content: Mapping[str, Any]) -> str:
-    machine = content["machine"]
-    commits = {c for row in content.get("rows", []) for c in row.get("commits", [])}
-    commits |= {run["git"] for run in content.get("runs", []) if run.get("git")}
-    commits = commits or {content["git"] or "unknown"}
-    return (
-        f"`{content['command']}`, commit {', '.join(sorted(c[:8] for c in commits))}, "
-        f"torch {content['torch']}, {machine['cpu']}, {machine['threads']} thread(s)"
+def wrapped(table: str) -> str:
+    """The sentences under a table on lines of their own length, as prose is written."""
+    lines = table.split("\n")
+    return "\n".join(
+        line if line.startswith(("|", "-", "#")) else textwrap.fill(line, 110, **WRAP)
+        for line in lines
     )
+
+
+def source(*contents: Mapping[str, Any]) -> str:
+    """The files a table is made from: command, config, seeds, commit and machine stand there."""
+    return f"Source: {', '.join(content['source'] for content in contents)}."
 
 
 def accuracy(row: Mapping[str, Any] | None) -> str:
@@ -123,8 +135,7 @@ def comparison(results: Results) -> str:
         f"accuracy, mean ± standard deviation over {embedded['config']['seeds']} seeds; every "
         "method at the learning rate that one search chose for it on held-out images. Parameters, "
         "multiply-accumulates of an inference, peak memory and time of a step (× BP dense, "
-        f"CPU) are those on CIFAR-10. Made by\n{made_by(embedded)}; {made_by(cifar)}; "
-        f"{made_by(costs)}."
+        f"CPU) are those on CIFAR-10. {source(embedded, cifar, costs)}"
     )
 
 
@@ -142,7 +153,7 @@ def memory(results: Results) -> str:
         f"{markdown(['method', 'peak', 'of BP dense'], cells)}\n\n"
         f"{config['model']} at 3×32×32, batch {config['batch_size']}, rank {config['rank']:.3g}, "
         f"{config['optimizer']}: parameters, gradients, optimizer state and activations alive at "
-        f"the peak of a training step. Made by {made_by(content)}."
+        f"the peak of a training step. {source(content)}"
     )
 
 
@@ -156,7 +167,7 @@ def break_even(results: Results) -> str:
         f"batch {config['batch_size']}, {config['scheme']} scheme: the largest rank, and its share "
         "of full rank, at which a factored layer costs no more than the dense one, by "
         "multiply-accumulates of an inference, by time of a forward pass, and of one with its "
-        f"backward pass; –: at none of the ranks timed. Made by {made_by(content)}."
+        f"backward pass; –: at none of the ranks timed. {source(content)}"
     )
 
 
@@ -180,7 +191,7 @@ def peers(results: Results) -> str:
         "rate and seeds are those of the README's comparison on CIFAR-10; initial weights, images "
         "and their order are the same for all five. Degrees to BP: the angle from each "
         "convolution's gradient, and the classifier's, to BP's at the end of training. Time: × BP "
-        f"dense, in turns. Made by {made_by(content)}."
+        f"dense, in turns. {source(content)}"
     )
 
 
@@ -198,7 +209,7 @@ def bp_floor(results: Results) -> str:
     return (
         f"{markdown(['network', 'hand-written step', 'the learner'], rows)}\n\n"
         'A step of `Learner(model, "bp")` on dense weights over one of a hand-written PyTorch loop '
-        f"on the same batch, in turns, medians. Made by {made_by(content)}."
+        f"on the same batch, in turns, medians. {source(content)}"
     )
 
 
@@ -231,8 +242,8 @@ def whole(results: Results) -> str:
             if row is dense:
                 label = "BP, checkpointed"
                 rows.append([title, label, "the same", "–", "1.00", share[label]])
-        made += [made_by(content), made_by(profile)]
-    return f"{markdown(headings, rows)}\n\n{WHOLE} Made by\n\n" + "\n".join(f"- {m}" for m in made)
+        made += [content, profile]
+    return f"{markdown(headings, rows)}\n\n{WHOLE} {source(*made)}"
 
 
 def whole_in_short(results: Results) -> str:
@@ -305,12 +316,12 @@ def transfer(results: Results) -> str:
                     f"{reached[best] - moved:.1f}",
                 ]
             )
-        made.append(made_by(content))
+        made.append(content)
     headings = ["job", "method", "at SmallConv's rate", "at the best rate", "gap"]
     return (
         f"{markdown(headings, rows)}\n\n"
         "Accuracy in % on 10,000 held-out training images after 8 epochs on 10,000 others, one "
-        "seed. Made by\n\n" + "\n".join(f"- {m}" for m in made)
+        f"seed. {source(*made)}"
     )
 
 
@@ -333,7 +344,7 @@ def image_folder(results: Results) -> str:
         f"{markdown(headings, rows)}\n\n"
         f"{config['model']} at width {config['width']:g} on 5,000 images of twenty classes "
         f"(`scripts/make_image_folder.py`) at {config['image_size']}×{config['image_size']}, "
-        f"{config['epochs']} epochs, {config['seeds']} seed(s). Made by {made_by(content)}."
+        f"{config['epochs']} epochs, {config['seeds']} seed(s). {source(content)}"
     )
 
 
@@ -358,8 +369,7 @@ def levers(content: Mapping[str, Any]) -> str:
     changes = ", and points more or less than that" if changed else ""
     headings = methods if changed else ["accuracy"]  # horizons are among the changes
     seeds = sorted({len(row["accuracies"]) for row in found.values()})
-    made = dict.fromkeys(f"`{r['command']}`, commit {r['git'][:8]}" for r in found.values())
-    machine, name = content["machine"], job["data"].replace("cifar", "CIFAR-")
+    name = job["data"].replace("cifar", "CIFAR-")
     each = " or ".join(map(str, seeds))
     return (
         f"{markdown(['lever', *headings], rows)}\n\n"
@@ -367,8 +377,7 @@ def levers(content: Mapping[str, Any]) -> str:
         f"{job['model']} at rank {job['rank']:g} on "
         f"{job['train_limit'] - job['validation']:,} images of {name} at {job['image_size']}×"
         f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
-        f"{each} seed(s). Made by {'; '.join(made)}; torch {content['torch']}, "
-        f"{machine['cpu']}, {machine['threads']} thread(s)."
+        f"{each} seed(s). {source(content)}"
     )
 
 
@@ -393,11 +402,11 @@ def of_file(content: Mapping[str, Any]) -> str:
     if "experiment" in content:
         so_far = "" if content["status"] == "finished" else " Not all runs are done."
         lead = f"**{content['title']}.** {content['shows']}{so_far}"
-        return f"{lead}\n\n{markdown(*experiment_table(content))}\n\nMade by {made_by(content)}."
+        return f"{lead}\n\n{markdown(*experiment_table(content))}\n\n{source(content)}"
     if "lever" in content.get("rows", [{}])[0]:
         return levers(content)
     if "marks" in content:
-        return f"{markdown(*rank_cuts(content))}\n\nMade by {made_by(content)}."
+        return f"{markdown(*rank_cuts(content))}\n\n{source(content)}"
     config = content["config"]
     how = "worked out" if config["estimate"] else "measured"
     fused = "fused convolutions, " if config.get("fuse") else ""
@@ -405,7 +414,7 @@ def of_file(content: Mapping[str, Any]) -> str:
         f"{config['model']}, batch {config['batch_size']} of {config['image_size']} × "
         f"{config['image_size']} pixels, {config['optimizer']}, rank {config['rank']:.3g}, "
         f"{config['scheme']} scheme, {fused}{how}; memory in MiB.\n\n"
-        f"{markdown(*profile(content))}\n\nMade by {made_by(content)}."
+        f"{markdown(*profile(content))}\n\n{source(content)}"
     )
 
 
@@ -456,7 +465,7 @@ def main() -> int:
     stale = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text(encoding="utf-8")
-        fresh = render(text, Results(ROOT / "benchmarks" / "results"))
+        fresh = render(text, Results(ROOT / "benchmarks" / "results", page.parent))
         if fresh != text:
             stale.append(page.name)
             if not check:
