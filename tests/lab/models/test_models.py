@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import svdalign as sva
 from svdalign.lab import models
 from svdalign.lab.costs import parameter_count, pretending, step_macs
 
-SMALL = ["mlp", "smallconv", "vgg8", "vgg13", "resnet20", "resnet32"]
+SMALL = ["mlp", "smallconv", "vgg8", "vgg13", "resnet20", "resnet32", "mobilenet_v1"]
 
 
 @pytest.mark.parametrize("image_size", [16, 28, 32])
@@ -63,6 +65,8 @@ COUNTS = {
     # The published 0.27 M and 0.46 M with parameter-free skips, plus two 1x1 skips with batch norm.
     "resnet20": 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64),
     "resnet32": 464_154 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64),
+    # Published for 1000 classes (torchvision's layout), with a classifier of 10.
+    "mobilenet_v1": 4_231_976 - linear(1024, 1000) + linear(1024, 10),
 }
 
 
@@ -74,9 +78,17 @@ def test_parameter_counts(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "weighted"),
-    [("mlp", 3), ("smallconv", 4), ("vgg8", 8), ("vgg13", 13), ("resnet20", 20), ("resnet32", 32)],
-)
-def test_number_of_weighted_layers_is_the_name(name: str, weighted: int) -> None:
+    [
+        ("mlp", 3),
+        ("smallconv", 4),
+        ("vgg8", 8),
+        ("vgg13", 13),
+        ("resnet20", 20),
+        ("resnet32", 32),
+        ("mobilenet_v1", 28),
+    ],
+)  # fmt: skip
+def test_number_of_weighted_layers_is_the_published(name: str, weighted: int) -> None:
     net = models.build(name, num_classes=10, width=0.1)
     layers = [
         m
@@ -153,15 +165,16 @@ LARGE = {
     "vit_b16": (86_567_656, 17.6e9),
     "vit_l16": (304_326_632, 61.6e9),
 }
+PUBLISHED = {**LARGE, "mobilenet_v1": (4_231_976, 569e6)}
 
 
 def test_every_model_is_tested() -> None:
     assert sorted([*SMALL, *LARGE]) == models.available()
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_large_models_are_the_published_ones(name: str) -> None:
-    parameters, macs = LARGE[name]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_for_224_pixels_are_the_published_ones(name: str) -> None:
+    parameters, macs = PUBLISHED[name]
     with pretending():
         net = models.build(name, num_classes=1000, image_size=224)
         counted = step_macs(lambda: net(torch.randn(1, 3, 224, 224)))
@@ -175,6 +188,54 @@ def test_large_models_run(name: str) -> None:
     logits = net(torch.randn(2, 1, 32, 32))
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
+
+
+def test_mobilenet_keeps_a_map_of_small_images() -> None:
+    def maps(size: int) -> list[int]:
+        net = models.build("mobilenet_v1", num_classes=3, image_size=size, width=0.05)
+        found: list[int] = []
+        for block in net[:-3]:
+            block.register_forward_hook(lambda m, args, out: found.append(out.shape[-1]))
+        net(torch.randn(2, 3, size, size))
+        return found
+
+    assert maps(32) == [32, 32, 16, 16, 8, 8, 4, 4, 4, 4, 4, 4, 2, 2]
+    assert maps(64) == [32, 32, 16, 16, 8, 8, 4, 4, 4, 4, 4, 4, 2, 2]
+
+
+def test_depthwise_convolutions_are_he_initialised_by_their_own_fan() -> None:
+    torch.manual_seed(0)
+    net = models.build("mobilenet_v1", num_classes=10)
+    depthwise = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 13
+    weights = torch.cat([m.weight.flatten() for m in depthwise])
+    assert weights.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
+
+
+def test_mobilenets_pointwise_convolutions_are_factored() -> None:
+    net = models.build("mobilenet_v1", num_classes=10, width=0.25)
+    report = sva.factorize(net, 0.25, "channel").factorization
+    pointwise = {f"{i}.3" for i in range(1, 14)}
+    assert pointwise <= {row.name for row in report if row.rank is not None}
+    depthwise = {row.name: row.note for row in report if row.note.startswith("grouped")}
+    assert set(depthwise) == {f"{i}.0" for i in range(1, 14)}
+
+
+@pytest.mark.parametrize("units", ["layer", "block"])
+@pytest.mark.parametrize("rule", sva.rules.available())
+def test_mobilenet_trains_by_every_rule(rule: str, units: str) -> None:
+    torch.manual_seed(0)
+    net = models.build("mobilenet_v1", num_classes=3, image_size=16, width=0.06)
+    model = sva.factorize(net, 0.25, "channel")
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
+    learner = sva.Learner(
+        model, rule, units=units, optimizer=lambda p: torch.optim.AdamW(p, 1e-3), example=x
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = [float(learner.step(x, y).loss) for _ in range(3)]
+    assert all(map(math.isfinite, losses))
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Plain networks to train: an MLP, a small CNN, VGGs and CIFAR ResNets, all scalable in width; and
-large ones whose costs are of interest: ResNet-50 and -101, ViT-B/16 and ViT-L/16.
+"""Plain networks to train, all scalable in width: an MLP, a small CNN, VGGs, CIFAR ResNets and
+MobileNetV1; and large ones whose costs are of interest: ResNet-50 and -101, ViT-B/16 and ViT-L/16.
 
 They know nothing of factors or units: :func:`svdalign.factorize` takes them like any other module.
 """
@@ -14,6 +14,7 @@ from torch import nn
 
 from ._imagenet import resnet50, resnet101
 from ._mlp import mlp
+from ._mobilenet import mobilenet_v1
 from ._resnet import resnet20, resnet32
 from ._smallconv import smallconv
 from ._vgg import vgg8, vgg13
@@ -35,6 +36,7 @@ _MODELS = {
     "vgg13": _Entry(vgg13, 8),
     "resnet20": _Entry(resnet20, 8),
     "resnet32": _Entry(resnet32, 8),
+    "mobilenet_v1": _Entry(mobilenet_v1, 8),
     "resnet50": _Entry(resnet50, 8),
     "resnet101": _Entry(resnet101, 8),
     "vit_b16": _Entry(vit_b16, 16),

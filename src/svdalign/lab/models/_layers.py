@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -11,15 +12,13 @@ def scaled(channels: int, width: float) -> int:
 
 
 def conv_bn(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
     """A convolution that keeps the map's size at stride 1, and its batch norm (hence no bias)."""
-    return nn.Sequential(
-        nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-        ),
-        nn.BatchNorm2d(out_channels),
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
     )
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 def he_init(net: nn.Module) -> None:
@@ -27,3 +26,5 @@ def he_init(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            with torch.no_grad():
+                module.weight.mul_(module.groups**0.5)  # torch counts the fan of all groups
