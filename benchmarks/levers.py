@@ -40,7 +40,7 @@ from svdalign.lab.training.config import JobConfig, RunConfig
 from svdalign.lab.training.record import provenance
 from svdalign.lab.training.trainer import Trainer
 from svdalign.losses import similarity_alignment, similarity_matrix
-from svdalign.rules import SSA, Rule, Teaching, TeachingUnit
+from svdalign.rules import SSA, Rule, Supervision, UnitSpec
 from svdalign.rules.base import task_loss
 
 
@@ -154,7 +154,7 @@ def warm_started(learner: Learner, config: RunConfig, data: ImageData) -> None:
         unit = next(u for u in learner.units if u.name == name)
         feedback = learner.feedback_of(unit)
         assert isinstance(feedback, StructuredFeedback)
-        p = learner.teaching_unit(unit).pool(h, learner.rule.grid)
+        p = learner.unit_spec(unit).pool(h, learner.rule.grid)
         means = (p - p.mean(0)).mT @ (hot / hot.sum(0))
         U, s, Vt = torch.linalg.svd(means - means.mean(1, keepdim=True), full_matrices=False)
         k = feedback.s.numel()
@@ -183,7 +183,7 @@ class FollowingJacobian:
 
     @torch.no_grad()
     def follow(self, learner: Learner, unit: Any, x: Tensor, generator: torch.Generator) -> None:
-        feedback, view = learner.feedback_of(unit), learner.teaching_unit(unit)
+        feedback, view = learner.feedback_of(unit), learner.unit_spec(unit)
         assert isinstance(feedback, StructuredFeedback)
         assert isinstance(learner.rule, SSA)
         model, grid = learner.model, learner.rule.grid
@@ -237,17 +237,17 @@ class _UnitGradient(torch.autograd.Function):
 class NormalisedSSA(SSA):
     """Every unit's own teaching signal has norm 1."""
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
-        return super().loss(unit, feedback, _UnitGradient.apply(h), teaching)  # type: ignore[no-untyped-call]
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
+        return super().loss(unit, feedback, _UnitGradient.apply(h), supervision)  # type: ignore[no-untyped-call]
 
 
 class PooledSimilaritySSA(SSA):
     """Similarity of the pooled map in place of its channels' deviations."""
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         pooled = unit.pool(h, self.grid)
-        loss = task_loss(self.error, feedback, pooled, teaching)
-        wanted = similarity_matrix(teaching.target_matrix().to(pooled.dtype))
+        loss = task_loss(self.error, feedback, pooled, supervision)
+        wanted = similarity_matrix(supervision.target_matrix().to(pooled.dtype))
         return loss + self.alpha * F.mse_loss(similarity_matrix(pooled), wanted)
 
 
@@ -255,36 +255,36 @@ class CentredSimilaritySSA(SSA):
     """Similarity of what has no space, less its mean over the batch: units that all samples excite
     alike need not fall silent to make samples differ."""
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         if h.ndim != 2:
-            return super().loss(unit, feedback, h, teaching)
-        task = task_loss(self.error, feedback, unit.pool(h, self.grid), teaching)
-        return task + self.alpha * similarity_alignment(h - h.mean(0), teaching.target_matrix())
+            return super().loss(unit, feedback, h, supervision)
+        task = task_loss(self.error, feedback, unit.pool(h, self.grid), supervision)
+        return task + self.alpha * similarity_alignment(h - h.mean(0), supervision.target_matrix())
 
 
 class FewFeaturesSSA(SSA):
     """A coarser raster where feedback would read more than 1024 numbers of a unit."""
 
-    def coarser(self, unit: TeachingUnit) -> SSA:
+    def coarser(self, unit: UnitSpec) -> SSA:
         grid = self.grid
         while grid is not None and grid > 1 and unit.pooled_size(grid) > 1024:
             grid -= 1
         return cast(SSA, dataclasses.replace(changed(SSA)(self), grid=grid))
 
-    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+    def feedback(self, unit: UnitSpec, generator: torch.Generator) -> Feedback:
         return self.coarser(unit).feedback(unit, generator)
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
-        return self.coarser(unit).loss(unit, feedback, h, teaching)
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
+        return self.coarser(unit).loss(unit, feedback, h, supervision)
 
 
 class MixedErrorSSA(SSA):
     """Half the output's error, half the unit's own."""
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         assert isinstance(feedback, Feedback)
-        own = task_loss("local", feedback, unit.pool(h, self.grid), teaching)
-        return super().loss(unit, feedback, h, teaching) + own
+        own = task_loss("local", feedback, unit.pool(h, self.grid), supervision)
+        return super().loss(unit, feedback, h, supervision) + own
 
 
 class _Weighted(torch.autograd.Function):
@@ -305,9 +305,9 @@ class GrowingSSA(SSA):
     gain = 2.0
     order: ClassVar[dict[str, int]] = {}
 
-    def loss(self, unit: TeachingUnit, feedback: Any, h: Tensor, teaching: Teaching) -> Tensor:
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         before_the_output = len(self.order) - self.order[unit.name]
-        loss = super().loss(unit, feedback, h, teaching)
+        loss = super().loss(unit, feedback, h, supervision)
         return _Weighted.apply(loss, self.gain**-before_the_output)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -333,7 +333,7 @@ class _Auxiliary(Feedback):
 
 
 class AuxiliarySSA(SSA):
-    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+    def feedback(self, unit: UnitSpec, generator: torch.Generator) -> Feedback:
         inner = StructuredFeedback(
             128, unit.classes, rank=self.rank, learn=True, generator=generator
         )
@@ -426,12 +426,12 @@ LEVERS: dict[str, Lever] = {
     "raster 1": Lever({"options": {"grid": 1}}),
     "raster 2": Lever({"options": {"grid": 2}}),
     "raster 8": Lever({"options": {"grid": 8}}),
-    "feedback of rank 64": Lever({"options": {"rank": 64}}),
-    "feedback of rank 32": Lever({"options": {"rank": 32}}),
-    "feedback of rank 16": Lever({"options": {"rank": 16}}),
+    "feedback of rank 64": Lever({"options": {"feedback_rank": 64}}),
+    "feedback of rank 32": Lever({"options": {"feedback_rank": 32}}),
+    "feedback of rank 16": Lever({"options": {"feedback_rank": 16}}),
     "at most 1024 features": Lever(rule=changed(FewFeaturesSSA)),
     "at most 1024 features, feedback of rank 64": Lever(
-        {"options": {"rank": 64}}, rule=changed(FewFeaturesSSA)
+        {"options": {"feedback_rank": 64}}, rule=changed(FewFeaturesSSA)
     ),
     "maps widened to 64": Lever({"options": {"widen": 64}}),
     "no alignment": Lever({"options": {"alpha": 0.0}}),

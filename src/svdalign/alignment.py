@@ -164,7 +164,7 @@ def _readout(learner: Learner, unit: Unit, h: Tensor) -> tuple[Tensor, Tensor] |
         return None
     leaf = h.detach().requires_grad_()
     with torch.enable_grad():
-        out = learner.rule.readout(learner.teaching_unit(unit), feedback, unit.layout(leaf))
+        out = learner.rule.readout(learner.unit_spec(unit), feedback, unit.layout(leaf))
     return None if out is None else (leaf, out)
 
 

@@ -163,9 +163,9 @@ class Louder(rules.SSA):
 
     since: tuple[str, ...] = ()
 
-    def loss(self, unit, feedback, h, teaching):
+    def loss(self, unit, feedback, h, supervision):
         factor = 1000.0 if unit.name in self.since else 1.0
-        return factor * super().loss(unit, feedback, h, teaching)
+        return factor * super().loss(unit, feedback, h, supervision)
 
 
 @pytest.mark.parametrize("name", TOYS)

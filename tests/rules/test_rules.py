@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 import svdalign as sva
 from svdalign import rules
-from svdalign.rules import BP, FA, SSA
+from svdalign.rules import BP, FA, SSA, Rule
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -64,7 +64,7 @@ def test_backpropagating_rules_take_no_source_of_errors(rule) -> None:
     ("field", "value"),
     [
         ("error", "elsewhere"), ("alignment", "angle"), ("alpha", -1.0), ("alpha", float("nan")),
-        ("beta", -0.1), ("gamma", -2.0), ("grid", 0), ("rank", 0), ("rank", 1.5),
+        ("beta", -0.1), ("gamma", -2.0), ("grid", 0), ("feedback_rank", 0), ("feedback_rank", 1.5),
         ("alpha", "abc"), ("beta", None), ("gamma", True), ("learn", "maybe"), ("learn", 1),
     ],
 )  # fmt: skip
@@ -318,3 +318,57 @@ def test_images_may_be_smaller_or_larger_than_the_examples(rule, fused: bool, ex
         gradients = learner.gradients(torch.randn(4, 2, *size), torch.arange(4) % 3)
         assert gradients.keys() == dict(model.named_parameters()).keys()
         assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+# --- rules by name ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered():
+    """The names of registered rules, put back when the test is over."""
+    from svdalign.rules import _registry
+
+    before = dict(_registry._rules)
+    yield _registry._rules
+    _registry._rules.clear()
+    _registry._rules.update(before)
+
+
+def test_a_rule_registers_itself(registered) -> None:
+    @rules.register
+    @dataclass(frozen=True)
+    class Mine(SSA):
+        name: str = "mine"
+
+    rules.register(Mine(name="mine-greedy", horizon=0))
+    assert {"mine", "mine-greedy"} <= set(rules.available())
+    assert rules.get("mine") == Mine()
+    assert rules.get("mine-greedy").horizon == 0
+    rules.register(Mine)  # the cell of a notebook, run again
+    with pytest.raises(ValueError, match="another rule with the name 'mine'"):
+        rules.register(SSA(name="mine"))
+
+
+def test_a_rule_is_found_by_the_path_of_its_class() -> None:
+    for given in ("svdalign.rules.ssa:SSA", SSA):
+        assert rules.get(given) == SSA()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no.such.module:Rule", "there is no module 'no.such.module'"),
+        ("svdalign.rules:Nothing", "module 'svdalign.rules' has no 'Nothing'"),
+        ("svdalign.rules:available", "must be a subclass of svdalign.rules.Rule"),
+        (":", "there is no module ''"),
+    ],
+)
+def test_a_path_to_no_rule_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rules.get(given)
+
+
+@pytest.mark.parametrize("given", [None, 3, [], nn.Linear, Rule])
+def test_what_is_no_rule_is_refused(given) -> None:
+    with pytest.raises(TypeError, match="rule"):
+        rules.get(given)

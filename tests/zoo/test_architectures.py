@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import svdalign as sva
 from svdalign.engine.units import OUTPUT
-from svdalign.rules import Rule, Teaching, TeachingUnit
+from svdalign.rules import Rule, Supervision, UnitSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -91,7 +91,7 @@ class Poisoned(Rule):
     unit: str = ""
 
     def loss(
-        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
     ) -> Tensor:
         return h.square().mean() * (torch.nan if unit.name == self.unit else 1.0)
 
@@ -158,7 +158,7 @@ class Silent(Rule):
     name: str = field(default="silent", kw_only=True)
 
     def loss(
-        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
     ) -> Tensor:
         return 0.0 * h.sum()
 

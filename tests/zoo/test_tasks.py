@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import svdalign as sva
 from svdalign import rules
-from svdalign.rules import SSA, Teaching, TeachingUnit
+from svdalign.rules import SSA, Supervision, UnitSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 RULES = ["ssa", "ssa-local", "ssa-paper", "dfa", "drtp"]
@@ -99,15 +99,15 @@ def test_the_error_is_the_losss_gradient(
 ) -> None:
     """``e = dL/dz`` for whatever ``L``, and the signal at an exit is ``P^T B e``."""
     net, x, y, loss = task(fashion[0][:B], fashion[1][:B])
-    seen: list[tuple[TeachingUnit, nn.Module, Tensor, Teaching]] = []
+    seen: list[tuple[UnitSpec, nn.Module, Tensor, Supervision]] = []
 
     class Watched(SSA):
         def loss(
-            self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+            self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
         ) -> tuple[Tensor, ...]:
             assert feedback is not None
-            seen.append((unit, feedback, h, teaching))
-            return super().loss(unit, feedback, h, teaching)
+            seen.append((unit, feedback, h, supervision))
+            return super().loss(unit, feedback, h, supervision)
 
     rule = Watched(name="watched", error="output", alpha=0.0)
     learner = sva.Learner(
@@ -119,10 +119,10 @@ def test_the_error_is_the_losss_gradient(
     z = net(x).detach().requires_grad_()
     (expected,) = torch.autograd.grad(loss(z, y), z)
     assert seen
-    for unit, feedback, h, teaching in list(seen):
-        torch.testing.assert_close(teaching.error, expected)
+    for unit, feedback, h, supervision in list(seen):
+        torch.testing.assert_close(supervision.error, expected)
         h = h.detach().requires_grad_()
-        (delta,) = torch.autograd.grad(rule.loss(unit, feedback, h, teaching), h)
+        (delta,) = torch.autograd.grad(rule.loss(unit, feedback, h, supervision), h)
         rows = unit.pool(h, rule.grid)
         if rows.shape[:-1] != expected.shape[:-1]:
             continue  # pixels at another resolution: the transpose of interpolation stands between
@@ -147,9 +147,9 @@ def test_similarity_is_for_one_class_a_sample(fashion: tuple[Tensor, Tensor]) ->
 
 def test_a_large_vocabulary_keeps_its_feedback_small() -> None:
     """B of d x C is held as factors of rank k: (d + C + 1) k numbers, k at most 64 by default."""
-    unit = TeachingUnit("u", (2, 8, 1024), (2, 8, 50_000), ())
+    unit = UnitSpec("u", (2, 8, 1024), (2, 8, 50_000), ())
     generator = torch.Generator().manual_seed(0)
-    for rule, k in ((rules.get("ssa"), 64), (replace(rules.get("ssa"), rank=8), 8)):
+    for rule, k in ((rules.get("ssa"), 64), (replace(rules.get("ssa"), feedback_rank=8), 8)):
         feedback = rule.feedback(unit, generator)
         assert sum(p.numel() for p in feedback.parameters()) == (1024 + 50_000 + 1) * k
 

@@ -19,7 +19,7 @@ from ..factors import FactoredLayer
 from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
-from ..rules import Rule, Teaching, TeachingUnit
+from ..rules import Rule, Supervision, UnitSpec
 from .forward import forward, preserved
 from .recompute import recomputing
 from .streaming import stream
@@ -130,11 +130,11 @@ class Learner:
         first = next(p for p in model.parameters() if p.requires_grad)
         self._dtype = first.dtype
         self.feedback = nn.ModuleDict()
-        self._teaching_units: dict[str, TeachingUnit] = {}
+        self._unit_specs: dict[str, UnitSpec] = {}
         penalised: set[FactoredLayer] = set()
         for i, unit in enumerate(self.plan.units):
             layers = tuple(_layers(model, unit))
-            view = TeachingUnit(
+            view = UnitSpec(
                 unit.name,
                 unit.features_shape,
                 self.plan.output_shape,
@@ -143,7 +143,7 @@ class Learner:
                 tuple(layer for layer in layers if layer not in penalised),
             )
             penalised.update(layers)
-            self._teaching_units[unit.name] = view
+            self._unit_specs[unit.name] = view
             if unit is not self.plan.output and self.horizon is not None:
                 feedback = self.rule.feedback(view, generator)
                 if feedback is not None:
@@ -178,9 +178,9 @@ class Learner:
         index = self._index[unit.name]
         return self.feedback[index] if index in self.feedback else None  # noqa: SIM401 (no get)
 
-    def teaching_unit(self, unit: Unit) -> TeachingUnit:
+    def unit_spec(self, unit: Unit) -> UnitSpec:
         """``unit`` as the rule sees it."""
-        return self._teaching_units[unit.name]
+        return self._unit_specs[unit.name]
 
     def step(self, x: Any, y: Tensor) -> StepReport:
         """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync.
@@ -292,22 +292,22 @@ class Learner:
     def _stream(self, x: Any, y: Tensor, scale: Scale) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.horizon is not None
         needs_error = self.rule.error == "output" and len(self.feedback) > 0
-        teaching = Teaching(
+        supervision = Supervision(
             y, self.loss, self._output_error(x, y) if needs_error else None, self.plan.output_shape
         )
         losses: dict[str, Tensor] = {}
 
-        def teach(unit: Unit, h: Tensor) -> Tensor:
+        def unit_loss(unit: Unit, h: Tensor) -> Tensor:
             if unit is self.plan.output:
                 loss = self.loss(h, y)
             else:
                 loss = self.rule.loss(
-                    self.teaching_unit(unit), self.feedback_of(unit), unit.layout(h), teaching
+                    self.unit_spec(unit), self.feedback_of(unit), unit.layout(h), supervision
                 )
             losses[unit.name] = loss.detach()
             return scale(loss)
 
-        def retire(unit: Unit, heads: list[Tensor], planned: bool) -> None:
+        def unit_backward(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
                 parameters = [self.model.get_parameter(name) for name in unit.parameters]
             else:
@@ -320,7 +320,14 @@ class Learner:
             self._finish(unit, scale)
 
         with self._recomputing():
-            z = stream(self.model, self.plan, x, horizon=self.horizon, teach=teach, retire=retire)
+            z = stream(
+                self.model,
+                self.plan,
+                x,
+                horizon=self.horizon,
+                unit_loss=unit_loss,
+                unit_backward=unit_backward,
+            )
         if OUTPUT not in losses:  # its unit has been frozen
             losses[OUTPUT] = self.loss(z, y).detach()
         return z, losses
@@ -340,7 +347,7 @@ class Learner:
 
     def _finish(self, unit: Unit, scale: Scale) -> None:
         """Add the gradients of the unit's weight terms."""
-        view = self.teaching_unit(unit)
+        view = self.unit_spec(unit)
         if not view.layers:
             return
         with outside_autocast():
@@ -389,7 +396,7 @@ class Learner:
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError("x must be finite, got NaN or infinite values in the first batch")
         if classification and y.dtype == torch.int64:
-            C = self.teaching_unit(self.plan.output).classes
+            C = self.unit_spec(self.plan.output).classes
             low, high = int(y.min()), int(y.max())
             if (low < 0 and low != -100) or high >= C:
                 raise ValueError(

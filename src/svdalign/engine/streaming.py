@@ -25,12 +25,12 @@ from .._autocast import outside_autocast
 from .forward import first_tensor, forward
 from .units import Plan, Unit
 
-__all__ = ["Retire", "Teach", "stream"]
+__all__ = ["UnitBackward", "UnitLoss", "stream"]
 
-Teach = Callable[[Unit, Tensor], Tensor]
+UnitLoss = Callable[[Unit, Tensor], Tensor]
 """``(unit, h) -> loss``: the unit's own loss on its output ``h``, 0-dim, part of its graph."""
 
-Retire = Callable[[Unit, list[Tensor], bool], None]
+UnitBackward = Callable[[Unit, list[Tensor], bool], None]
 """``(unit, heads, planned)``: take the unit's gradients, those of the 0-dim ``heads``, its own loss
 and all that reaches it from units after it, in one backward pass. ``planned``: the exits before it
 came in the plan's order, so that it is made of what the plan says; else control flow went another
@@ -51,9 +51,9 @@ class _Segment:
             entered = [_Port.apply(h, s) for h, s in zip(outputs, self.signals, strict=True)]  # type: ignore[no-untyped-call]
             self.outputs, self.ports = map(list, zip(*entered, strict=True))
 
-    def learn(self, teach: Teach, feature: int) -> None:
+    def learn(self, unit_loss: UnitLoss, feature: int) -> None:
         """Have the unit's own loss, on one of its outputs, join its graph."""
-        self.loss = teach(self.unit, self.outputs[feature])
+        self.loss = unit_loss(self.unit, self.outputs[feature])
         self.outputs.clear()  # which are not to be held
 
     def heads(self) -> list[Tensor]:
@@ -63,11 +63,13 @@ class _Segment:
 
 
 class _Stream:
-    def __init__(self, plan: Plan, horizon: int, teach: Teach, retire: Retire) -> None:
+    def __init__(
+        self, plan: Plan, horizon: int, unit_loss: UnitLoss, unit_backward: UnitBackward
+    ) -> None:
         self.units = {(unit.exit, unit.call): i for i, unit in enumerate(plan.units[:-1])}
         self.inplace = {unit.exit for unit in plan.units if unit.inplace}
         self.plan, self.next = plan, 0
-        self.horizon, self.teach, self.retire = horizon, teach, retire
+        self.horizon, self.unit_loss, self.unit_backward = horizon, unit_loss, unit_backward
         self.window: deque[_Segment] = deque()
         self.calls: dict[str, int] = {}
         self.active = True
@@ -132,21 +134,21 @@ class _Stream:
         # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             segment = _Segment(unit, outputs, edges, planned)
-            segment.learn(self.teach, feature)
+            segment.learn(self.unit_loss, feature)
         self.window.append(segment)
         if len(self.window) > self.horizon:
             self.pop()
         self.active = True
 
     def pop(self) -> None:
-        """Retire the oldest unit in the window, by all that reaches it from the others."""
+        """UnitBackward the oldest unit in the window, by all that reaches it from the others."""
         segments = list(self.window)
         with outside_autocast():
             for i in range(len(segments) - 1, 0, -1):
                 _carry(segments[i], segments[:i])
             oldest = self.window.popleft()
             if heads := oldest.heads():
-                self.retire(oldest.unit, heads, oldest.planned)
+                self.unit_backward(oldest.unit, heads, oldest.planned)
 
 
 def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
@@ -212,14 +214,20 @@ class _Port(torch.autograd.Function):
 
 
 def stream(
-    model: nn.Module, plan: Plan, x: Any, *, horizon: int, teach: Teach, retire: Retire
+    model: nn.Module,
+    plan: Plan,
+    x: Any,
+    *,
+    horizon: int,
+    unit_loss: UnitLoss,
+    unit_backward: UnitBackward,
 ) -> Tensor:
     """One streaming pass over ``x``; returns the network's output, detached.
 
-    ``teach`` is asked once for each unit as its output is computed, the output's own unit last;
-    ``retire`` is called once for each unit, in order, when its graph is about to be dropped.
+    ``unit_loss`` is called once for each unit as its output is computed, the output's own unit
+    last; ``unit_backward`` is called once for each unit, in order, before its graph is dropped.
     """
-    state = _Stream(plan, horizon, teach, retire)
+    state = _Stream(plan, horizon, unit_loss, unit_backward)
     with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
         z = forward(model, x)
         if z.requires_grad:

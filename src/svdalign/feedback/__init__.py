@@ -1,7 +1,7 @@
 """How an error comes back to a unit: feedback matrices, and pooling that shrinks a feature map."""
 
 from .matrices import Feedback, GaussianFeedback, StructuredFeedback
-from .pooling import pool, pooled_size, raster_size
+from .pooling import grid_size, pool, pooled_size
 from .widened import WidenedFeedback
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "GaussianFeedback",
     "StructuredFeedback",
     "WidenedFeedback",
+    "grid_size",
     "pool",
     "pooled_size",
-    "raster_size",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._map_statistics import raster
 
-__all__ = ["pool", "pooled_size", "raster_size"]
+__all__ = ["grid_size", "pool", "pooled_size"]
 
 
 def pool(
@@ -27,12 +27,12 @@ def pool(
     sample, (B, T, C) for one a token, (B, C, H, W) for one a pixel.
 
     - (B, d): as it is.
-    - (B, C, h, w) and one answer a sample: averaged onto a ``grid`` x ``grid`` raster (``None``
+    - (B, C, h, w) and one answer a sample: averaged onto ``grid`` x ``grid`` cells (``None``
       keeps every position), flattened to (B, C g g). One answer a pixel: channels last,
       (B, h, w, C).
     - (B, T, d): per token if the output is per token, else averaged over tokens, (B, d).
 
-    ``like``: shape of the features whose raster is meant, that of ``h`` by default. A map that is
+    ``like``: shape of the features that set the grid, that of ``h`` by default. A map that is
     smaller is spread over it, so that a matrix made for one size reads any other.
 
     What autocast hands on, in half precision, is too coarse for sums: the result is in ``dtype``,
@@ -43,7 +43,7 @@ def pool(
         if len(output_shape) == 4:
             return h.permute(0, 2, 3, 1).to(dtype)
         if grid is not None:
-            size = raster_size(h.shape if like is None else like, grid, output_shape)
+            size = grid_size(h.shape if like is None else like, grid, output_shape)
             h = h.mean((2, 3), dtype=dtype) if size is None else raster(h, size, dtype)
         return h.flatten(1).to(dtype)
     if h.ndim == 3:
@@ -52,10 +52,10 @@ def pool(
     return h.flatten(1).to(dtype)
 
 
-def raster_size(
+def grid_size(
     shape: Sequence[int], grid: int | None, output_shape: Sequence[int]
 ) -> tuple[int, int] | None:
-    """The raster that features of ``shape`` are averaged onto; None where they are not, or onto a
+    """The grid that features of ``shape`` are averaged onto; None where they are not, or onto a
     single cell: that is a mean over both axes, many times faster than adaptive pooling."""
     if len(shape) != 4 or len(output_shape) == 4 or grid is None:
         return None
@@ -71,5 +71,5 @@ def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[in
             return channels
         if grid is None:
             return channels * height * width
-        return channels * math.prod(raster_size(shape, grid, output_shape) or (1, 1))
+        return channels * math.prod(grid_size(shape, grid, output_shape) or (1, 1))
     return shape[-1] if len(shape) == 3 else math.prod(shape[1:])

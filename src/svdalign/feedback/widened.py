@@ -18,8 +18,8 @@ __all__ = ["WidenedFeedback"]
 class WidenedFeedback(Feedback):
     """``B^T P(relu(K * p))``: a matrix that reads a map through a convolution.
 
-    ``p`` (B, C h w) is a map on a raster, of ``shape`` (C, h, w); ``K``, 3 x 3, makes ``wide``
-    channels of it; ``P`` averages them onto a raster of at most ``grid`` x ``grid``. ``K`` and the
+    ``p`` (B, C h w) is a pooled map of ``shape`` (C, h, w); ``K``, 3 x 3, makes ``wide``
+    channels of it; ``P`` averages them onto at most ``grid`` x ``grid`` cells. ``K`` and the
     matrix are trained by the unit's own loss if ``learn``. What ``K`` makes, larger than ``p``, is
     not held but made again for the gradient, some samples at a time.
 

@@ -1,8 +1,7 @@
-"""Learning rules by name."""
+"""Learning rules, by name: one module each, which registers what it defines."""
 
-from __future__ import annotations
-
-from .base import ErrorSource, Rule, Teaching, TeachingUnit
+from ._registry import available, get, register
+from .base import ErrorSource, Rule, Supervision, UnitSpec
 from .bp import BP
 from .dfa import DFA, DRTP
 from .fa import FA
@@ -18,44 +17,9 @@ __all__ = [
     "ErrorSource",
     "Rule",
     "SignSymmetric",
-    "Teaching",
-    "TeachingUnit",
+    "Supervision",
+    "UnitSpec",
     "available",
     "get",
+    "register",
 ]
-
-_RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        BP(),
-        FA(),
-        SignSymmetric(),
-        DFA(),
-        DRTP(),
-        SSA(),
-        SSA(name="ssa-local", horizon=0),
-        SSA(
-            name="ssa-paper",
-            horizon=0,
-            error="output",
-            learn=False,
-            alignment="share",
-            alpha=1.0,
-            beta=0.1,
-        ),
-    )
-}
-
-
-def available() -> list[str]:
-    """Names that :func:`get` knows."""
-    return sorted(_RULES)
-
-
-def get(rule: str | Rule) -> Rule:
-    """The rule of that name; a :class:`Rule` is returned as it is."""
-    if isinstance(rule, Rule):
-        return rule
-    if rule not in _RULES:
-        raise ValueError(f"rule must be a Rule or one of {available()}, got {rule!r}")
-    return _RULES[rule]

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from .._map_statistics import raster_and_spread
 from ..factors import FactoredLayer
-from ..feedback import Feedback, pool, pooled_size, raster_size
+from ..feedback import Feedback, grid_size, pool, pooled_size
 from ..losses import channel_statistics, hoyer_sparsity, orthogonality_penalty
 
-__all__ = ["ErrorSource", "Rule", "Teaching", "TeachingUnit"]
+__all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
 
 ErrorSource = Literal["output", "local", "target"]
 ERROR_SOURCES: tuple[str, ...] = get_args(ErrorSource)
 
 
 @dataclass(frozen=True)
-class TeachingUnit:
+class UnitSpec:
     """What a rule may know of a unit.
 
     ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
@@ -51,13 +51,13 @@ class TeachingUnit:
 
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
         """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`;
-        with a ``grid`` onto the example's raster, whatever the size of the map ``h``."""
+        with ``grid``, maps of every size are pooled to as many cells as the example's."""
         return pool(h, grid, self._rows(h.shape), self.dtype, like=self.features_shape)
 
     def pool_and_statistics(self, h: Tensor, grid: int | None) -> tuple[Tensor, Tensor]:
         """:meth:`pool`, and what similarity compares, :func:`losses.channel_statistics` (B, d): of
         a map with one gradient for both."""
-        size = raster_size(self.features_shape, grid, self.output_shape)
+        size = grid_size(self.features_shape, grid, self.output_shape)
         if size is None:
             return self.pool(h, grid), channel_statistics(h)
         pooled, spread = raster_and_spread(h, size, self.dtype)
@@ -77,7 +77,7 @@ class TeachingUnit:
 
 
 @dataclass(frozen=True)
-class Teaching:
+class Supervision:
     """What a batch offers to teach with.
 
     ``targets``: as given to the learner. ``loss``: the task loss ``(z, targets) -> 0-dim``.
@@ -164,24 +164,24 @@ class Rule:
             )
         check_weights(beta=self.beta, gamma=self.gamma)
 
-    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> nn.Module | None:
+    def feedback(self, unit: UnitSpec, generator: torch.Generator) -> nn.Module | None:
         """The module that holds the unit's feedback, or None if the rule needs none."""
         return None
 
     def loss(
-        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
     ) -> Tensor:
         """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
         its gradient in the feedback's parameters teaches the feedback. Under autocast ``h`` may be
         in half precision, too coarse for sums; ``unit.pool(h, grid)`` is in ``unit.dtype``."""
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
 
-    def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor | None:
+    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor | None:
         """``B^T P(h)``, (..., classes), whose Jacobian in ``h`` is the transpose of what brings an
         error back; None if the rule's feedback is no such matrix. For measurements."""
         return None
 
-    def weights_loss(self, unit: TeachingUnit, feedback: nn.Module | None) -> Tensor | None:
+    def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
         """A loss on the unit's own factors, 0-dim, or None if the rule has none."""
         terms = []
         layers = unit.layers if unit.penalised is None else unit.penalised
@@ -201,7 +201,9 @@ class Rule:
         return contextlib.nullcontext()
 
 
-def task_loss(error: ErrorSource, feedback: Feedback, pooled: Tensor, teaching: Teaching) -> Tensor:
+def task_loss(
+    error: ErrorSource, feedback: Feedback, pooled: Tensor, supervision: Supervision
+) -> Tensor:
     """The loss whose gradient at the pooled features ``p`` is ``B e``.
 
     With the readout ``z = B^T p``: ``<z, e>`` for the output's error, ``<z, -y> / batch`` for the
@@ -209,18 +211,16 @@ def task_loss(error: ErrorSource, feedback: Feedback, pooled: Tensor, teaching: 
     """
     z = feedback.readout(pooled)
     if error == "local":
-        return teaching.loss(teaching.like_output(z), teaching.targets)
+        return supervision.loss(supervision.like_output(z), supervision.targets)
     if error == "output":
-        assert teaching.error is not None, "the engine brings the output's error"
-        e = teaching.error
+        assert supervision.error is not None, "the engine brings the output's error"
+        e = supervision.error
     else:
-        e = -teaching.target_matrix() / len(teaching.targets)
-    return (teaching.like_output(z) * e).sum()
+        e = -supervision.target_matrix() / len(supervision.targets)
+    return (supervision.like_output(z) * e).sum()
 
 
-def feedback_channels(
-    unit: TeachingUnit, feedback: Feedback, layer: FactoredLayer
-) -> Tensor | None:
+def feedback_channels(unit: UnitSpec, feedback: Feedback, layer: FactoredLayer) -> Tensor | None:
     """The feedback's directions in the output channel space of ``layer``, (N, f), or None where the
     pooled features are not laid out by that layer's channels."""
     N, directions = layer.output_directions().shape[0], feedback.directions()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ._registry import register
 from .base import Rule
 
 __all__ = ["BP"]
 
 
+@register
 @dataclass(frozen=True)
 class BP(Rule):
     """The exact gradient of the task loss, through the whole network."""

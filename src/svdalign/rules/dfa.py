@@ -8,37 +8,40 @@ import torch
 from torch import Tensor, nn
 
 from ..feedback import Feedback, GaussianFeedback
-from .base import ErrorSource, Rule, Teaching, TeachingUnit, task_loss
+from ._registry import register
+from .base import ErrorSource, Rule, Supervision, UnitSpec, task_loss
 
 __all__ = ["DFA", "DRTP"]
 
 
+@register
 @dataclass(frozen=True)
 class DFA(Rule):
     """The output's error, brought to each unit by a fixed random matrix: ``delta = P^T B e``.
 
-    ``grid``: raster that feature maps are pooled to; None gives every position its own row of
-    ``B``, as in the source. Source: Noekland (2016), eq. 7.
+    ``grid``: feature maps are pooled to ``grid`` x ``grid`` cells; None gives every position its
+    own row of ``B``, as in the source. Source: Noekland (2016), eq. 7.
     """
 
     name: str = "dfa"
     error: ErrorSource = "output"
     grid: int | None = None
 
-    def feedback(self, unit: TeachingUnit, generator: torch.Generator) -> Feedback:
+    def feedback(self, unit: UnitSpec, generator: torch.Generator) -> Feedback:
         return GaussianFeedback(unit.pooled_size(self.grid), unit.classes, generator=generator)
 
     def loss(
-        self, unit: TeachingUnit, feedback: nn.Module | None, h: Tensor, teaching: Teaching
+        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
-        return task_loss(self.error, feedback, unit.pool(h, self.grid), teaching)
+        return task_loss(self.error, feedback, unit.pool(h, self.grid), supervision)
 
-    def readout(self, unit: TeachingUnit, feedback: nn.Module, h: Tensor) -> Tensor:
+    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
         assert isinstance(feedback, Feedback)
         return feedback.readout(unit.pool(h, self.grid))
 
 
+@register
 @dataclass(frozen=True)
 class DRTP(DFA):
     """DFA with the target in place of the error, so that no unit waits for the output.

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ..factors import FactoredLayer, FusedConv2d
 from ..factors.stiefel import qr_retract
+from ._registry import register
 from .bp import BP
 
 __all__ = ["FA", "mirrored"]
 
 
+@register
 @dataclass(frozen=True)
 class FA(BP):
     """Backpropagation whose errors go back through fixed random weights of the forward weights'

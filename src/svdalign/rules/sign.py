@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import FactoredLayer
+from ._registry import register
 from .fa import FA, mirrored
 
 __all__ = ["SignSymmetric"]
 
 
+@register
 @dataclass(frozen=True)
 class SignSymmetric(FA):
     """Backpropagation whose errors go back through ``sign(W)`` times the mean of ``|W|``, ``W``

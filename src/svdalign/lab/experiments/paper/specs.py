@@ -259,7 +259,7 @@ def _sensitivity() -> dict[str, Variant]:
             for alpha in alphas
         ],
         "raster and rank of the feedback": [
-            (grid, k, _method("ssa", grid=grid, rank=k), {})
+            (grid, k, _method("ssa", grid=grid, feedback_rank=k), {})
             for grid in (1, 2, 4, 8)
             for k in (1, 3, 10)
         ],
