@@ -7,7 +7,7 @@ bin   := $(VENV)/bin
 stamp := $(VENV)/.svdalign-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test
+.PHONY: help compare test quick docs lint
 
 help:  ## show this text
 	@echo 'make TARGET [VENV=.venv] [PYTHON=python3] [ARGS="..."]'
@@ -21,11 +21,19 @@ help:  ## show this text
 compare: $(stamp)  ## train BP, DFA and SSA side by side on the embedded images; table and HTML report
 	$(bin)/svdalign compare $(ARGS)
 
-test: $(stamp)  ## lint, format check, type check, tests
+test: lint  ## lint, format check, type check, tests
+	$(bin)/pytest -n 2 $(ARGS)
+
+quick: lint  ## the same without the tests that take longer than a few seconds
+	$(bin)/pytest -n 2 -m 'not slow' $(ARGS)
+
+docs: $(stamp)  ## build the documentation into site/; a warning is an error
+	$(bin)/mkdocs build --strict --quiet $(ARGS)
+
+lint: $(stamp)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy --strict src
-	$(bin)/pytest -n 2 $(ARGS)
 
 $(stamp): pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV): a minute or two'
