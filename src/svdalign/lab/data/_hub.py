@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ._types import Source
@@ -33,15 +34,38 @@ NAMED = {
     "cifar100": Named("uoft-cs/cifar100", 100, "RGB", "img", "fine_label"),
 }
 
+_PROBE_SECONDS = 5
+
 
 @dataclass(frozen=True)
 class _Table:
     """Encoded images and labels of one file, or of one split of the hub."""
 
     where: str
-    blobs: list[bytes]
-    labels: list[int]
+    blobs: list[bytes | None]
+    labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Rows(Source):
+    tables: list[_Table]
+    starts: npt.NDArray[np.int64]  # of each table's rows among all
+
+    def open(self, index: int) -> Image.Image:
+        table, row = self._find(index)
+        blob = table.blobs[row]
+        if blob is None:
+            raise ValueError("the row holds no image")
+        return Image.open(io.BytesIO(blob))
+
+    def where(self, index: int) -> str:
+        table, row = self._find(index)
+        return f"{table.where}, row {row}"
+
+    def _find(self, index: int) -> tuple[_Table, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.tables[number], index - int(self.starts[number])
 
 
 def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, ...]]:
@@ -49,19 +73,24 @@ def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, .
 
     Args:
         name: key of :data:`NAMED`.
-        data_dir: folder with ``train*.parquet`` and ``test*.parquet``, or the folder above it if
-            it is called ``name``. None for the hub.
+        data_dir: folder of Parquet files (see :func:`_shards`), or the folder above it if it is
+            called ``name``. None for the hub.
 
     Raises:
-        ValueError: if a file is missing, cannot be read, or lacks a column, or if the class names
-            are not those of the data set, or not the same everywhere.
+        ValueError: if a file is missing, cannot be read, lacks a column, or has labels that are no
+            whole numbers; if the class names are not those of the data set, or not the same
+            everywhere.
     """
     named = NAMED[name]
     if data_dir is None:
+        _check_reachable(named.repository)
         tables = {split: [_from_hub(named, split)] for split in ("train", "test")}
     else:
         folder = data_dir / name if (data_dir / name).is_dir() else data_dir
-        tables = {split: _from_folder(named, folder, split) for split in ("train", "test")}
+        tables = {
+            split: [_from_parquet(named, file) for file in _shards(folder, split)]
+            for split in ("train", "test")
+        }
     first = tables["train"][0]
     for table in (*tables["train"], *tables["test"]):
         if table.classes != first.classes:
@@ -69,43 +98,90 @@ def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, .
     return _source(tables["train"], named.mode), _source(tables["test"], named.mode), first.classes
 
 
+def _check_reachable(repository: str) -> None:
+    """Ask the hub for ``repository`` once: ``datasets`` would ask for half a minute."""
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        return  # then `datasets` turns to its cache at once
+    try:
+        huggingface_hub.HfApi().dataset_info(repository, timeout=_PROBE_SECONDS)
+    except Exception as error:  # the network's and its clients' own kinds are many
+        raise _not_to_be_had(repository, error) from error
+
+
 def _from_hub(named: Named, split: str) -> _Table:
     import datasets
 
     try:
         rows = datasets.load_dataset(named.repository, split=split)
-    except Exception as error:  # the network's and its clients' own kinds are many
-        raise ValueError(
-            f"{named.repository} cannot be had from the hub ({error}); without a network, give "
-            "data_dir, a folder with its Parquet files"
-        ) from error
+    except Exception as error:  # likewise
+        raise _not_to_be_had(named.repository, error) from error
     return _table(named, rows, f"{named.repository} ({split})")
 
 
-def _from_folder(named: Named, folder: Path, split: str) -> list[_Table]:
-    files = sorted(folder.glob(f"{split}*.parquet"))
-    if not files:
-        raise ValueError(f"{folder} holds no file {split}*.parquet")
-    return [_from_parquet(named, file) for file in files]
+def _not_to_be_had(repository: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{repository} cannot be had from the hub ({error}); without a network, give data_dir, a "
+        "folder with its Parquet files, or set HF_HUB_OFFLINE=1 if the hub's cache holds it"
+    )
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of a split, in order.
+
+    They are ``SPLIT.parquet``, or ``SPLIT-0.parquet`` and so on, in ``folder`` or its ``data``; or
+    all that the folder ``SPLIT`` holds.
+
+    Raises:
+        ValueError: if there are none, some are missing, or there are several sets of them.
+    """
+    numbered = re.compile(rf"{split}([-_.]?\d.*)?\.parquet", re.IGNORECASE)
+    for place, name in ((folder, numbered), (folder / "data", numbered), (folder / split, None)):
+        if not place.is_dir():
+            continue
+        files = sorted(
+            file
+            for file in place.iterdir()
+            if (name.fullmatch(file.name) if name else _is_parquet(file))
+        )
+        if files:
+            _check_complete(files)
+            return files
+    raise ValueError(f"{folder} holds no file {split}.parquet or {split}-*.parquet")
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet" and not file.name.startswith(".")
+
+
+def _check_complete(files: list[Path]) -> None:
+    """Refuse shards that are not all there, and shards beside others of the same images."""
+    numbers = [re.search(r"(\d+)-of-(\d+)", file.stem) for file in files]
+    found = {(int(n[1]), int(n[2])) for n in numbers if n}
+    whole = not found or found == {(i, len(files)) for i in range(len(files))}
+    alone = len(files) == 1 or all(re.search(r"\d", file.stem) for file in files)
+    if not (whole and alone):
+        raise ValueError(
+            f"{files[0].parent} does not hold one whole set of files, but "
+            f"{', '.join(file.name for file in files)}"
+        )
 
 
 def _from_parquet(named: Named, file: Path) -> _Table:
     import datasets
-    import pyarrow
+    import pyarrow.parquet
 
     try:
-        # Streamed, the table isn't copied to the cache; the lock files go with the folder.
-        with TemporaryDirectory() as cache:
-            rows = datasets.load_dataset(
-                "parquet", data_files=[str(file)], split="train", streaming=True, cache_dir=cache
-            )
-            return _table(named, rows, str(file))
-    except (OSError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            rows = datasets.Dataset(parquet.read())
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+    return _table(named, rows, str(file))
 
 
 def _table(named: Named, rows: Any, where: str) -> _Table:
-    """``rows`` is a ``datasets.Dataset`` or ``IterableDataset``."""
+    """``rows`` is a ``datasets.Dataset``."""
     import datasets
 
     for column in (named.image, named.label):
@@ -117,26 +193,34 @@ def _table(named: Named, rows: Any, where: str) -> _Table:
     classes = tuple(getattr(feature, "names", map(str, range(named.num_classes))))
     if len(classes) != named.num_classes:
         raise ValueError(f"{where} names {len(classes)} classes, not {named.num_classes}")
-    encoded = rows.cast_column(named.image, datasets.Image(decode=False)).with_format("arrow")
-    blobs: list[bytes] = []
-    labels: list[int] = []
+    try:
+        encoded = rows.cast_column(named.image, datasets.Image(decode=False)).with_format("arrow")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{where}: column {named.image!r} holds no images ({error})") from error
+    blobs: list[bytes | None] = []
+    labels: list[Any] = []
     for batch in encoded.iter(batch_size=1000):
         blobs += batch[named.image].combine_chunks().field("bytes").to_pylist()
         labels += batch[named.label].to_pylist()
-    return _Table(where, blobs, labels, classes)
+    return _Table(where, blobs, _whole_numbers(labels, where, named.label), classes)
+
+
+def _whole_numbers(labels: list[Any], where: str, column: str) -> npt.NDArray[np.int64]:
+    """``labels`` as they are: a float is one only if nothing is lost, and nothing else is."""
+    for row, label in enumerate(labels):
+        number = isinstance(label, int | float) and not isinstance(label, bool)
+        if not (number and -(2**63) <= label < 2**63 and label == label // 1):
+            raise ValueError(
+                f"{where}, row {row}: {column} must be a whole number, the class, got {label!r}"
+            )
+    return np.array(labels, dtype=np.int64)
 
 
 def _source(tables: list[_Table], mode: str) -> Source:
-    blobs = [blob for table in tables for blob in table.blobs]
-    rows = [(table.where, row) for table in tables for row in range(len(table.blobs))]
-
-    def where(index: int) -> str:
-        file, row = rows[index]
-        return f"{file}, row {row}"
-
-    return Source(
-        labels=np.array([label for table in tables for label in table.labels], dtype=np.int64),
-        open=lambda index: Image.open(io.BytesIO(blobs[index])),
-        where=where,
-        mode=mode,
+    counts = [len(table.blobs) for table in tables]
+    return _Rows(
+        np.concatenate([table.labels for table in tables]),
+        mode,
+        tables,
+        np.cumsum([0, *counts[:-1]]),
     )

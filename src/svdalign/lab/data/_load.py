@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from . import _embedded, _folder, _hub
+from ._pixels import decode
 from ._types import ImageData, Source, Split
 
 
@@ -141,10 +141,15 @@ def _decode(
     source: Source, chosen: npt.NDArray[np.int64], image_size: int | None
 ) -> npt.NDArray[np.uint8]:
     """Pixels of the chosen images, ``(N, C, H, W)``."""
-    first = _pixels(source, chosen[0], image_size)
+
+    def pixels(index: int) -> npt.NDArray[np.uint8]:
+        where = source.where(index)
+        return decode(lambda: source.open(index), where, source.mode, image_size)
+
+    first = pixels(chosen[0])
     decoded = np.empty((len(chosen), *first.shape), dtype=np.uint8)
     for row, index in enumerate(chosen):
-        image = _pixels(source, index, image_size)
+        image = pixels(index)
         _, height, width = image.shape
         if image.shape != first.shape or height != width:
             other = f"{source.where(chosen[0])} is {first.shape[2]} x {first.shape[1]}"
@@ -154,29 +159,6 @@ def _decode(
             )
         decoded[row] = image
     return decoded
-
-
-def _pixels(source: Source, index: int, image_size: int | None) -> npt.NDArray[np.uint8]:
-    """One image, ``(C, H, W)``."""
-    try:
-        with source.open(index) as image:
-            converted = image.convert(source.mode)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{source.where(index)} is not a readable image: {error}") from error
-    if image_size is not None:
-        converted = _fit(converted, image_size)
-    return np.atleast_3d(np.asarray(converted)).transpose(2, 0, 1)
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """``image`` with its shorter side resized to ``size``, and the square in its centre."""
-    shorter = min(image.size)
-    if shorter != size:
-        filter = Image.Resampling.BOX if shorter > size else Image.Resampling.BILINEAR
-        width, height = (max(size, round(side * size / shorter)) for side in image.size)
-        image = image.resize((width, height), filter)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,17 +58,21 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A split that is not decoded yet.
 
     Attributes:
         labels: ``(N,)``.
-        open: image of an index.
-        where: says where the image of an index comes from, for error messages.
         mode: Pillow's name of the pixel format to convert to.
     """
 
     labels: npt.NDArray[np.int64]
-    open: Callable[[int], Image.Image]
-    where: Callable[[int], str]
     mode: str
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """An image, not decoded yet."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Where an image comes from, for error messages."""
