@@ -213,10 +213,17 @@ class Learner:
         if self.retraction is None or not self._on_the_manifold:
             return
         if self.steps % self.retract_every == 0:
-            retract = RETRACTIONS[self.retraction]
-            with torch.no_grad(), outside_autocast():
-                for X in self._stiefel_factors():
-                    X.copy_(retract(X))
+            self.retract()
+
+    def retract(self) -> None:
+        """Bring the factors back onto the manifold, for who has changed them since the last step.
+        Nothing is done without a ``retraction``."""
+        if self.retraction is None:
+            return
+        retract = RETRACTIONS[self.retraction]
+        with torch.no_grad(), outside_autocast():
+            for X in self._stiefel_factors():
+                X.copy_(retract(X))
 
     @torch.enable_grad()
     def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:

@@ -54,7 +54,7 @@ def test_augment_keeps_form_and_input(
 ) -> None:
     images = pixels(shape, torch.Generator().manual_seed(seed))
     before = images.clone()
-    augment = Augment(crop, flip, cutout)
+    augment = Augment(crop=crop, flip=flip, cutout=cutout)
     out = augment(images, torch.Generator().manual_seed(seed))
     assert images.equal(before)
     assert (out.shape, out.dtype) == (images.shape, images.dtype)
@@ -87,3 +87,22 @@ def test_every_offset_flip_and_centre_occurs() -> None:
 def test_negative_sizes_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
         Augment(**{name: -1})
+
+
+def test_translate_mirrors_the_border() -> None:
+    """A shift of one pixel repeats the line next to the border, and never the border itself."""
+    line = torch.tensor([10, 20, 30, 40], dtype=torch.uint8)
+    images = line.expand(200, 1, 4, 4)
+    moved = Augment(translate=1)(images, torch.Generator().manual_seed(0))
+    rows = {tuple(row) for row in moved.reshape(-1, 4).tolist()}
+    assert rows == {(20, 10, 20, 30), (10, 20, 30, 40), (20, 30, 40, 30)}
+
+
+def test_alternate_mirrors_whose_turn_it_is() -> None:
+    images = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4)
+    augment, generator = Augment(alternate=True), torch.Generator()
+    out = augment(images, generator, torch.tensor([True, False]))
+    assert out[0].equal(images[0].flip(2))
+    assert out[1].equal(images[1])
+    with pytest.raises(ValueError, match="alternate needs turn"):
+        augment(images, generator)

@@ -117,3 +117,19 @@ def test_bad_arguments_are_refused_before_the_first_batch(
     arguments: dict[str, object] = {"batch_size": 5, "mean": MEAN, "std": STD} | options
     with pytest.raises(ValueError, match=message):
         batches(split, **arguments)  # type: ignore[arg-type]
+
+
+def test_alternate_mirrors_each_image_every_other_epoch(split: Split) -> None:
+    def epoch(number: int) -> dict[int, Tensor]:
+        options = {"shuffle": True, "seed": 5, "augment": Augment(alternate=True)}
+        found = run(split, epoch=number, **options)
+        return {int(label): x for images, y in found for x, label in zip(images, y, strict=True)}
+
+    first, second, third = epoch(0), epoch(1), epoch(2)
+    plain = {int(y): x for x, y in zip(*run(split, 23)[0], strict=True)}
+    mirrored = {name for name, x in first.items() if not x.equal(plain[name])}
+    assert 0 < len(mirrored) < len(split)
+    for name, x in first.items():
+        assert x.equal(plain[name].flip(2) if name in mirrored else plain[name])
+        assert second[name].equal(x.flip(2))
+        assert third[name].equal(x)

@@ -32,7 +32,11 @@ from svdalign.lab.training.config import RunConfig, to_yaml
         ("label_smoothing", 1.0, "label_smoothing must be below 1"),
         ("momentum", 1.0, "momentum must be below 1"),
         ("warmup", 1.5, "warmup is a share"),
-        ("augment", ["rotate"], "augment must be any of crop, flip, cutout, got 'rotate'"),
+        (
+            "augment",
+            ["rotate"],
+            "augment must be any of crop, translate, flip, alternate, cutout, got 'rotate'",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -> None:
@@ -43,6 +47,11 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"nesterov": True}, "nesterov needs optimizer sgd and a momentum above 0"),
+        ({"nesterov": True, "optimizer": "sgd", "momentum": 0.0}, "nesterov needs optimizer sgd"),
+        ({"bias_lr": 0.0}, "bias_lr must be a positive number, got 0"),
+        ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
+        ({"tta": 1}, "tta must be true or false, got 1"),
         ({"rank_parameters": 1.5}, "rank_parameters must be a whole number of at least 1"),
         ({"rank_parameters": 0}, "rank_parameters must be at least 1, got 0"),
         ({"rank_parameters": 0.5}, "rank_parameters needs rank_freeze"),

@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from svdalign.factors import FactoredLayer
-from svdalign.lab.data import ImageData
+from svdalign.lab.data import ImageData, batches
 from svdalign.lab.training import Record, RunConfig, Trainer, build_learner, evaluate, train
+from svdalign.lab.training.build import evaluate_views
+from svdalign.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from svdalign.lab.training.schedule import learning_rate_factor
 from svdalign.storage import ranks
 
@@ -211,3 +213,116 @@ def test_interrupted_before_the_first_epoch_ends(stripes: ImageData, tmp_path: P
     assert results["accuracy"] is None
     assert results["history"] == []
     assert results["unfinished_epoch"]["steps"] == 1
+
+
+SGD = {"rule": "bp", "optimizer": "sgd", "lr": 0.05}
+
+
+def test_biases_have_a_rate_of_their_own(stripes: ImageData) -> None:
+    """One step: a bias moves ``bias_lr`` times as far, its decay stays, all else is the same."""
+    decay = {"weight_decay": 0.1, "momentum": 0.0, "rank": None}
+    plain, fast, still = (
+        make(stripes, **{**SGD, **decay, **changes})
+        for changes in ({}, {"bias_lr": 8.0}, {"bias_lr": 8.0, "weight_decay": 0.0})
+    )
+    biases = {n for n, _ in plain.learner.model.named_parameters() if n.endswith("bias")}
+    start = {n: p.detach().clone() for n, p in plain.learner.model.named_parameters()}
+    for trainer in (plain, fast, still):
+        with torch.no_grad():
+            for name, p in trainer.learner.model.named_parameters():
+                p.copy_(start[name] + (name in biases))
+        trainer.step(*next(trainer.batches()))
+    rate = plain.learner.optimizer.param_groups[0]["lr"]
+    for (name, a), b, c in zip(
+        plain.learner.model.named_parameters(),
+        fast.learner.model.parameters(),
+        still.learner.model.parameters(),
+        strict=True,
+    ):
+        if name in biases:
+            torch.testing.assert_close(c - b, rate * 0.1 * (start[name] + 1))
+            gradient = (start[name] + 1 - a) / rate - 0.1 * (start[name] + 1)
+            torch.testing.assert_close(
+                start[name] + 1 - c, 8 * rate * gradient, atol=1e-5, rtol=1e-3
+            )
+        else:
+            assert a.equal(b)
+
+
+def test_nesterov_is_torchs(stripes: ImageData) -> None:
+    trainer = make(stripes, **SGD, nesterov=True)
+    assert trainer.learner.optimizer.defaults["nesterov"] is True
+
+
+def test_lookahead_is_its_definition(stripes: ImageData) -> None:
+    """Beside a trainer without it whose weights are averaged by hand."""
+    options = {**SGD, "rank": None, "epochs": 2}
+    trainer, plain = make(stripes, **options, lookahead=3), make(stripes, **options)
+    average = {n: p.detach().clone() for n, p in plain.learner.model.named_parameters()}
+    for step in range(1, plain.total_steps + 1):
+        epoch_ends = plain.batch + 1 == plain.steps_per_epoch
+        for each in (trainer, plain):
+            each.step(*next(each.batches()))
+        if step == plain.total_steps or step % 3 == 0:
+            kept = 0.95**3 * (step / plain.total_steps) ** 3 if step < plain.total_steps else 1.0
+            for name, p in plain.learner.model.named_parameters():
+                average[name] = kept * average[name] + (1 - kept) * p.detach()
+                p.data.copy_(average[name])
+        for (name, p), q in zip(
+            trainer.learner.model.named_parameters(),
+            plain.learner.model.parameters(),
+            strict=True,
+        ):
+            torch.testing.assert_close(p, q, msg=f"{name} after step {step}")
+        if epoch_ends:
+            for each in (trainer, plain):
+                each.finish_epoch()
+
+
+def test_lookahead_keeps_factors_orthonormal_through_cuts(stripes: ImageData) -> None:
+    cuts = {"rank_energy": 0.7, "rank_warmup": 1, "rank_min": 1}
+    trainer = make(stripes, **SGD, lookahead=2, epochs=3, **cuts)
+    before = ranks(trainer.learner.model)
+    assert trainer.run() == "finished"
+    assert ranks(trainer.learner.model) != before
+    for module in trainer.learner.model.modules():
+        if isinstance(module, FactoredLayer):
+            eye = torch.eye(module.rank)
+            torch.testing.assert_close(module.U.mT @ module.U, eye, atol=1e-5, rtol=0)
+            torch.testing.assert_close(module.V.mT @ module.V, eye, atol=1e-5, rtol=0)
+
+
+def test_lookahead_goes_on_from_a_checkpoint(stripes: ImageData, tmp_path: Path) -> None:
+    options = {**SGD, "lookahead": 3, "augment": ["alternate"], "bias_lr": 4.0}
+    whole, half = make(stripes, **options), make(stripes, **options)
+    whole.run()
+    half.run(stop=lambda: half.global_step == 5)
+    save_checkpoint(half, tmp_path / "c")
+    again = make(stripes, **options)
+    load_checkpoint(again, tmp_path / "c")
+    again.run()
+    for a, b in zip(
+        whole.learner.model.parameters(), again.learner.model.parameters(), strict=True
+    ):
+        assert a.equal(b)
+
+
+def test_views_answer_as_the_mean_of_what_is_seen(stripes: ImageData) -> None:
+    """A network that sees only the mean of all pixels sees the same in a mirrored image."""
+    trainer = make(stripes, rule="bp", tta=True, epochs=2)
+    trainer.run()
+    assert "tta_accuracy" not in trainer.history[0]
+    model, data, config = trainer.learner.model, trainer.data, trainer.config
+    x, y = (t for t in next(batches(data.test, 100, mean=data.mean, std=data.std)))
+    with torch.no_grad():
+        model.eval()
+
+        def seen(dy: int) -> torch.Tensor:
+            edge = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+            view = edge[:, :, 1 + dy : 9 + dy, 1 + dy : 9 + dy]
+            return (model(view) + model(view.flip(-1))) / 2
+
+        z = seen(0) / 2 + seen(-1) / 4 + seen(1) / 4
+    right = (z.argmax(1) == y).float().mean().item()
+    assert trainer.history[-1]["tta_accuracy"] == pytest.approx(right)
+    assert evaluate_views(model, data, config)[1] == pytest.approx(right)

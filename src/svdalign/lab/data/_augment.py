@@ -10,16 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Windows of the images' own size out of the images padded with zeros.
+def crop(
+    images: Tensor, padding: int, top: Tensor, left: Tensor, *, mode: str = "constant"
+) -> Tensor:
+    """Windows of the images' own size out of the padded images.
 
     Args:
         images: ``(N, C, H, W)``.
         padding: pixels added on each side.
         top, left: the windows' corners in the padded images, ``(N,)``, 0 to ``2 * padding``.
+        mode: of the padding: ``"constant"``, zeros, or ``"reflect"``, the images mirrored.
     """
     height, width = images.shape[2:]
-    padded = F.pad(images, (padding,) * 4)
+    # Torch mirrors no whole numbers.
+    source = images if mode == "constant" else images.float()
+    padded = F.pad(source, (padding,) * 4, mode=mode).to(images.dtype)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (N, C, top, left, H, W)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
@@ -57,21 +62,28 @@ class Augment:
 
     Attributes:
         crop: pixels of black padding from which a window of the images' size is taken; 0 for none.
+        translate: pixels of mirrored padding, likewise.
         flip: mirror every other image left to right, at random.
+        alternate: mirror those that :func:`batches` says: each image every other epoch.
         cutout: side in pixels of a black square at a random place; 0 for none.
     """
 
     crop: int = 0
+    translate: int = 0
     flip: bool = False
+    alternate: bool = False
     cutout: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("crop", "cutout"):
+        for name in ("crop", "translate", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Changed images, same shape, dtype and device. ``generator`` lives on the CPU."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, turn: Tensor | None = None
+    ) -> Tensor:
+        """Changed images, same shape, dtype and device. ``generator`` lives on the CPU. ``turn``,
+        bool ``(N,)``: whose turn it is to be mirrored, for ``alternate``."""
         n, _, height, width = images.shape
 
         def draw(end: int) -> Tensor:
@@ -79,6 +91,13 @@ class Augment:
 
         if self.crop:
             images = crop(images, self.crop, draw(2 * self.crop + 1), draw(2 * self.crop + 1))
+        if self.translate:
+            corner = [draw(2 * self.translate + 1) for _ in "yx"]
+            images = crop(images, self.translate, *corner, mode="reflect")
+        if self.alternate:
+            if turn is None:
+                raise ValueError("alternate needs turn: which images are to be mirrored")
+            images = flip(images, turn)
         if self.flip:
             images = flip(images, draw(2).bool())
         if self.cutout:

@@ -34,7 +34,8 @@ def batches(
     """Batches of one epoch, made on the split's device without a host synchronisation.
 
     The order is a function of ``(seed, epoch)``, the augmentation one of ``(seed, epoch, batch)``:
-    going on at batch ``start`` gives bit for bit what an uninterrupted epoch would have.
+    going on at batch ``start`` gives bit for bit what an uninterrupted epoch would have. Which
+    images ``augment.alternate`` mirrors in the first epoch is a function of ``seed``.
 
     Args:
         split: images and labels.
@@ -73,13 +74,18 @@ def batches(
     if shuffle:
         order = torch.randperm(len(split), generator=_generator(seed, epoch))
     order = order.to(device)
+    turns = None
+    if augment is not None and augment.alternate:
+        first = torch.randint(2, (len(split),), generator=_generator(seed, 0, 0, 1)).to(device)
+        turns = (first + epoch) % 2 == 1
 
     def generate() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in range(start, count):
             chosen = order[batch * batch_size : (batch + 1) * batch_size]
             images = split.images[chosen]
             if augment is not None:
-                images = augment(images, _generator(seed, epoch, batch))
+                turn = None if turns is None else turns[chosen]
+                images = augment(images, _generator(seed, epoch, batch), turn)
             images = images.contiguous(memory_format=memory_format)
             yield (images.float() - shift) / scale, split.labels[chosen]
 

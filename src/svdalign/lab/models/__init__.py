@@ -1,4 +1,4 @@
-"""Plain networks to train, all scalable in width: an MLP, a small CNN, VGGs, CIFAR ResNets and
+"""Plain networks to train, all scalable in width: an MLP, small CNNs, VGGs, CIFAR ResNets and
 MobileNetV1; and large ones whose costs are of interest: ResNet-50 and -101, ViT-B/16 and ViT-L/16.
 
 They know nothing of factors or units: :func:`svdalign.factorize` takes them like any other module.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ._airbench import Whitening, airbench
 from ._imagenet import resnet50, resnet101
 from ._mlp import mlp
 from ._mobilenet import mobilenet_v1
@@ -20,7 +21,7 @@ from ._smallconv import smallconv
 from ._vgg import vgg8, vgg13
 from ._vit import vit_b16, vit_l16
 
-__all__ = ["available", "build"]
+__all__ = ["Whitening", "available", "build"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class _Entry:
 _MODELS = {
     "mlp": _Entry(mlp, 1),
     "smallconv": _Entry(smallconv, 8),
+    "airbench": _Entry(airbench, 9),
     "vgg8": _Entry(vgg8, 8),
     "vgg13": _Entry(vgg13, 8),
     "resnet20": _Entry(resnet20, 8),
@@ -61,7 +63,8 @@ def build(
 
     Every activation is a module of its own (``nn.ReLU``, in transformers ``nn.GELU``) and every
     pooling a module, so that hooks see them. Weights are drawn from torch's global generator:
-    convolutions as in He et al. 2015 (fan out), linear layers as the framework does.
+    convolutions as in He et al. 2015 (fan out; ``airbench`` has its own), linear layers as the
+    framework does. What looks at data before training, :class:`Whitening`, is yet to be fitted.
 
     Args:
         name: one of :func:`available`.

@@ -31,6 +31,7 @@ __all__ = [
     "build_learner",
     "build_model",
     "evaluate",
+    "evaluate_views",
     "load_data",
     "make_rule",
     "memory_format",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 EVAL_BATCH = 500  #: images at once where nothing is held for a backward pass
+WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.Whitening` looks at
 
 
 def prepare_machine(config: JobConfig) -> None:
@@ -91,6 +93,7 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     """The network for ``data`` with its initial weights, factored unless ``rank`` is None.
 
     Weights are a function of the seed; methods that differ in rank alone start from the same.
+    Whitening is fitted to the first training images.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -101,6 +104,9 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
             image_size=data.image_size,
             width=config.width,
         )
+    for module in net.modules():
+        if isinstance(module, models.Whitening):
+            module.fit(example_batch(config, data, WHITENING_IMAGES))
     if config.rank is not None:
         net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
@@ -115,13 +121,16 @@ def build_learner(
     model: nn.Module | None = None,
     *,
     rule: Rule | None = None,
-    groups: Callable[[list[nn.Parameter]], Iterable[Any]] = list,
+    groups: Callable[[list[nn.Parameter]], Iterable[Any]] | None = None,
 ) -> Learner:
     """The learner that the config describes, ready for its first step. ``model``, ``rule``: in
-    place of its own. ``groups``: makes the optimizer's parameter groups."""
+    place of its own. ``groups``: makes the optimizer's parameter groups, in place of the config's.
+    """
     loss = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    model = build_model(config, data) if model is None else model
+    groups = partial(_groups, config, model) if groups is None else groups
     return Learner(
-        build_model(config, data) if model is None else model,
+        model,
         make_rule(config) if rule is None else rule,
         units=config.units,
         retraction=config.retraction,
@@ -138,27 +147,55 @@ def example_batch(config: JobConfig, data: ImageData, size: int = 2) -> Tensor:
     return next(_plain_batches(config, data, data.train, size))[0]
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, data: ImageData, config: JobConfig) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on the test split, in eval mode; the modes are put back."""
+    return _evaluate(model, data, config, lambda x: model(x))
+
+
+def evaluate_views(model: nn.Module, data: ImageData, config: JobConfig) -> tuple[float, float]:
+    """:func:`evaluate` of the mean answer to six views of each image: mirrored or not, as it is (of
+    twice the weight) or shifted by a pixel up and left, or down and right (Jordan 2024)."""
+
+    def mean(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1,) * 4, mode="reflect")
+        shifted = (padded[..., i : i + height, i : i + width] for i in (1, 0, 2))
+        views = [view for v in shifted for view in (v, v.flip(3))]
+        weights = (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8)
+        form = memory_format(config)
+        answers = (
+            w * model(v.contiguous(memory_format=form)) for w, v in zip(weights, views, strict=True)
+        )
+        return sum(answers, torch.zeros(()))
+
+    return _evaluate(model, data, config, mean)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module, data: ImageData, config: JobConfig, answer: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
     device = data.test.images.device
     loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
     with evaluating(model):
         for x, y in _plain_batches(config, data, data.test, EVAL_BATCH):
             with precision(config):
-                z = model(x)
+                z = answer(x)
             loss += F.cross_entropy(z.float(), y, reduction="sum")
             right += (z.argmax(-1) == y).sum()
     return loss.item() / len(data.test), right.item() / len(data.test)
 
 
 def augmentation(config: JobConfig, data: ImageData) -> Augment | None:
-    """What ``augment`` names, in sizes that go with the images: 4 and 8 pixels at 32."""
+    """What ``augment`` names, in sizes that go with the images: at 32 pixels crop by 4, translate
+    by 2, cutout of 8."""
     if not config.augment:
         return None
     return Augment(
         crop=data.image_size // 8 if "crop" in config.augment else 0,
+        translate=data.image_size // 16 if "translate" in config.augment else 0,
         flip="flip" in config.augment,
+        alternate="alternate" in config.augment,
         cutout=data.image_size // 4 if "cutout" in config.augment else 0,
     )
 
@@ -181,10 +218,29 @@ def _plain_batches(
     return batches(split, size, mean=data.mean, std=data.std, memory_format=memory_format(config))
 
 
+def _groups(config: RunConfig, model: nn.Module, parameters: list[nn.Parameter]) -> Iterable[Any]:
+    """``parameters``, with biases in a group of their own if they have a rate of their own."""
+    if config.bias_lr == 1:
+        return parameters
+    biases = {id(getattr(module, "bias", None)) for module in model.modules()}
+    return [
+        {"params": [p for p in parameters if id(p) not in biases]},
+        {
+            "params": [p for p in parameters if id(p) in biases],
+            "lr_scale": config.bias_lr,
+            "weight_decay": config.weight_decay / config.bias_lr,
+        },
+    ]
+
+
 def _optimizer(config: RunConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            parameters,
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
         )
     return torch.optim.AdamW(
         parameters,

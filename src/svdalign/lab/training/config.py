@@ -34,7 +34,7 @@ __all__ = [
 T = TypeVar("T")
 C = TypeVar("C")
 
-Augmentation = Literal["crop", "flip", "cutout"]
+Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
 #: What makes a config's weights dense.
 DENSE: Mapping[str, Any] = {
@@ -63,7 +63,14 @@ class DataConfig:
         None, "hold out so many training images and evaluate on them, not on the test images"
     )
     image_size: int | None = option(None, "resize images to this height and width in pixels")
-    augment: list[Augmentation] = option([], "any of crop, flip, cutout, on training batches")
+    augment: list[Augmentation] = option(
+        [],
+        "any of crop, translate, flip, alternate, cutout, on training batches; translate shifts by "
+        "fewer pixels than crop and mirrors the border, alternate flips every other epoch",
+    )
+    tta: bool = option(
+        False, "after the last epoch also answer for mirrored and shifted images, averaged"
+    )
 
     def __post_init__(self) -> None:
         for name in ("train_limit", "test_limit", "validation", "image_size"):
@@ -74,6 +81,7 @@ class DataConfig:
                 raise ValueError(
                     f"augment must be any of {', '.join(get_args(Augmentation))}, got {name!r}"
                 )
+        _switches(self, "tta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +188,10 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd"] = option("adamw", "update rule of the weights")
     weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
     momentum: float = option(0.9, "of sgd; the first of adamw's two betas")
+    nesterov: bool = option(False, "Nesterov's form of momentum, of sgd")
+    bias_lr: float = option(
+        1.0, "factor on the learning rate of biases; their weight decay a step stays as it is"
+    )
     beta2: float = option(0.999, "the second of adamw's two betas")
     schedule: Literal["one-cycle", "cosine", "constant"] = option(
         "one-cycle",
@@ -187,6 +199,11 @@ class OptimConfig:
     )
     warmup: float = option(0.2, "share of all steps in which the learning rate rises")
     label_smoothing: float = option(0.0, "share of the label spread over all classes, in [0, 1)")
+    lookahead: int | None = option(
+        None,
+        "set weights to their moving average every so many steps, and at the end; the average "
+        "follows more slowly as training goes on (Jordan 2024)",
+    )
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16 runs under autocast")
 
     def __post_init__(self) -> None:
@@ -197,6 +214,12 @@ class OptimConfig:
         for name in ("momentum", "beta2", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        _positive(self, "bias_lr")
+        _switches(self, "nesterov")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs optimizer sgd and a momentum above 0")
+        if self.lookahead is not None:
+            _at_least(self, "lookahead", 1)
         if self.warmup > 1:
             raise ValueError(f"warmup is a share of all steps, at most 1, got {self.warmup}")
 

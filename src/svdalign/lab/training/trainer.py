@@ -17,7 +17,8 @@ from ...factors.rank import parameter_budget
 from ...storage import ranks
 from ..costs import parameter_count
 from ..data import ImageData, batches, num_batches
-from .build import augmentation, evaluate, memory_format, precision
+from .averaging import Lookahead
+from .build import augmentation, evaluate, evaluate_views, memory_format, precision
 from .config import RunConfig
 from .progress import Progress, Silent
 from .schedule import learning_rate_factor
@@ -82,7 +83,10 @@ class Trainer:
                 parameter_budget(learner.model, config.rank_parameters)
             except ValueError as error:
                 raise ValueError(f"rank_{error}") from None
+        self.lookahead: Lookahead | None = None
         self._cut_ranks(0)  # a checkpoint that is loaded after this brings ranks of its own
+        if config.lookahead is not None:
+            self.lookahead = Lookahead(learner.model, config.lookahead)
 
     @property
     def total_steps(self) -> int:
@@ -163,6 +167,10 @@ class Trainer:
         self._set_learning_rate()
         with precision(self.config):
             report = self.learner.step(x, y)
+        if self.lookahead is not None:
+            done = self.global_step + 1
+            if self.lookahead.update(self.learner.model, done, self.total_steps):
+                self.learner.retract()
         self.loss_sum += report.loss
         if report.accuracy is not None:
             self.accuracy_sum += report.accuracy
@@ -179,7 +187,8 @@ class Trainer:
         finite = math.isfinite(running.loss) and all(bool(p.isfinite().all()) for p in weights)
         self.diverged = not finite
         kept = self._cut_ranks(self.epoch + 1) if finite else {}
-        test_loss, test_accuracy = evaluate(self.learner.model, self.data, self.config)
+        model, config = self.learner.model, self.config
+        test_loss, test_accuracy = evaluate(model, self.data, config)
         row = {
             "epoch": self.epoch + 1,
             "loss": running.loss,
@@ -192,6 +201,8 @@ class Trainer:
             "ranks": ranks(self.learner.model),
             "kept_energy": kept,
         }
+        if config.tta and self.epoch + 1 == config.epochs:
+            row["tta_loss"], row["tta_accuracy"] = evaluate_views(model, self.data, config)
         if self.measure is not None:
             row |= self.measure(self.learner)
         self.history.append(row)
@@ -204,7 +215,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All of the trainer's own state, beside the learner's."""
-        return {name: getattr(self, name) for name in _STATE}
+        average = {} if self.lookahead is None else {"average": self.lookahead.average}
+        return {name: getattr(self, name) for name in _STATE} | average
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
@@ -212,6 +224,8 @@ class Trainer:
             value = state[name]
             device = self.loss_sum.device
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+        if self.lookahead is not None:
+            self.lookahead.average = {n: v.to(device) for n, v in state["average"].items()}
 
     def _cut_ranks(self, epoch: int) -> dict[str, float]:
         """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
@@ -219,6 +233,8 @@ class Trainer:
         if not self.config.cuts_rank_after(epoch):
             return {}
         cuts = self._reduce_rank(self._limits(epoch))
+        if self.lookahead is not None:
+            self.lookahead.restart(self.learner.model)
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
 
     def _reduce_rank(self, limits: dict[str, Any]) -> tuple[RankCut, ...]:
