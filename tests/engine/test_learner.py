@@ -18,7 +18,7 @@ from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import RETRACTIONS, orthogonality_error
 from svdalign.losses import hoyer_sparsity
 
-RULES = ["bp", "dfa", "drtp", "fa", "ssa", "ssa-local", "ssa-paper"]
+RULES = ["bp", "dfa", "drtp", "fa", "ssa", "ssa-local", "ssa-reconstruction"]
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -262,7 +262,7 @@ def worst_error(learner: sva.Learner) -> float:
 
 
 @pytest.mark.parametrize("retraction", sorted(RETRACTIONS))
-@pytest.mark.parametrize("rule", ["ssa", "ssa-paper"])
+@pytest.mark.parametrize("rule", ["ssa", "ssa-reconstruction"])
 def test_with_retraction_factors_stay_orthonormal_to_rounding(rule: str, retraction: str) -> None:
     learner = learner_of(rule, retraction=retraction)
     for i in range(50):

@@ -228,7 +228,7 @@ def dropout_net() -> nn.Module:
 DROPOUT = Toy(dropout_net, ("3", "7"), (("0", "1"), ("4", "5"), ("8",)), (6,))
 
 
-@pytest.mark.parametrize("rule", ["dfa", "drtp", "ssa", "ssa-paper", "bp", "fa"])
+@pytest.mark.parametrize("rule", ["dfa", "drtp", "ssa", "ssa-reconstruction", "bp", "fa"])
 def test_statistics_and_random_numbers_count_once(rule: str) -> None:
     """After a step, buffers and generator stand where a single forward pass leaves them."""
     x, y = DROPOUT.batch()

@@ -381,7 +381,7 @@ def test_a_model_in_half_precision_is_near_the_double_one(tail: str, dtype, froz
     assert model[0].V.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("rule", ["ssa", "ssa-paper", "dfa", "bp"])
+@pytest.mark.parametrize("rule", ["ssa", "ssa-reconstruction", "dfa", "bp"])
 def test_a_learner_teaches_a_model_in_half_precision(rule: str) -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
@@ -444,7 +444,7 @@ def test_units_end_where_they_do_without_fusing(pool: nn.Module, size: tuple[int
     assert taught[0][1] == pytest.approx(taught[1][1], rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", ["fa", "sign-symmetric"])
+@pytest.mark.parametrize("rule", ["fa", "sign-symmetric", "brsf"])
 def test_rules_that_need_each_layer_by_itself_refuse_fused_ones(rule: str) -> None:
     model = sva.fuse(chain("norm, relu", "channel"))
     with pytest.raises(ValueError, match=f"rule '{rule}' .* leave svdalign.fuse out"):

@@ -74,6 +74,35 @@ def ssa_local(
     return _gradients(inputs, [*deltas, output_error(sums[-1], y)]), learned
 
 
+def turned(p: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Gradient of ``1 - mean_i cos(p_i, b_i)`` in ``p``, row by row."""
+    found = np.zeros_like(p)
+    for i, (u, v) in enumerate(zip(p, b, strict=True)):
+        lengths = np.linalg.norm(u) * np.linalg.norm(v)
+        cosine = u @ v / lengths
+        found[i] = (cosine * u / (u @ u) - v / lengths) / len(p)
+    return found
+
+
+def ssa_reconstruction(
+    x: np.ndarray,
+    y: np.ndarray,
+    layers: list[Layer],
+    B: list[np.ndarray],
+    alpha: float,
+    towards: str,
+) -> list[Layer]:
+    """delta_l = (B_l e + alpha d/dh (1 - mean cos(h, B_l w))) * f'(a_l), w being e, -e or y."""
+    inputs, sums = forward(x, layers)
+    e = output_error(sums[-1], y)
+    w = {"with-error": e, "against-error": -e, "target": one_hot(y, e.shape[1])}[towards]
+    deltas = [
+        (e @ matrix.T + alpha * turned(np.maximum(a, 0.0), w @ matrix.T)) * (a > 0)
+        for matrix, a in zip(B, sums[:-1], strict=True)
+    ]
+    return _gradients(inputs, [*deltas, e])
+
+
 def in_factors(
     G: np.ndarray, U: np.ndarray, s: np.ndarray, V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

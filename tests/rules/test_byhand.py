@@ -98,6 +98,31 @@ def test_sign_symmetric_feedback_follows_the_weights(factored: bool) -> None:
         learner.step(x, y)
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_random_magnitudes_carry_the_weights_signs_and_are_drawn_for_every_batch(
+    factored: bool,
+) -> None:
+    learner, model, x, y = setup("brsf", factored)
+    drawn = []
+    for _ in range(2):
+        forward = weights(model)
+        gradients = learner.gradients(x, y)
+        back = [
+            mirror.weight.detach().numpy().copy()
+            for _, mirror in mirrored(model, learner.transport)
+        ]
+        for M, (W, _) in zip(back, forward, strict=True):
+            np.testing.assert_array_equal(np.sign(M), np.sign(W))
+            share = np.abs(M) / (2 * np.abs(W).mean())
+            assert share.max() <= 1
+            # Uniform on [0, 1]: variance 1 / 12, so the mean lies within six of its deviations.
+            assert abs(share.mean() - 0.5) < 6 / np.sqrt(12 * M.size)
+        check(model, gradients, byhand.fa(x.numpy(), y.numpy(), forward, back))
+        drawn.append(np.abs(back[0]) / np.abs(forward[0][0]).mean())
+        learner.step(x, y)
+    assert not np.allclose(drawn[0], drawn[1])
+
+
 def test_feedback_alignment_keeps_its_weights_fixed() -> None:
     learner, _, x, y = setup("fa", True)
     before = {name: value.clone() for name, value in learner.transport.state_dict().items()}
@@ -123,8 +148,8 @@ def test_local_error_without_alignment(factored: bool) -> None:
             np.testing.assert_allclose(X.grad.numpy(), grad, atol=1e-10)
 
 
-def test_the_papers_rule_is_output_error_through_fixed_structured_feedback() -> None:
-    rule = replace(rules.get("ssa-paper"), alpha=0.0, beta=0.0)
+def test_the_reconstruction_without_its_terms_is_output_error_through_fixed_feedback() -> None:
+    rule = replace(rules.get("ssa-reconstruction"), alpha=0.0, beta=0.0)
     learner, model, x, y = setup(rule, True)
     B = [(f.U @ torch.diag(f.s) @ f.V.T).numpy() for f in learner.feedback.values()]
     assert not list(learner.feedback.parameters())
@@ -133,6 +158,16 @@ def test_the_papers_rule_is_output_error_through_fixed_structured_feedback() -> 
         learner.gradients(x, y),
         byhand.dfa(x.numpy(), y.numpy(), weights(model), B),
     )
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("alignment", ["against-error", "with-error", "target"])
+def test_the_reconstructions_cosines(alignment: str, factored: bool) -> None:
+    rule = rules.SSAReconstruction(alignment=alignment, alpha=0.7, beta=0.0)
+    learner, model, x, y = setup(rule, factored)
+    B = [(f.U @ torch.diag(f.s) @ f.V.T).numpy() for f in learner.feedback.values()]
+    expected = byhand.ssa_reconstruction(x.numpy(), y.numpy(), weights(model), B, 0.7, alignment)
+    check(model, learner.gradients(x, y), expected)
 
 
 def test_dfa_steps_like_its_hand_written_loop() -> None:

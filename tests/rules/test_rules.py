@@ -19,8 +19,8 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def test_names() -> None:
-    names = ["bp", "dfa", "drtp", "fa", "sign-symmetric", "ssa", "ssa-local", "ssa-paper"]
-    assert rules.available() == names
+    names = ["bp", "brsf", "dfa", "drtp", "fa", "sign-symmetric"]
+    assert rules.available() == [*names, "ssa", "ssa-local", "ssa-reconstruction"]
     for name in rules.available():
         assert rules.get(name).name == name
 
@@ -32,7 +32,9 @@ def test_a_rule_is_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "", "BP"])
 def test_an_unknown_rule_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"rule must be .*'bp', 'dfa'.*'ssa'.* got " + repr(name)):
+    with pytest.raises(
+        ValueError, match=r"rule must be .*'bp', .*'dfa'.*'ssa'.* got " + repr(name)
+    ):
         rules.get(name)
 
 
@@ -216,7 +218,7 @@ def test_every_alignment_trains(alignment: str) -> None:
 
 # --- rules that send errors back through each layer ---------------------------------------------
 
-LAYERWISE = ["fa", "sign-symmetric"]
+LAYERWISE = ["fa", "sign-symmetric", "brsf"]
 
 
 def layerwise_gradients(rule: str, model: nn.Module, *shape: int) -> list[torch.Tensor]:

@@ -323,7 +323,7 @@ def test_tokens_as_samples() -> None:
     assert torch.isfinite(local.step(x, y).loss)
 
 
-@pytest.mark.parametrize("rule", ["ssa", "ssa-paper", "dfa", "drtp"])
+@pytest.mark.parametrize("rule", ["ssa", "ssa-reconstruction", "dfa", "drtp"])
 def test_lengths_may_differ_from_the_examples(rule: str) -> None:
     model = nn.Sequential(nn.Embedding(9, D), linear_relu(), nn.Linear(D, 9))
     local = learner(

@@ -16,7 +16,7 @@ from svdalign import rules
 from svdalign.rules import SSA, Supervision, UnitSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-RULES = ["ssa", "ssa-local", "ssa-paper", "dfa", "drtp"]
+RULES = ["ssa", "ssa-local", "ssa-reconstruction", "dfa", "drtp"]
 B = 32
 
 

@@ -5,7 +5,8 @@ from .base import ErrorSource, Rule, Supervision, UnitSpec
 from .bp import BP
 from .dfa import DFA, DRTP
 from .fa import FA
-from .sign import SignSymmetric
+from .reconstruction import SSAReconstruction
+from .sign import BatchwiseRandomSign, SignSymmetric
 from .ssa import SSA
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "DRTP",
     "FA",
     "SSA",
+    "BatchwiseRandomSign",
     "ErrorSource",
     "Rule",
+    "SSAReconstruction",
     "SignSymmetric",
     "Supervision",
     "UnitSpec",

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from .._map_statistics import raster_and_spread
 from ..factors import FactoredLayer
 from ..feedback import Feedback, grid_size, pool, pooled_size
-from ..losses import channel_statistics, hoyer_sparsity, orthogonality_penalty
+from ..losses import (
+    channel_statistics,
+    hoyer_sparsity,
+    orthogonality_penalty,
+    subspace_share,
+)
 
 __all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
 
@@ -220,13 +225,17 @@ def task_loss(
     return (supervision.like_output(z) * e).sum()
 
 
-def feedback_channels(unit: UnitSpec, feedback: Feedback, layer: FactoredLayer) -> Tensor | None:
-    """The feedback's directions in the output channel space of ``layer``, (N, f), or None where the
-    pooled features are not laid out by that layer's channels."""
-    N, directions = layer.output_directions().shape[0], feedback.directions()
+def missed_share(unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
+    """Share of the feedback's directions that the unit's last layer cannot receive, see
+    :func:`losses.subspace_share`; None for a unit without such a layer or without feedback, and
+    where the pooled features are not laid out by the layer's channels."""
+    if not (unit.layers and isinstance(feedback, Feedback)):
+        return None
+    output, directions = unit.layers[-1].output_directions(), feedback.directions().detach()
+    N = len(output)
     if unit.features_shape[1 if len(unit.features_shape) == 4 else -1] != N or len(directions) % N:
         return None
-    return directions.reshape(N, -1)
+    return subspace_share(output, directions.reshape(N, -1))
 
 
 def check_weights(**weights: float) -> None:

@@ -15,7 +15,7 @@ from ..factors import FactoredLayer
 from ._registry import register
 from .fa import FA, mirrored
 
-__all__ = ["SignSymmetric"]
+__all__ = ["BatchwiseRandomSign", "SignSymmetric"]
 
 
 @register
@@ -25,10 +25,14 @@ class SignSymmetric(FA):
     being the layer's present weight. It holds the whole graph, as BP does.
 
     Source: Liao, Leibo and Poggio, *How Important Is Weight Symmetry in Backpropagation?* (2016),
-    uniform sign-concordant feedback; Moskovitz, Litwin-Kumar and Abbott (2018).
+    there called uniform sign-concordant feedback, uSF; Moskovitz, Litwin-Kumar and Abbott (2018).
     """
 
     name: str = "sign-symmetric"
+
+    def magnitudes(self, weight: Tensor) -> Tensor:
+        """What the signs of ``weight`` are multiplied by, of its shape or 0-dim."""
+        return weight.abs().mean()
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
         return layer.dense() if isinstance(layer, FactoredLayer) else copy.deepcopy(layer)
@@ -38,6 +42,21 @@ class SignSymmetric(FA):
         with torch.no_grad():
             for layer, mirror in mirrored(model, transport):
                 weight = cast(Tensor, layer.weight)
-                mirror.get_parameter("weight").copy_(weight.sign() * weight.abs().mean())
+                mirror.get_parameter("weight").copy_(weight.sign() * self.magnitudes(weight))
         with super().transporting(model, transport):
             yield
+
+
+@register
+@dataclass(frozen=True)
+class BatchwiseRandomSign(SignSymmetric):
+    """:class:`SignSymmetric` with magnitudes that are drawn anew for every batch, uniformly from 0
+    to twice the mean of ``|W|``.
+
+    Source: Liao, Leibo and Poggio (2016), batchwise random magnitude sign-concordant feedback.
+    """
+
+    name: str = "brsf"
+
+    def magnitudes(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight.abs().mean() * torch.rand_like(weight)

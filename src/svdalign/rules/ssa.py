@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..feedback import Feedback, StructuredFeedback, WidenedFeedback, grid_size
-from ..losses import (
-    cosine_alignment,
-    statistics_alignment,
-    subspace_share,
-)
+from ..losses import cosine_alignment, statistics_alignment
 from ._registry import register
 from .base import (
     ErrorSource,
@@ -21,7 +17,7 @@ from .base import (
     Supervision,
     UnitSpec,
     check_weights,
-    feedback_channels,
+    missed_share,
     task_loss,
 )
 
@@ -124,25 +120,12 @@ class SSA(Rule):
 
     def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
         loss = super().weights_loss(unit, feedback)
-        if not (self.alpha and self.alignment == "share" and unit.layers and feedback is not None):
+        if not self.alpha or self.alignment != "share":
             return loss
-        assert isinstance(feedback, Feedback)
-        directions = feedback_channels(unit, feedback, unit.layers[-1])
-        if directions is None:
+        missed = missed_share(unit, feedback)
+        if missed is None:
             return loss
-        share = subspace_share(unit.layers[-1].output_directions(), directions.detach())
-        return self.alpha * share if loss is None else loss + self.alpha * share
+        return self.alpha * missed if loss is None else loss + self.alpha * missed
 
 
 register(SSA(name="ssa-local", horizon=0))
-register(
-    SSA(
-        name="ssa-paper",
-        horizon=0,
-        error="output",
-        learn=False,
-        alignment="share",
-        alpha=1.0,
-        beta=0.1,
-    )
-)

@@ -36,7 +36,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in trainer.learner.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("rule", ["bp", "dfa", "ssa", "ssa-paper"])
+@pytest.mark.parametrize("rule", ["bp", "dfa", "ssa", "ssa-reconstruction"])
 def test_learns(stripes: ImageData, rule: str) -> None:
     trainer = make(stripes, rule=rule, epochs=8, schedule="cosine")
     assert trainer.run() == "finished"

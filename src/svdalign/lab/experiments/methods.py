@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
     "dfa-dense": Method("DFA, dense", "dfa", factored=False, lr=5e-3, options={"grid": 2}),
     "dfa": Method("DFA", "dfa", lr=5e-3, options={"grid": 2}),
     "drtp": Method("DRTP", "drtp", lr=5e-3),
-    "ssa-paper": Method("SSA, as published", "ssa-paper", lr=5e-3),
+    "ssa-reconstruction": Method("SSA, our reconstruction", "ssa-reconstruction", lr=5e-3),
     "ssa-output": Method("SSA, output error", "ssa", lr=1e-2, options={"error": "output"}),
     "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
     "ssa-1": Method("SSA, horizon 1", "ssa", lr=1e-2, options={"horizon": 1}),

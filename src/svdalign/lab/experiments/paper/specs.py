@@ -104,7 +104,7 @@ RESNET = _job(
 
 ANGLES = {
     name: Variant(METHODS[name])
-    for name in ("dfa", "ssa-paper", "ssa-output", "ssa-local", "ssa-1", "ssa")
+    for name in ("dfa", "ssa-reconstruction", "ssa-output", "ssa-local", "ssa-1", "ssa")
 }
 
 _SHRINKING = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 4}
