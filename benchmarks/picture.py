@@ -2,8 +2,8 @@
 
     python benchmarks/picture.py
 
-``docs/overview.svg``: accuracy, and activations held against depth; ``docs/memory.svg``: accuracy
-against peak memory; ``docs/rank.svg``: training through rank cuts.
+``docs/overview.svg``: accuracy, and activations held against depth; ``docs/rank.svg``: training
+through rank cuts.
 """
 
 from __future__ import annotations
@@ -19,18 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from svdalign.lab.experiments.profile import CHECKPOINTED
-
 HERE = Path(__file__).resolve().parent
-#: Points are hollow where blocks of BP run again for their gradients.
-MARKERS = {
-    "bp-dense": "o",
-    "bp": "s",
-    "dfa": "^",
-    "ssa-local": "v",
-    "ssa-1": "D",
-    "ssa": "P",
-}
 FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
 
@@ -64,29 +53,6 @@ def overview(left: Axes, right: Axes) -> None:
     right.legend(frameon=False)
 
 
-def memory(axes: Axes, model: str) -> None:
-    """A network on CIFAR-10: accuracy, three seeds, against peak memory of a step. With gradient
-    checkpointing BP computes the same."""
-    reached = {row["method"]: row for row in read(f"whole_{model}")["summary"]}
-    for row in read(f"profile_whole_{model}")["methods"]:
-        method, label = row["method"], row["label"]
-        plain, _ = CHECKPOINTED.get(method, (method, label))
-        found = reached[plain]
-        axes.errorbar(
-            row["memory"]["peak"] / 2**20,
-            100 * found["accuracy"],
-            100 * found["accuracy_std"],
-            fmt=MARKERS[plain],
-            color=colour(label),
-            mfc="white" if method in CHECKPOINTED else None,
-            elinewidth=0.8,
-            label=label,
-        )
-    axes.set(xlabel="peak memory of a training step, MiB", ylabel="test accuracy, %")
-    axes.set_xlim(left=0)
-    axes.margins(y=0.1)
-
-
 def rank(axes: Axes) -> None:
     """Training accuracy: means over an epoch and over seeds are smoother than test accuracy is at
     a high learning rate."""
@@ -106,14 +72,6 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     overview(left, right)
     figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    for axes, (model, title) in zip(
-        panels, {"vgg13": "VGG-13", "resnet32": "ResNet-32"}.items(), strict=True
-    ):
-        memory(axes, model)
-        axes.set_title(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(HERE.parent / "docs" / "memory.svg", metadata={"Date": None})
     figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     rank(axes)
     figure.savefig(HERE.parent / "docs" / "rank.svg", metadata={"Date": None})

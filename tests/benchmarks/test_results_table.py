@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from svdalign.lab.experiments import CompareConfig, Comparison
 from svdalign.lab.experiments.profile import Profile, ProfileConfig
 
 ROOT = Path(__file__).parents[2]
+INSIDE = {"0.005": 0.5, "0.01": 0.7, "0.02": 0.6}
+AT_THE_EDGE = {"0.005": 0.7, "0.01": 0.6, "0.02": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "break_even": profiled,
         "experiment": {**experiment, **source},
         "cuts": {**cuts, **source},
+        "tune_again": {"accuracy": {"bp-dense": INSIDE, "ssa-2": INSIDE}},
     }.items():
         path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -91,6 +95,67 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     assert "| cut | 80.0 ± 1.4 | 0.4 | – | 31% | 35% | 0.50 |" in fresh
     assert "| --- | ---: | ---: | ---: | ---: |" in fresh
     assert script.render(fresh, script.Results(results, results)) == fresh
+
+
+def write(folder: Path, **contents: Any) -> None:
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_rate_at_the_edge_of_its_search_is_no_result(
+    script: ModuleType, results: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(results, tmp_path / "results")
+    tables = script.Results(copy, copy)
+    assert script.searched(tables, "tune_again", "ssa-2") == 0.01
+    script.comparison(tables)
+    write(copy, tune_again={"accuracy": {"bp-dense": INSIDE, "ssa-2": AT_THE_EDGE}})
+    with pytest.raises(
+        ValueError, match=r"tune_again of ssa-2: the best rate, 0\.005, lies at the"
+    ):
+        script.comparison(tables)
+    write(copy, tune_again={"accuracy": {"bp-dense": INSIDE}})
+    with pytest.raises(KeyError, match="tune_again of ssa-2"):
+        script.comparison(tables)
+
+
+def test_whole_data_sets_need_a_search_of_every_method_on_every_network(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "JOBS", {"net": "a network"})
+    rows = [
+        {"method": m, "label": label, "accuracy": 0.5, "accuracy_std": 0.1, "parameters": 10}
+        for m, label in (("bp-dense", "BP, dense"), ("ssa", "SSA"))
+    ]
+    peaks = [
+        {"label": label, "memory": {"peak": 4}}
+        for label in ("BP, dense", "SSA", "BP, checkpointed")
+    ]
+    write(tmp_path, whole_net={"summary": rows, "config": {}}, profile_whole_net={"methods": peaks})
+    tables = script.Results(tmp_path, tmp_path)
+    write(tmp_path, tune_net={"accuracy": {"bp-dense": AT_THE_EDGE, "ssa": INSIDE}})
+    with pytest.raises(ValueError, match="tune_net of bp-dense"):
+        script.whole(tables)
+    write(tmp_path, tune_net={"accuracy": {"bp-dense": INSIDE, "ssa": INSIDE}})
+    assert "| a network | SSA | 50.0 ± 10.0 | 0.0 | 1.00 | 1.00 |" in script.whole(tables)
+
+
+def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: Path) -> None:
+    def run(accuracy: float, parameters: int) -> dict[str, Any]:
+        return {
+            "accuracy": accuracy, "parameters": parameters, "train_seconds": 600,
+            "history": [{"tta_accuracy": accuracy + 0.01}], "config": {"optimizer": "sgd", "lr": 1},
+        }  # fmt: skip
+
+    (tmp_path / "airbench").mkdir()
+    write(tmp_path / "airbench", **{"bp-dense-0": run(0.93, 100), "bp-dense-1": run(0.94, 100)})
+    write(tmp_path / "airbench", **{"bp-0": run(0.92, 50)})
+    write(tmp_path, tune_airbench_bp_dense={"accuracy": {"bp-dense": INSIDE}})
+    write(tmp_path, tune_airbench_bp={"accuracy": {"bp": INSIDE}})
+    table = script.airbench(script.Results(tmp_path, tmp_path))
+    assert "| BP, dense | 93.5 ± 0.7 | 94.5 ± 0.7 | 2 | 1.00 | 10 | sgd, 1 | 0.01 |" in table
+    assert "| SVD-BP | 92.0 | 93.0 | 1 | 0.50 | 10 | sgd, 1 | 0.01 |" in table
+    assert "SSA" not in table
 
 
 def test_what_is_not_there_is_left_out(
