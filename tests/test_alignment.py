@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import svdalign as sva
-from svdalign.alignment import _angle, _cosine, descent_share
+from svdalign.alignment import Descent, _angle, _cosine, descent
 
 
 def net() -> nn.Module:
@@ -117,6 +117,24 @@ def test_the_share_of_downhill_steps() -> None:
             feedback.B.mul_(sign)
             yield x, y
 
-    assert descent_share(dfa, batches()) == 0.5
-    assert descent_share(learner("bp", sva.factorize(net(), 0.6).double()), [batch()]) == 1.0
-    assert math.isnan(descent_share(dfa, []))
+    assert descent(dfa, batches()) == Descent(steps=0.5, layers=0.5)
+    backpropagation = learner("bp", sva.factorize(net(), 0.6).double())
+    assert descent(backpropagation, [batch()]) == Descent(1.0, 1.0)
+    nothing = descent(dfa, [])
+    assert math.isnan(nothing.steps)
+    assert math.isnan(nothing.layers)
+
+
+def test_the_share_of_downhill_layers_leaves_out_what_the_task_teaches() -> None:
+    # The feedback of the first layer is turned against its path, that of the second is its path.
+    model = nn.Sequential(
+        nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+    ).double()  # fmt: skip
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,))
+    dfa = sva.Learner(model, "dfa", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x)
+    first, second = dfa.feedback.children()
+    first.B.copy_(-model[1].weight.mT @ model[2].weight.mT)
+    second.B.copy_(model[2].weight.mT)
+    assert descent(dfa, [(x, y)]).layers == 0.5
+    first.B.neg_()
+    assert descent(dfa, [(x, y)]).layers == 1.0

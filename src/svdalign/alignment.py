@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .engine import Learner, Unit
 from .engine.forward import evaluating, first_tensor, forward, preserved
 from .factors import FactoredLayer
 
-__all__ = ["Alignment", "LayerAlignment", "UnitAlignment", "alignment", "descent_share"]
+__all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment", "descent"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,19 @@ class Alignment:
         return self.cosine > 0
 
 
+@dataclass(frozen=True)
+class Descent:
+    """Shares of ``<g, g_BP> > 0``; NaN where there was nothing to look at.
+
+    ``steps``: of the batches, ``g`` being the gradient as a whole. ``layers``: of the batches and
+    hidden layers, ``g`` being that of the layer's weights as they are held. Layers that the task
+    teaches itself are left out, where it is not backpropagation.
+    """
+
+    steps: float
+    layers: float
+
+
 def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignment:
     """Measure ``learner``'s rule on a batch against backpropagation through ``model``.
 
@@ -74,14 +87,22 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
     return Alignment(layers, tuple(_units(learner, x)), _cosine_of_common(rule, bp))
 
 
-def descent_share(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> float:
-    """Share of ``batches`` on which the rule's gradient points downhill on the global loss,
-    ``<g, g_BP> > 0``; NaN if there are none. Training is left undisturbed."""
-    downhill = [
-        _cosine_of_common(learner.gradients(x, y), _backpropagation(learner, x, y)) > 0
-        for x, y in batches
-    ]
-    return sum(downhill) / len(downhill) if downhill else math.nan
+def descent(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> Descent:
+    """How often ``learner``'s gradients on ``batches`` point downhill on the global loss. Training
+    is left undisturbed."""
+    whole = learner.horizon is None
+    taught_by_the_task = set() if whole else set(learner.plan.output.parameters)
+    steps, layers = [], []
+    for x, y in batches:
+        rule, bp = learner.gradients(x, y), _backpropagation(learner, x, y)
+        steps.append(_cosine_of_common(rule, bp) > 0)
+        hidden = {name: grad for name, grad in rule.items() if name not in taught_by_the_task}
+        layers += [layer.factor_angle < 90 for layer in _layers(learner.model, hidden, bp)]
+    return Descent(_share(steps), _share(layers))
+
+
+def _share(answers: Sequence[bool]) -> float:
+    return sum(answers) / len(answers) if answers else math.nan
 
 
 def _cosine_of_common(rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]) -> float:

@@ -133,6 +133,21 @@ def test_the_penalty_is_on_every_factor() -> None:
         torch.testing.assert_close(grads[f"0.{name}"], expected, rtol=0, atol=1e-10)
 
 
+def test_without_its_task_a_hidden_unit_learns_from_the_other_terms_alone() -> None:
+    rule = replace(PLAIN, alpha=0.7, beta=0.2, alignment="target")
+    torch.manual_seed(0)
+    model, x = sva.factorize(perceptron().double(), {"0": 4, "2": 3}), torch.randn(4, 6).double()
+    y = torch.arange(4) % 3
+    whole, task, terms = (
+        learner_of(r, model, x).gradients(x, y) for r in (rule, PLAIN, replace(rule, task=0.0))
+    )
+    for name in whole:
+        rest = whole[name] - task[name]
+        if name.startswith("4."):  # the task teaches the output's layer itself
+            rest = whole[name]
+        torch.testing.assert_close(terms[name], rest, rtol=0, atol=1e-12)
+
+
 def test_the_penalty_alone_keeps_factors_nearly_orthonormal() -> None:
     """Over the same steps without a retraction, the drift is smaller the larger beta."""
     drifts = []
@@ -160,8 +175,8 @@ def test_without_rows_of_errors_the_cosine_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("alignment", "cosine"), ("alpha", -1.0), ("alpha", float("nan")), ("beta", -0.1),
-        ("grid", 0), ("grid", 1.5), ("grid", True), ("error", "elsewhere"),
+        ("alignment", "cosine"), ("task", -1.0), ("alpha", -1.0), ("alpha", float("nan")),
+        ("beta", -0.1), ("grid", 0), ("grid", 1.5), ("grid", True), ("error", "elsewhere"),
     ],
 )  # fmt: skip
 def test_fields_out_of_range_are_refused(field: str, value: object) -> None:

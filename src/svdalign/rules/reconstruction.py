@@ -21,8 +21,8 @@ Alignment = Literal["against-error", "with-error", "target", "subspace", "none"]
 @register
 @dataclass(frozen=True)
 class SSAReconstruction(Rule):
-    """``L = L_CE + alpha L_align + beta L_ortho + gamma L_hoyer``, the output's error brought to a
-    unit by a fixed ``B = B_U diag(B_s) B_V^T``.
+    """``L = task L_CE + alpha L_align + beta L_ortho + gamma L_hoyer`` of each hidden unit, the
+    output's error brought to it by a fixed ``B = B_U diag(B_s) B_V^T``.
 
     What the paper's alignment term is, is not known. ``alignment``, with ``p`` the unit's output
     pooled to ``grid`` x ``grid`` cells, a mean over the batch:
@@ -43,6 +43,7 @@ class SSAReconstruction(Rule):
     """
 
     name: str = "ssa-reconstruction"
+    task: float = 1.0
     alignment: Alignment = "against-error"
     alpha: float = 1.0
     beta: float = 0.1
@@ -54,7 +55,7 @@ class SSAReconstruction(Rule):
             raise ValueError(
                 f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
             )
-        check_weights(alpha=self.alpha)
+        check_weights(task=self.task, alpha=self.alpha)
         if self.error != "output":
             raise ValueError(f"rule {self.name!r} needs error 'output', got {self.error!r}")
         whole = isinstance(self.grid, int) and not isinstance(self.grid, bool)
@@ -72,7 +73,7 @@ class SSAReconstruction(Rule):
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
-        loss = task_loss(self.error, feedback, pooled, supervision)
+        loss = self.task * task_loss(self.error, feedback, pooled, supervision)
         wanted = self._wanted(supervision)
         if wanted is None or wanted.shape[:-1] != pooled.shape[:-1]:
             return loss

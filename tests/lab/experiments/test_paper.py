@@ -36,6 +36,24 @@ def tiny(drawing: Any, **fields: Any) -> Experiment:
 
 TINY = {
     "layers": tiny("layers", variants={"ssa": Variant(METHODS["ssa"])}, group="a", angles=True),
+    "angles": tiny(
+        "angles",
+        variants={name: Variant(METHODS[name]) for name in ("bp", "dfa-dense")},
+        group="a", angles=True,
+    ),
+    "errors": tiny(
+        "errors",
+        variants={name: Variant(METHODS[name]) for name in ("bp", "dfa-dense")},
+        group="a", angles=True,
+    ),
+    "drift": tiny(
+        "drift",
+        variants={
+            str(name): Variant(METHODS["ssa-reconstruction"], {"retraction": name})
+            for name in ("qr", None)
+        },
+        angles=True,
+    ),
     "units": tiny("units", variants={"ssa": Variant(METHODS["ssa"])}, group="a", angles=True),
     "ranks": tiny(
         "ranks",
@@ -112,7 +130,8 @@ def test_everything_end_to_end(tmp_path: Path) -> None:
         assert outside not in page
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
     assert runs == {
-        "a-ssa-seed0", "ranks-low-seed0", "ranks-high-seed0", "ranks-cut-seed0",
+        "a-ssa-seed0", "a-bp-seed0", "a-dfa-dense-seed0", "drift-qr-seed0", "drift-None-seed0",
+        "ranks-low-seed0", "ranks-high-seed0", "ranks-cut-seed0",
         "table-bp-seed0", "table-bp-seed1", "table-dfa-seed0", "table-dfa-seed1",
         "maps-2-0.5-seed0", "maps-3-0.5-seed0", "maps-2-1.0-seed0",
         "costs-1", "costs-2",
@@ -130,6 +149,47 @@ def test_angles_are_measured_after_every_epoch(tmp_path: Path) -> None:
         assert measured["layers"]["5"] == pytest.approx(0.0, abs=0.1)  # the task teaches it itself
         assert all(0 <= angle <= 180 for angle in measured["units"].values())
         assert 0 <= measured["descent_share"] <= 1
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_backpropagations_angle_to_itself_checks_the_others(tmp_path: Path) -> None:
+    results = reproduce(["angles"], tmp_path)["angles"]
+    bp, dfa = (dict(zip(*row, strict=True)) for row in _columns(results))
+    assert float(bp["angle"].strip("°")) < 0.1
+    assert float(bp["hidden layers"].strip("°")) < 0.1
+    assert bp["layers downhill"] == bp["steps downhill"] == "100%"
+    assert float(dfa["hidden layers"].strip("°")) > 10
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_drift_is_at_rounding_with_a_retraction_and_not_without(tmp_path: Path) -> None:
+    held, free = reproduce(["drift"], tmp_path)["drift"]["rows"]
+    for row, low, high in ((held, 0, 1e-5), (free, 1e-4, 10)):
+        for epoch in row["histories"][0]:
+            assert set(epoch["orthogonality"]) == {"1"}  # the others stay dense
+            assert all(low <= drift <= high for drift in epoch["orthogonality"].values())
+
+
+def test_the_epoch_that_reaches_dfas_last_error() -> None:
+    def row(variant: str, *seeds: list[float]) -> dict[str, Any]:
+        return {
+            "variant": variant, "label": variant, "setting": "", "x": None, "runs": len(seeds),
+            "accuracy": 0.5, "accuracy_std": None, "parameters": 1, "macs": 1,
+            "histories": [[{"test_accuracy": accuracy} for accuracy in seed] for seed in seeds],
+        }  # fmt: skip
+
+    rows = [
+        row("dfa-dense", [0.1, 0.3, 0.4], [0.1, 0.2, 0.5]),
+        row("sooner", [0.2, 0.5, 0.6], [0.1, 0.4, 0.7]),  # 0.45 on average after the second
+        row("later", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
+    ]
+    cells = [_columns({"drawing": "errors", "rows": rows})[i][1][-1] for i in range(3)]
+    assert cells == ["3", "2", "never"]
+
+
+def _columns(results: Any) -> list[tuple[list[str], list[str]]]:
+    headings, rows = experiment_table(results)
+    return [(list(headings), row) for row in rows]
 
 
 @pytest.mark.usefixtures("_tiny")
@@ -244,13 +304,13 @@ def test_a_label_says_setting_method_and_point() -> None:
         experiment = EXPERIMENTS[name]
         return [variant.label(experiment) for variant in experiment.variants.values()]
 
-    assert "BP, factored, rank 0.35" in labels("fig4")
-    assert "DFA, task" in labels("table3")
+    assert f"{METHODS['bp'].label}, rank 0.35" in labels("ranks")
+    assert "DFA, task" in labels("terms")
     assert "horizon and alignment, horizon 3, α 12.5" in labels("sensitivity")
 
 
 def test_the_paper_has_its_figures_and_tables() -> None:
     assert list(EXPERIMENTS) == [
         "fig2", "fig3", "fig4", "fig5", "table1", "table2", "table3", "table4",
-        "sensitivity",
+        "drift", "reconstruction", "vgg8-angles", "vgg8-feedback", "ranks", "terms", "sensitivity",
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from .breakeven import Call, factored_calls, macs_break_even, time_break_even, t
 from .compute import inference_macs, macs_by_module, parameter_count, step_macs
 from .estimate import pretending
 from .latency import Timing, alternate
-from .memory import LiveTensors, Memory, step_memory, storage_bytes
+from .memory import LiveTensors, Memory, inference_memory, step_memory, storage_bytes
 
 __all__ = [
     "Call",
@@ -14,6 +14,7 @@ __all__ = [
     "alternate",
     "factored_calls",
     "inference_macs",
+    "inference_memory",
     "macs_break_even",
     "macs_by_module",
     "parameter_count",

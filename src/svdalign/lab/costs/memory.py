@@ -1,4 +1,4 @@
-"""Peak memory of a training step, and what it is made of.
+"""Peak memory of a training step, what it is made of, and that of an inference.
 
 On CUDA the allocator knows. On the CPU every tensor made while :class:`LiveTensors` is active is
 followed by its storage: from the operation that made it to the moment its last reference, that of
@@ -21,7 +21,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["LiveTensors", "Memory", "step_memory", "storage_bytes"]
+from ...engine.forward import evaluating
+
+__all__ = ["LiveTensors", "Memory", "inference_memory", "step_memory", "storage_bytes"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,16 @@ def _accumulates(func: object, caller: FrameType | None) -> bool:
     while caller is not None and caller.f_globals["__name__"].startswith(("torch._c", "torch._d")):
         caller = caller.f_back  # what torch.compile wraps a dispatch mode in
     return caller is not None and caller.f_code is _engine_run_backward.__code__
+
+
+def inference_memory(model: nn.Module, batch: Tensor) -> int:
+    """Bytes alive at the peak of a forward pass in eval mode: weights, buffers, the batch and maps
+    that are still to be read. Of tensors as the program makes them, whatever the device."""
+    with evaluating(model), torch.no_grad():
+        tracker = LiveTensors([*model.parameters(), *model.buffers(), batch])
+        with tracker:
+            model(batch)
+    return tracker.peak
 
 
 def step_memory(

@@ -17,6 +17,7 @@ from ..costs import (
     alternate,
     factored_calls,
     inference_macs,
+    inference_memory,
     macs_break_even,
     parameter_count,
     pretending,
@@ -184,6 +185,7 @@ class Profile:
                 "macs": inference_macs(step.learner.model, step.x),
                 "step_macs": step_macs(step),
                 "memory": memory.as_dict(),
+                "inference_memory": inference_memory(compact(step.learner.model), step.x[:1]),
             }
 
     def _add_times(self, rows: list[dict[str, Any]]) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import html
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..figures import COLOURS, DASHES, Plot, bars, heat_map, lines
 from ..page import count, figure_grid, number, page, table
+from .measured import (
+    COLUMNS,
+    by_epoch,
+    cost_table,
+    drift,
+    error,
+    hidden_angle,
+    whole_angle,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +41,22 @@ def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
         return []
     if drawing in ("layers", "units"):
         return [_angles(row, drawing) for row in rows if _angle_curves(row, drawing)]
+    if drawing == "angles":
+        return [
+            (lines(by_epoch(rows, angle), "angle (degrees)"), caption)
+            for angle, caption in (
+                (whole_angle, "Of the gradient as a whole."),
+                (hidden_angle, "Of the hidden layers, their mean."),
+            )
+        ]
+    if drawing == "errors":
+        return [(lines(by_epoch(rows, error), "test error (%)"), "Mean over the seeds.")]
+    if drawing == "drift":
+        curves = {
+            label: [[value and math.log10(value) for value in seed] for seed in seeds]
+            for label, seeds in by_epoch(rows, drift).items()
+        }
+        return [(lines(curves, "log10 of the largest ‖XᵀX − I‖"), "By what holds the factors.")]
     if drawing == "ranks":
         return [
             (_accuracy_by_rank(rows), "Rank as a share of full rank. Mean over the seeds."),
@@ -56,27 +81,15 @@ def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
 def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """Headings and rows of an experiment's table, as plain text: of what has been run."""
     if results["drawing"] == "costs":
-        headings = ["network", "method", "peak (MiB)", "of BP dense", "MACs of a step", "step × BP"]
-        return headings, [
-            [
-                label,
-                row["label"],
-                f"{row['memory']['peak'] / 2**20:,.0f}",
-                f"{row['memory']['peak'] / methods[0]['memory']['peak']:.2f}",
-                count(row["step_macs"]),
-                number(row.get("step_ratio"), "{:.2f}"),
-            ]
-            for label, methods in results["profiles"].items()
-            for row in methods
-        ]
+        return cost_table(results["profiles"])
     if results["drawing"] == "maps":
         return _map_table(results)
     settings = any(row["setting"] for row in results["rows"])
     ranks = any(row["x"] is not None for row in results["rows"])
-    angles = results["drawing"] in ("layers", "units")
+    more = COLUMNS.get(results["drawing"], {})
     headings = [*["setting"] * settings, "method", *["rank"] * ranks]
     headings += ["test accuracy", "seeds", "parameters", "MACs"]
-    headings += ["mean angle", "layers downhill", "steps downhill"] if angles else []
+    headings += more
     rows = []
     for row in results["rows"]:
         if not row["runs"]:
@@ -89,9 +102,7 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
         cells.append(str(row["runs"]))
         cells.append("–" if row["parameters"] is None else f"{row['parameters']:,}")
         cells.append("–" if row["macs"] is None else count(row["macs"]))
-        if angles:
-            cells.append(number(_mean_angle(row, results["drawing"]), "{:.1f}°"))
-            cells += [number(share(row), "{:.0%}") for share in (_layers_downhill, _steps_downhill)]
+        cells += [measure(results["rows"], row) for measure in more.values()]
         rows.append(cells)
     return headings, rows
 
@@ -137,31 +148,6 @@ def _angle_curves(row: Mapping[str, Any], kind: str) -> dict[str, list[list[floa
 
 def _angles(row: Mapping[str, Any], kind: str) -> tuple[Plot, str]:
     return lines(_angle_curves(row, kind), "angle (degrees)"), html.escape(row["label"])
-
-
-def _mean_angle(row: Mapping[str, Any], kind: str) -> float | None:
-    """Over layers or units and seeds, after the last epoch."""
-    last = [h[-1]["alignment"][kind].values() for h in row["histories"] if h]
-    angles = [angle for values in last for angle in values if angle is not None]
-    return statistics.mean(angles) if angles else None
-
-
-def _layers_downhill(row: Mapping[str, Any]) -> float | None:
-    """Share of the angles below 90°, over hidden layers, epochs and seeds. The output's layer is
-    left out: its gradient is exact under every rule."""
-    angles = [
-        angle
-        for h in row["histories"]
-        for epoch in h
-        for angle in list(epoch["alignment"]["layers"].values())[:-1]
-    ]
-    return statistics.mean(angle < 90 for angle in angles) if angles else None
-
-
-def _steps_downhill(row: Mapping[str, Any]) -> float | None:
-    """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
-    shares = [epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h]
-    return statistics.mean(shares) if shares else None
 
 
 def _map(results: Mapping[str, Any], setting: str) -> Plot:
@@ -223,14 +209,15 @@ def _costs(label: str, methods: Sequence[Mapping[str, Any]]) -> list[tuple[Plot,
     memory = {
         row["label"]: {part: row["memory"][part] / 2**20 for part in _PARTS} for row in methods
     }
-    found = [
-        (bars(memory, "peak training memory (MiB)"), f"{html.escape(label)}: what a step holds.")
-    ]
+    name = html.escape(label)
+    found = [(bars(memory, "peak training memory (MiB)"), f"{name}: what a step holds.")]
+    for key, unit, title, caption in (
+        ("step_macs", 1e9, "MACs of a step (billions)", "its arithmetic"),
+        ("macs", 1e6, "MACs of an inference (millions)", "of one image, by what was trained"),
+    ):
+        macs = {row["label"]: {"MACs": row[key] / unit} for row in methods}
+        found.append((bars(macs, title), f"{name}: {caption}."))
     if "step_ratio" in methods[0]:
-        macs = {row["label"]: {"MACs": row["step_macs"] / 1e9} for row in methods}
         times = {row["label"]: {"time": row["step_ratio"]} for row in methods}
-        found += [
-            (bars(macs, "MACs of a step (billions)"), f"{html.escape(label)}: its arithmetic."),
-            (bars(times, "time of a step (× BP dense)"), f"{html.escape(label)}: its time."),
-        ]
+        found.append((bars(times, "time of a step (× BP)"), f"{name}: its time."))
     return found

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ....alignment import alignment, descent_share
+from ....alignment import alignment, descent
 from ....engine import Learner
+from ....factors import FactoredLayer
+from ....factors.stiefel import orthogonality_error
 from ...data import ImageData, sizes
 from ...training.build import build_learner, example_batch, load_data, prepare_machine
 from ...training.checkpoint import load_checkpoint
@@ -297,7 +299,7 @@ _ELSEWHERE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir"}
 
 class _Angles:
     """Measures the learner on the same images after each epoch: angles on one batch, the share of
-    steps that go downhill on several."""
+    steps and layers that go downhill on several; and how far its factors are off orthonormal."""
 
     def __init__(
         self, config: RunConfig, data: ImageData, size: int = 128, batches: int = 8
@@ -322,6 +324,7 @@ class _Angles:
 
     def __call__(self, learner: Learner) -> dict[str, Any]:
         found = alignment(learner.model, learner, *self.batches[0])
+        downhill = descent(learner, self.batches)
         return {
             "alignment": {
                 "layers": {layer.name: layer.tangent_angle for layer in found.layers},
@@ -329,8 +332,14 @@ class _Angles:
                 "norm_ratios": {layer.name: layer.norm_ratio for layer in found.layers},
                 "units": {unit.name: unit.feedback_angle for unit in found.units},
                 "cosine": found.cosine,
-                "descent_share": descent_share(learner, self.batches),
-            }
+                "descent_share": downhill.steps,
+                "layer_descent_share": downhill.layers,
+            },
+            "orthogonality": {
+                name: max(float(orthogonality_error(X.detach())) for X in (layer.U, layer.V))
+                for name, layer in learner.model.named_modules()
+                if isinstance(layer, FactoredLayer)
+            },
         }
 
 

@@ -1,7 +1,7 @@
 """What each figure and table is: methods, networks, data and budgets, nothing about how it is run.
 
-Source: arXiv 2510.25594. Its figures and tables were not available to us: what they show is taken
-from its abstract and from what its method implies, and ``shows`` says what ours do.
+Source: arXiv 2510.25594. Of its figures the captions are known, of its tables what its abstract
+says of them; ``shows`` says what ours do. Experiments by other names are this project's own.
 
 Scales: ``smoke`` takes under a minute each on the embedded images, ``cpu`` up to two hours on two
 cores, ``full`` the whole of the data sets for as long as such networks are usually trained.
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .... import rules
 from ..methods import METHODS, Method
 from ..profile import ProfileConfig
 
@@ -21,7 +22,7 @@ __all__ = ["EXPERIMENTS", "SCALES", "Drawing", "Experiment", "Scale", "Variant"]
 
 Scale = Literal["smoke", "cpu", "full"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "full")
-Drawing = Literal["layers", "units", "ranks", "costs", "table", "maps"]
+Drawing = Literal["angles", "layers", "units", "errors", "drift", "ranks", "costs", "table", "maps"]
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,72 @@ def _job(smoke: Mapping[str, Any], **larger: Any) -> dict[Scale, Mapping[str, An
 
 
 SMALLCONV = _job({"model": "smallconv", "width": 0.25}, model="smallconv")
+MLP = _job({"model": "mlp", "width": 0.25}, model="mlp")
 VGG8 = _job({"model": "vgg8", "width": 0.06, "image_size": 16}, model="vgg8", width=0.25)
 RESNET = _job(
     {"model": "resnet20", "width": 0.25, "image_size": 12}, model="resnet20", precision="bf16"
 )
+RESNET32 = _job(
+    {"model": "resnet32", "width": 0.25, "image_size": 12, "train_limit": 128, "test_limit": 100},
+    model="resnet32", width=0.5,
+)  # fmt: skip
+
+#: How the paper seems to run its method, beside the rule itself.
+RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "retraction": None}
 
 # --- figures ------------------------------------------------------------------------------------
 
-ANGLES = {
-    name: Variant(METHODS[name])
-    for name in ("dfa", "ssa-reconstruction", "ssa-output", "ssa-local", "ssa-1", "ssa")
+# Rates of the perceptron: a search of the same grid for all (``mlp-rates``).
+_MLP_RATES = {
+    "bp-dense": 1e-3, "bp": 1e-3, "dfa-dense": 1e-3, "dfa": 1e-3,
+    "ssa-reconstruction": 1e-3, "ssa-local": 1e-3, "ssa": 1e-3,
+}  # fmt: skip
+
+
+def _at(name: str, lr: float, **options: Any) -> Method:
+    """A named method at another rate."""
+    return dataclasses.replace(_method(name, **options), lr=lr)
+
+
+def _own(name: str) -> Mapping[str, Any]:
+    """What a method changes of the job."""
+    return RECONSTRUCTION if name == "ssa-reconstruction" else {}
+
+
+PERCEPTRON = {name: Variant(_at(name, lr), _own(name)) for name, lr in _MLP_RATES.items()}
+_FIFTEEN = {**MLP, "cpu": {**MLP["cpu"], "epochs": 15}}
+
+DEEP = {
+    "ssa-reconstruction": Variant(METHODS["ssa-reconstruction"], RECONSTRUCTION),
+    "dfa-dense": Variant(METHODS["dfa-dense"], {"units": "layer"}),
+    "ssa-local": Variant(METHODS["ssa-local"]),
 }
+
+ANGLES = {
+    name: Variant(METHODS[name]) for name in ("dfa", "ssa-output", "ssa-local", "ssa-1", "ssa")
+}
+
+
+def _drift() -> dict[str, Variant]:
+    """The reconstruction's factors, held to the manifold by what there is to hold them."""
+    free = {**RECONSTRUCTION}
+    variants = {
+        f"penalty-{beta:g}": Variant(
+            dataclasses.replace(
+                _at("ssa-reconstruction", _MLP_RATES["ssa-reconstruction"], beta=beta),
+                label=f"penalty, β = {beta:g}" if beta else "nothing",
+            ),
+            free,
+        )
+        for beta in (0.0, 0.01, 0.1, 1.0)
+    }
+    for name, label in (("qr", "QR"), ("polar", "polar"), ("newton-schulz", "Newton–Schulz")):
+        method = _at("ssa-reconstruction", _MLP_RATES["ssa-reconstruction"], beta=0.0)
+        variants[name] = Variant(
+            dataclasses.replace(method, label=f"{label} retraction"), {**free, "retraction": name}
+        )
+    return variants
+
 
 _SHRINKING = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 4}
 
@@ -122,19 +178,34 @@ def _ranks() -> dict[str, Variant]:
     return {**variants, "ssa-shrinking": Variant(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
-def _costs(size: Mapping[str, Any], large: Mapping[str, str]) -> dict[str, ProfileConfig]:
-    """One network measured, others worked out."""
-    configs = {"VGG-13": ProfileConfig(model="vgg13", rank=0.25, units="layer", **size)}
-    for label, model in large.items():
-        configs[label] = ProfileConfig(
-            model=model, rank=0.25, image_size=224, classes=1000, batch_size=256, estimate=True
+_COSTS = ["bp-dense", "bp-checkpointed", "bp", "dfa-dense", "dfa", "ssa-reconstruction",
+          "ssa-local", "ssa"]  # fmt: skip
+
+
+def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig]:
+    """All worked out: what a step holds and multiplies does not depend on the machine."""
+    return {
+        label: ProfileConfig(
+            rank=0.25, estimate=True, methods=_COSTS,
+            settings={"ssa-reconstruction": dict(RECONSTRUCTION)}, **network,
         )
-    return configs
+        for label, network in networks.items()
+    }  # fmt: skip
 
 
-_LARGE = {
-    "ResNet-50": "resnet50", "ResNet-101": "resnet101", "ViT-B/16": "vit_b16", "ViT-L/16": "vit_l16"
-}  # fmt: skip
+_LARGE: dict[str, Any] = {"image_size": 224, "classes": 1000, "batch_size": 256}
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "3-layer MLP": {"model": "mlp"},
+    "SmallConv": {"model": "smallconv"},
+    "VGG-13": {"model": "vgg13"},
+    "ResNet-32": {"model": "resnet32"},
+    "MobileNetV1": {"model": "mobilenet_v1"},
+    "MobileNetV1, 224 px": {"model": "mobilenet_v1", **_LARGE},
+    "ResNet-50, 224 px": {"model": "resnet50", **_LARGE},
+    "ResNet-101, 224 px": {"model": "resnet101", **_LARGE},
+    "ViT-B/16, 224 px": {"model": "vit_b16", **_LARGE},
+    "ViT-L/16, 224 px": {"model": "vit_l16", **_LARGE},
+}
 
 # --- tables -------------------------------------------------------------------------------------
 
@@ -164,13 +235,61 @@ def _deeper() -> dict[str, Variant]:
     }
 
 
+#: Low enough for the spatial scheme's factors not to reach all channels of a convolution.
+_LOW_RANK = 0.2
+
+_CUT = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 2}
+_NAMES = {
+    "against-error": "against the error", "with-error": "with the error",
+    "target": "with the target", "subspace": "of subspaces",
+}  # fmt: skip
+
+
+def _ablation() -> dict[str, Variant]:
+    """Each term removed, alone, and in its other forms; of the reconstruction and of our recipe."""
+    theirs, ours = METHODS["ssa-reconstruction"], METHODS["ssa"]
+    best = rules.SSAReconstruction(**theirs.options)
+    rows: list[tuple[str, Method, str, dict[str, Any], dict[str, Any]]] = [
+        ("all", theirs, f"all terms, alignment {_NAMES[best.alignment]}", {}, {}),
+        ("no-alignment", theirs, "without alignment", {"alpha": 0.0}, {}),
+        ("no-orthogonality", theirs, "without orthogonality", {"beta": 0.0}, {}),
+        ("no-task", theirs, "without task", {"task": 0.0}, {}),
+        ("task", theirs, "task alone", {"alpha": 0.0, "beta": 0.0}, {}),
+        ("alignment", theirs, "alignment alone", {"task": 0.0, "beta": 0.0}, {}),
+        ("orthogonality", theirs, "orthogonality alone", {"task": 0.0, "alpha": 0.0}, {}),
+        ("qr", theirs, "QR in place of the penalty", {"beta": 0.0}, {"retraction": "qr"}),
+        *(
+            (form, theirs, f"all terms, alignment {name}", {"alignment": form}, {})
+            for form, name in _NAMES.items()
+            if form != best.alignment
+        ),
+        ("cut", theirs, "all terms + Hoyer, ranks cut by epoch and energy", {"gamma": 1e-3}, _CUT),
+        ("all", ours, "all terms: similarity, QR", {}, {}),
+        ("no-alignment", ours, "without alignment", {"alpha": 0.0}, {}),
+        ("no-orthogonality", ours, "without orthogonality", {}, {"retraction": None}),
+        ("task", ours, "task alone", {"alpha": 0.0}, {"retraction": None}),
+        ("penalty", ours, "a penalty in place of QR", {"beta": 0.1}, {"retraction": None}),
+        ("fixed", ours, "fixed feedback", {"learn": False}, {}),
+        ("local", ours, "horizon 0", {"horizon": 0}, {}),
+        ("cut", ours, "all terms + Hoyer, ranks cut by epoch and energy", {"gamma": 1e-3}, _CUT),
+    ]
+    return {
+        f"{method.rule}-{key}": Variant(
+            dataclasses.replace(method, label=label, options={**method.options, **options}),
+            {**(RECONSTRUCTION if method is theirs else {}), "rank": _LOW_RANK, **changes},
+            "SSA, our reconstruction" if method is theirs else "SSA, our recipe",
+        )
+        for key, method, label, options, changes in rows
+    }
+
+
 # The terms that SSA adds to an error brought by feedback, one by one, for DFA and BP too: a
 # comparison of SSA with DFA as such is one of feedback and of loss at once. Where factors are kept
 # orthonormal by a retraction, as they are elsewhere, a penalty on them has nothing to do.
-def _ablation() -> dict[str, Variant]:
+def _terms() -> dict[str, Variant]:
     loose = {"retraction": None}
     fixed: dict[str, Any] = {"error": "output", "learn": False, "horizon": 0}
-    # At the raster and the rate that DFA was tuned to; a search for it found the same.
+    # At the grid and the rate that DFA was tuned to; a search for it found the same.
     similarity = dataclasses.replace(
         _method("ssa-output", "task + similarity", **fixed, **METHODS["dfa"].options),
         lr=METHODS["dfa"].lr,
@@ -178,10 +297,10 @@ def _ablation() -> dict[str, Variant]:
     ssa: dict[str, tuple[str, dict[str, Any]]] = {
         "task": ("task", {"alpha": 0.0}),
         "similarity": ("task + similarity", {}),
-        "coarse": ("task, raster 1", {"alpha": 0.0, "grid": 1}),
-        # Its share is constant on a finer raster, where the feedback spans all channels.
+        "coarse": ("task, grid 1", {"alpha": 0.0, "grid": 1}),
+        # Its share is constant on a finer grid, where the feedback spans all channels.
         "share": (
-            "task, raster 1 + subspace share",
+            "task, grid 1 + subspace share",
             {"alignment": "share", "alpha": 1.0, "grid": 1},
         ),
         "cosine": ("task + cosine", {"alignment": "cosine", "alpha": 1.0}),
@@ -219,7 +338,8 @@ def _feedback() -> dict[str, Variant]:
     methods = {
         "bp": METHODS["bp"],
         "fa": METHODS["fa"],
-        "sign": Method("Sign-symmetric", "sign-symmetric", lr=METHODS["fa"].lr),
+        "sign": Method("Sign-symmetric (uSF)", "sign-symmetric", lr=METHODS["fa"].lr),
+        "brsf": Method("brSF", "brsf", lr=METHODS["fa"].lr),
         "dfa": METHODS["dfa"],
         "drtp": METHODS["drtp"],
     }
@@ -239,7 +359,7 @@ def _feedback() -> dict[str, Variant]:
 _AXES = {
     "learning rate and alignment": ("learning rate", "α"),
     "horizon and alignment": ("horizon", "α"),
-    "raster and rank of the feedback": ("grid", "k"),
+    "grid and rank of the feedback": ("grid", "k"),
     "orthogonality by penalty alone": ("learning rate", "β"),
 }
 
@@ -258,7 +378,7 @@ def _sensitivity() -> dict[str, Variant]:
             for horizon in (0, 1, 2, 3)
             for alpha in alphas
         ],
-        "raster and rank of the feedback": [
+        "grid and rank of the feedback": [
             (grid, k, _method("ssa", grid=grid, feedback_rank=k), {})
             for grid in (1, 2, 4, 8)
             for k in (1, 3, 10)
@@ -278,38 +398,77 @@ def _sensitivity() -> dict[str, Variant]:
     }
 
 
+# --- search -------------------------------------------------------------------------------------
+
+
+def _search() -> dict[str, Variant]:
+    """The reconstruction's rate with the penalty alone, then each form of its alignment around it,
+    and the penalty's weight; of two networks, on held-out images."""
+    plain = {"alpha": 0.0, "beta": 0.1}
+    variants = {}
+    for label, model, middle in (("MLP", "mlp", 1e-3), ("SmallConv", "smallconv", 3e-3)):
+        near = (middle / 3, middle, 3 * middle)
+        points: list[tuple[str, float, float, dict[str, Any]]] = [
+            ("no alignment", lr, beta, {**plain, "beta": beta})
+            for beta, rates in ((0.1, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)), (0.01, near), (1.0, near))
+            for lr in rates
+        ]
+        points += [
+            (f"alignment {name}", lr, alpha, {**plain, "alignment": form, "alpha": alpha})
+            for form, name in _NAMES.items()
+            for lr in near
+            for alpha in (0.3, 3.0)
+        ]
+        for i, (setting, lr, y, options) in enumerate(points):
+            variants[f"{model}-{setting.replace(' ', '-')}-{lr:g}-{y:g}"] = Variant(
+                _at("ssa-reconstruction", lr, **options),
+                {**RECONSTRUCTION, "model": model}, f"{label}, {setting}", x=lr, y=y,
+                smoke=i % 9 == 0,
+            )  # fmt: skip
+    return variants
+
+
+_SEARCH_AXES = {
+    variant.setting: ("learning rate", "β" if variant.setting.endswith("no alignment") else "α")
+    for variant in _search().values()
+}
+
+
+_HELD_OUT = {"train_limit": 20_000, "validation": 10_000}
+
 EXPERIMENTS: dict[str, Experiment] = {
     "fig2": Experiment(
-        "Angle between the rule's gradient and backpropagation's",
-        "Per layer, in the tangent space of the weight, over training. Below 90° an update goes "
-        "downhill on the global loss as far as that layer is concerned; 90° is chance.",
-        "layers", VGG8, ANGLES, group="alignment", angles=True,
+        "Angle of a rule's gradient to backpropagation's, 3-layer MLP",
+        "Of the gradient as a whole, and of the hidden layers' alone, over training; 90° is "
+        "chance. The output's layer is taught by the task itself under every rule. "
+        "Backpropagation's own angle, which must be 0°, checks the measurement.",
+        "angles", _FIFTEEN, PERCEPTRON, group="perceptron", angles=True,
+        seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "fig3": Experiment(
-        "Angle between the feedback and the forward path",
-        "Per unit, between the matrix that brings errors back and the transposed Jacobian of the "
-        "logits, over training. 90° is chance; feedback that is learned can turn towards the path.",
-        "units", VGG8, ANGLES, group="alignment", angles=True,
+        "Angle to backpropagation's gradient in every layer of a ResNet-32",
+        "In the tangent space of each weight, over training; 90°, where an update neither helps "
+        "nor hurts, is grey. SSA and DFA layer by layer, our SSA block by block.",
+        "layers", RESNET32, DEEP, angles=True,
     ),
     "fig4": Experiment(
-        "Accuracy against rank",
-        "Test accuracy at fixed ranks, and the ranks of a run that cuts them while it trains.",
-        "ranks", SMALLCONV, _ranks(),
+        "Top-1 error over epochs, 3-layer MLP",
+        "On test images, all at rates found by one search; and the first epoch at which the mean "
+        "over seeds is no more than what DFA on dense weights ends at.",
+        "errors", _FIFTEEN, PERCEPTRON, group="perceptron", angles=True,
+        seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "fig5": Experiment(
-        "Memory, arithmetic and time of a training step",
-        "A VGG on 32 pixels is measured (128 images a step); the others, which take 224 pixels, "
-        "1000 classes and 256 images a step, are worked out without running them.",
+        "Memory and arithmetic, of training and of inference, across networks",
+        "Worked out without running, 128 images of 32 pixels a step, 256 of 224 pixels and 1000 "
+        "classes for the large ones; rank 1/4. Inference is of one image, by what training leaves "
+        "once it is merged into plain layers.",
         "costs",
         costs={
-            "smoke": {
-                "VGG-8": ProfileConfig(
-                    model="vgg8", width=0.125, image_size=16, batch_size=16, units="layer",
-                    rank=1 / 3, seconds=2.0,
-                )
-            },
-            "cpu": _costs({"seconds": 120.0}, _LARGE),
-            "full": _costs({"seconds": 120.0}, _LARGE),
+            "smoke": _costs({"3-layer MLP": {"model": "mlp", "width": 0.25, "image_size": 16},
+                             "VGG-8": {"model": "vgg8", "width": 0.125, "image_size": 16}}),
+            "cpu": _costs(_NETWORKS),
+            "full": _costs(_NETWORKS),
         },
     ),
     "table1": Experiment(
@@ -334,15 +493,57 @@ EXPERIMENTS: dict[str, Experiment] = {
         _deeper(), seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
     "table3": Experiment(
-        "Loss terms",
-        "Each term of the composite loss on its own and together, for SSA; the same terms given to "
-        "DFA and to backpropagation.",
-        "table", SMALLCONV, _ablation(), seeds={"smoke": 1, "cpu": 3, "full": 5},
+        "Loss terms, at low rank",
+        "Each term of the composite loss removed, alone, and in its other forms: of our "
+        "reconstruction of the paper's method, which keeps factors orthonormal by the penalty, and "
+        "of our recipe. SmallConv at a fifth of full rank.",
+        "table", SMALLCONV, _ablation(),
     ),
     "table4": Experiment(
         "Feedback",
         "How errors come back: rules, sources of the error, fixed or learned feedback, horizons.",
         "table", RESNET, _feedback(),
+    ),
+    "drift": Experiment(
+        "How far factors leave the Stiefel manifold",
+        "The largest ‖XᵀX − I‖ of any factor X of a 3-layer MLP, over a whole run of our "
+        "reconstruction, by what is to hold it; and the share of steps, and of their hidden "
+        "layers, whose gradient has a positive inner product with backpropagation's.",
+        "drift", _FIFTEEN, _drift(), angles=True,
+    ),
+    "reconstruction": Experiment(
+        "Search of the reconstruction's weights and rate",
+        "Accuracy on held-out training images; the test images are not looked at.",
+        "maps",
+        {
+            "smoke": {**MLP["smoke"], "train_limit": 256, "validation": 128},
+            "cpu": {**MLP["cpu"], **_HELD_OUT},
+            "full": {**MLP["full"], "validation": 10_000},
+        },
+        _search(), axes=_SEARCH_AXES, seeds={"smoke": 1, "cpu": 1, "full": 1},
+    ),
+    "vgg8-angles": Experiment(
+        "Angle between the rule's gradient and backpropagation's, VGG-8",
+        "Per layer, in the tangent space of the weight, over training. Below 90° an update goes "
+        "downhill on the global loss as far as that layer is concerned; 90° is chance.",
+        "layers", VGG8, ANGLES, group="alignment", angles=True,
+    ),
+    "vgg8-feedback": Experiment(
+        "Angle between the feedback and the forward path, VGG-8",
+        "Per unit, between the matrix that brings errors back and the transposed Jacobian of the "
+        "logits, over training. 90° is chance; feedback that is learned can turn towards the path.",
+        "units", VGG8, ANGLES, group="alignment", angles=True,
+    ),
+    "ranks": Experiment(
+        "Accuracy against rank",
+        "Test accuracy at fixed ranks, and the ranks of a run that cuts them while it trains.",
+        "ranks", SMALLCONV, _ranks(),
+    ),
+    "terms": Experiment(
+        "Loss terms, at half of full rank",
+        "Each term of the composite loss on its own and together, for SSA; the same terms given to "
+        "DFA and to backpropagation.",
+        "table", SMALLCONV, _terms(), seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "sensitivity": Experiment(
         "Sensitivity to the settings",

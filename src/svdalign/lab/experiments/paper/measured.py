@@ -1,0 +1,162 @@
+"""What was measured, as numbers and as cells of tables, from the JSON of an experiment."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..page import count, number
+
+__all__ = [
+    "COLUMNS",
+    "by_epoch",
+    "cost_table",
+    "drift",
+    "error",
+    "hidden_angle",
+    "whole_angle",
+]
+
+Row = Mapping[str, Any]
+Value = Callable[[Row], float | None]
+"""Of what was measured at the end of an epoch; None where it was not finite."""
+Cell = Callable[[Sequence[Row], Row], str]
+"""Of all rows of an experiment and one of them, what a cell of its table says."""
+
+
+def whole_angle(epoch: Row) -> float | None:
+    """Of the gradient as a whole, in degrees."""
+    cosine = epoch["alignment"]["cosine"]
+    return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
+def hidden_angle(epoch: Row) -> float | None:
+    """Mean over the hidden layers. The output's layer comes last: every rule teaches it exactly."""
+    return _mean(list(epoch["alignment"]["layers"].values())[:-1])
+
+
+def error(epoch: Row) -> float | None:
+    """Top-1 error in percent."""
+    accuracy = epoch["test_accuracy"]
+    return None if accuracy is None else 100 * (1 - accuracy)
+
+
+def drift(epoch: Row) -> float | None:
+    """The largest of any factor."""
+    found = [value for value in epoch["orthogonality"].values() if value is not None]
+    return max(found) if found else None
+
+
+def by_epoch(rows: Sequence[Row], value: Value) -> dict[str, list[list[float | None]]]:
+    """By method, for each seed, what ``value`` makes of each epoch."""
+    return {
+        row["label"]: [[value(epoch) for epoch in history] for history in row["histories"]]
+        for row in rows
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
+
+
+def _last(row: Row, value: Value) -> float | None:
+    """Mean over the seeds after the last epoch."""
+    return _mean(value(history[-1]) for history in row["histories"])
+
+
+def _largest(row: Row, value: Value) -> float | None:
+    found = [value(epoch) for history in row["histories"] for epoch in history]
+    return max((v for v in found if v is not None), default=None)
+
+
+def _angle_of(kind: str) -> Cell:
+    """Mean over layers or units, after the last epoch."""
+
+    def angle(epoch: Row) -> float | None:
+        return _mean(epoch["alignment"][kind].values())
+
+    return lambda rows, row: number(_last(row, angle), "{:.1f}°")
+
+
+def _layers_downhill(row: Row) -> float | None:
+    """Share of hidden layers that went downhill: of all batches looked at, or, in results from
+    before that was measured, of the angles in the tangent space at the ends of epochs."""
+    epochs = [epoch["alignment"] for history in row["histories"] for epoch in history]
+    shares = [epoch["layer_descent_share"] for epoch in epochs if "layer_descent_share" in epoch]
+    if not shares:
+        angles = [angle for epoch in epochs for angle in list(epoch["layers"].values())[:-1]]
+        shares = [angle < 90 for angle in angles]
+    return statistics.mean(shares) if shares and None not in shares else None
+
+
+def _steps_downhill(row: Row) -> float | None:
+    """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
+    return _mean(epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h)
+
+
+def _reaches(rows: Sequence[Row], row: Row, rival: str = "dfa-dense") -> str:
+    """The first epoch at which the mean error over seeds is no more than the rival's last."""
+    final = next((_last(other, error) for other in rows if other["variant"] == rival), None)
+    if final is None:
+        return "–"
+    for epoch, seeds in enumerate(zip(*by_epoch([row], error)[row["label"]], strict=False), 1):
+        mean = _mean(seeds)
+        if mean is not None and mean <= final:
+            return str(epoch)
+    return "never"
+
+
+_DOWNHILL: dict[str, Cell] = {
+    "layers downhill": lambda rows, row: number(_layers_downhill(row), "{:.0%}"),
+    "steps downhill": lambda rows, row: number(_steps_downhill(row), "{:.0%}"),
+}
+#: By drawing, columns of its table beyond those of every table.
+COLUMNS: dict[str, dict[str, Cell]] = {
+    "angles": {
+        "angle": lambda rows, row: number(_last(row, whole_angle), "{:.1f}°"),
+        "hidden layers": lambda rows, row: number(_last(row, hidden_angle), "{:.1f}°"),
+        **_DOWNHILL,
+    },
+    "layers": {"mean angle": _angle_of("layers"), **_DOWNHILL},
+    "units": {"mean angle": _angle_of("units"), **_DOWNHILL},
+    "errors": {"at DFA's last error after epoch": _reaches},
+    "drift": {
+        "last drift": lambda rows, row: number(_last(row, drift), "{:.1e}"),
+        "largest drift": lambda rows, row: number(_largest(row, drift), "{:.1e}"),
+        **_DOWNHILL,
+    },
+}
+
+
+def cost_table(profiles: Mapping[str, Sequence[Row]]) -> tuple[Sequence[str], list[list[str]]]:
+    """Of training and of inference, each beside the first method's of the same network."""
+    headings = ["network", "method", "parameters"]
+    for of in ("a step", "an inference"):
+        headings += [f"peak of {of} (MiB)", "× BP", f"MACs of {of}", "× BP"]
+    rows = []
+    for label, methods in profiles.items():
+        first = _costs_of(methods[0])
+        for row in methods:
+            cells = [label, row["label"], f"{row['parameters']:,}"]
+            for (cost, form), (whole, _) in zip(_costs_of(row), first, strict=True):
+                there = cost is not None and whole
+                cells += [form(cost), f"{cost / whole:.2f}"] if there else ["–", "–"]
+            rows.append(cells)
+    return headings, rows
+
+
+def _costs_of(row: Row) -> list[tuple[Any, Callable[[float], str]]]:
+    """Costs in the order of the table, each with how it is written."""
+    return [
+        (row["memory"]["peak"], _mebibytes),
+        (row["step_macs"], count),
+        (row.get("inference_memory"), _mebibytes),
+        (row["macs"], count),
+    ]
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.0f}" if size >= 100 * 2**20 else f"{size / 2**20:.3g}"
