@@ -104,6 +104,63 @@ class TestShare:
         assert losses.subspace_share(U - 0.1 * grad, directions) < before
 
 
+def blank_batches(*shape: int) -> dict[str, torch.Tensor]:
+    """A batch whose sample 1 has no direction of its own."""
+    batches = {}
+    for name, value in (("zero", 0.0), ("constant", 5.1), ("tiny", None)):
+        h = randn(*shape).float() + 1.0
+        h[1] = 1e-6 * h[1] if value is None else value
+        batches[name] = h
+    return batches
+
+
+class TestSamplesWithoutDirection:
+    """The cosine of a zero vector is not defined, and has no bounded gradient close to it."""
+
+    @pytest.mark.parametrize("blank", ["zero", "constant", "tiny"])
+    @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 2), (5, 4, 1, 1), (5, 6, 3)])
+    def test_similarity_is_that_of_the_others(self, shape, blank: str) -> None:
+        h, y = blank_batches(*shape)[blank].requires_grad_(), one_hot(5, 3)
+        found = losses.similarity_alignment(h, y)
+        kept = [0, 2, 3, 4]
+        others = oracle.similarity_alignment(
+            h.detach().double().numpy()[kept], y.double().numpy()[kept]
+        )
+        assert float(found.detach()) == pytest.approx(others * 16 / 25, abs=1e-5)
+        (grad,) = torch.autograd.grad(found, h)
+        assert grad[1].abs().max() == 0
+        assert 0 < float(grad.abs().max()) < 10
+
+    def test_similarity_leaves_out_samples_without_a_label(self) -> None:
+        h, y = randn(5, 4).requires_grad_(), one_hot(5, 3)
+        y[1] = 0
+        found = losses.similarity_alignment(h, y)
+        kept = [0, 2, 3, 4]
+        others = oracle.similarity_alignment(h.detach().numpy()[kept], y.numpy()[kept])
+        assert float(found.detach()) == pytest.approx(others * 16 / 25, abs=1e-9)
+
+    def test_nothing_has_a_direction(self) -> None:
+        h = torch.zeros(4, 3, requires_grad=True)
+        for loss in (
+            losses.similarity_alignment(h, one_hot(4, 2).float()),
+            losses.cosine_alignment(h, torch.zeros(4, 3)),
+        ):
+            (grad,) = torch.autograd.grad(loss, h)
+            assert grad.abs().max() == 0
+
+    def test_cosine_is_that_of_the_others(self) -> None:
+        p, b = randn(4, 3), randn(4, 3, seed=1)
+        p[1], b[2] = 0, 0
+        p.requires_grad_()
+        found = losses.cosine_alignment(p, b)
+        kept = [0, 3]
+        others = oracle.cosine_alignment(p.detach().numpy()[kept], b.numpy()[kept])
+        assert float(found.detach()) == pytest.approx(1 - (1 - others) / 2)
+        (grad,) = torch.autograd.grad(found, p)
+        assert grad[1:3].abs().max() == 0
+        assert 0 < float(grad.abs().max()) < 10
+
+
 SHAPES = [(5, 4), (5, 4, 3, 2), (5, 4, 1, 1), (5, 6, 3), (5, 1, 3)]
 
 
@@ -122,7 +179,7 @@ class TestSimilarity:
         np.testing.assert_allclose(losses.channel_statistics(h).numpy(), expected, atol=1e-6)
 
     @settings(max_examples=25)
-    @given(batch=st.integers(2, 6), width=st.integers(2, 6), seed=seeds)
+    @given(batch=st.integers(2, 6), width=st.integers(4, 8), seed=seeds)
     def test_matrix_is_a_matrix_of_cosines(self, batch: int, width: int, seed: int) -> None:
         x = randn(batch, width, seed=seed)
         S = losses.similarity_matrix(x)

@@ -76,13 +76,34 @@ def channel_statistics(h: Tensor) -> Tensor:
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
-    """``S_ij = cos(x_i - mean(x_i), x_j - mean(x_j))`` for ``x`` (B, d); (B, B)."""
-    x = F.normalize(x - x.mean(dim=1, keepdim=True), dim=1)
-    return x @ x.mT
+    """``S_ij = cos(x_i - mean(x_i), x_j - mean(x_j))`` for ``x`` (B, d); (B, B). It is 0, and so is
+    its gradient, where a row is constant, as that of a blank image can be."""
+    directions, _ = _directions(x)
+    return directions @ directions.mT
+
+
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``x_i - mean(x_i)`` of norm 1, (B, d), and which there are, (B, 1); the others are 0.
+
+    A row has a direction unless it is constant to rounding, or its norm is below a thousandth of
+    the batch's: the gradient of a cosine grows as one over the norm, and one such sample would
+    outweigh all others.
+    """
+    rounding = (100 * torch.finfo(x.dtype).eps * x.detach()).square().sum(dim=1, keepdim=True)
+    return _unit(x - x.mean(dim=1, keepdim=True), rounding)
+
+
+def _unit(x: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``x`` (..., d) of norm 1, or 0 where the norm's square is below ``rounding`` or a
+    millionth of the mean; and where it is not, (..., 1)."""
+    squares = x.square().sum(dim=-1, keepdim=True)
+    there = squares.detach() > torch.maximum(1e-6 * squares.detach().mean(), rounding)
+    return x * (there / squares.where(there, 1.0).sqrt()), there
 
 
 def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
     """Mean squared difference between the batch's similarity matrix of activations and of targets.
+    Pairs of which one similarity is not defined, as of a blank image, count as no difference.
 
     ``h``: a unit's output (B, ...); ``targets``: (B, C), one-hot labels or real targets.
     Source: Noekland and Eidnes, *Training Neural Networks with Local Error Signals* (2019), eq. 1.
@@ -93,13 +114,17 @@ def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
 def statistics_alignment(statistics: Tensor, targets: Tensor) -> Tensor:
     """:func:`similarity_alignment` of activations whose :func:`channel_statistics` (B, d) are at
     hand."""
-    wanted = similarity_matrix(targets.to(statistics.dtype))
-    return F.mse_loss(similarity_matrix(statistics), wanted)
+    found, there = _directions(statistics)
+    wanted, wanted_there = _directions(targets.to(statistics.dtype))
+    found, wanted = found * wanted_there, wanted * there
+    return F.mse_loss(found @ found.mT, wanted @ wanted.mT)
 
 
 def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:
-    """``1 - mean_i cos(p_i, b_i)``: pooled activation against feedback direction, both (B, d)."""
-    return 1.0 - F.cosine_similarity(pooled, directions, dim=-1).mean()
+    """``1 - mean_i cos(p_i, b_i)``: pooled activation against feedback direction, both (B, d).
+    A cosine counts as 0, and so does its gradient, where one of the two is 0."""
+    p, b = (_unit(x, x.new_zeros(()))[0] for x in (pooled, directions))
+    return 1.0 - (p * b).sum(dim=-1).mean()
 
 
 def hoyer_sparsity(s: Tensor) -> Tensor:

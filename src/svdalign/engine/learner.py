@@ -20,6 +20,7 @@ from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Supervision, UnitSpec
+from ..task import FOR_TOKENS, KINDS, Kind, Loss, Task, find_task
 from .forward import forward, preserved
 from .recompute import recomputing
 from .streaming import stream
@@ -27,7 +28,6 @@ from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
 
 __all__ = ["Learner", "StepReport"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Scale = Callable[[Tensor], Tensor]
 
 
@@ -35,9 +35,10 @@ Scale = Callable[[Tensor], Tensor]
 class StepReport:
     """What one step saw, as tensors on the model's device: reading a value is up to the caller.
 
-    ``loss``: task loss of the network's output. ``accuracy``: share of right answers, None where
-    the targets are not class indices. ``unit_losses``: each unit's own loss by its name; that of
-    the last unit, ``"output"``, is ``loss``.
+    ``loss``: task loss of the network's output. ``accuracy``: share of right
+    answers among the targets that are not to be ignored, None where the task has no right and
+    wrong. ``unit_losses``: each unit's own loss by its name; that of the last unit, ``"output"``,
+    is ``loss``.
     """
 
     loss: Tensor
@@ -61,11 +62,13 @@ class Learner:
     ``horizon`` and ``error`` replace the rule's own. ``units``: where units end, see
     :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
-    tensor``, a mean over the batch; cross-entropy by default. ``retraction``: "qr", "polar",
-    "newton-schulz" (for small steps) or None, brings ``U`` and ``V`` back onto the manifold after
-    every ``retract_every`` steps. ``recompute``: residual or transformer blocks (layers where there
-    are none) hold their inputs alone and run again for their gradients, once for each unit of the
-    horizon and once more. ``seed``: of the feedback's random matrices.
+    tensor``, a mean over the batch; cross-entropy by default. ``task``: what the targets are, a
+    kind of :class:`svdalign.task.Task`; found from the first batch by default, by ``loss`` being
+    called on small outputs. ``retraction``: "qr", "polar", "newton-schulz" (for small steps) or
+    None, brings ``U`` and ``V`` back onto the manifold after every ``retract_every`` steps.
+    ``recompute``: residual or transformer blocks (layers where there are none) hold their inputs
+    alone and run again for their gradients, once for each unit of the horizon and once more.
+    ``seed``: of the feedback's random matrices.
 
     Raises TypeError or ValueError that name the argument when something does not fit.
     """
@@ -81,6 +84,7 @@ class Learner:
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         example: Any,
         loss: Loss | None = None,
+        task: Kind | None = None,
         retraction: str | None = "qr",
         retract_every: int = 1,
         recompute: bool = False,
@@ -113,10 +117,15 @@ class Learner:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model has no parameter to train (none requires a gradient)")
         self.model = model
+        if task is not None and task not in KINDS:
+            raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be called with (z, y), got {type(loss).__name__}")
         self.loss: Loss = F.cross_entropy if loss is None else loss
+        self.task: Task | None = None  # found from the first batch
+        self._kind: Kind | None = "classes" if loss is None and task is None else task
         self.retraction, self.retract_every = retraction, retract_every
         self.steps = 0
-        self._checked = False
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
@@ -162,6 +171,18 @@ class Learner:
                 "optimizer must be called with parameters and return a torch.optim.Optimizer, "
                 f"got {self.optimizer!r}"
             )
+
+    def __repr__(self) -> str:
+        task = "found from the first batch" if self.task is None else str(self.task)
+        units = ", ".join(unit.name for unit in self.units)
+        return (
+            f"Learner of {type(self.model).__name__}\n"
+            f"  rule: {self.rule}\n"
+            f"  task: {task if self._kind is None or self.task else self._kind}\n"
+            f"  units: {units}\n"
+            f"  optimizer: {type(self.optimizer).__name__}\n"
+            f"  steps: {self.steps}"
+        )
 
     @property
     def horizon(self) -> int | None:
@@ -239,7 +260,7 @@ class Learner:
         if self.horizon is None:
             return self._backpropagate(x, y, scale)
         z, losses = self._stream(x, y, scale)
-        return StepReport(losses[OUTPUT], accuracy(z, y), losses)
+        return StepReport(losses[OUTPUT], self._task.accuracy(z, y), losses)
 
     def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
         """The rule's gradients for a batch, of each parameter's shape by its name; nothing is
@@ -258,13 +279,15 @@ class Learner:
                 p.grad = grad
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: model, feedback, transport, optimizer, step count."""
+        """Everything a resumed run needs: model, feedback, transport, optimizer, step count, and
+        what the targets are."""
         return {
             "model": self.model.state_dict(),
             "feedback": self.feedback.state_dict(),
             "transport": {} if self.transport is None else self.transport.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
+            "task": self._kind if self.task is None else self.task.kind,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -277,6 +300,8 @@ class Learner:
             self.transport.load_state_dict(state["transport"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        if self._kind is None:
+            self._kind, self.task = state.get("task"), None
 
     # --- one batch ------------------------------------------------------------------------------
 
@@ -288,25 +313,25 @@ class Learner:
         )
         with carried, self._recomputing():
             z = forward(self.model, x)
-            loss = self.loss(z, y)
+            loss = self._loss(z, y)
             with outside_autocast():
                 scale(loss).backward()  # type: ignore[no-untyped-call]
         for unit in self.plan.units:
             self._finish(unit, scale)
         loss = loss.detach()
-        return StepReport(loss, accuracy(z.detach(), y), {OUTPUT: loss})
+        return StepReport(loss, self._task.accuracy(z.detach(), y), {OUTPUT: loss})
 
     def _stream(self, x: Any, y: Tensor, scale: Scale) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.horizon is not None
         needs_error = self.rule.error == "output" and len(self.feedback) > 0
         supervision = Supervision(
-            y, self.loss, self._output_error(x, y) if needs_error else None, self.plan.output_shape
+            y, self._loss, self._output_error(x, y) if needs_error else None, self._task
         )
         losses: dict[str, Tensor] = {}
 
         def unit_loss(unit: Unit, h: Tensor) -> Tensor:
             if unit is self.plan.output:
-                loss = self.loss(h, y)
+                loss = self._loss(h, y)
             else:
                 loss = self.rule.loss(
                     self.unit_spec(unit), self.feedback_of(unit), unit.layout(h), supervision
@@ -336,8 +361,24 @@ class Learner:
                 unit_backward=unit_backward,
             )
         if OUTPUT not in losses:  # its unit has been frozen
-            losses[OUTPUT] = self.loss(z, y).detach()
+            losses[OUTPUT] = self._loss(z, y).detach()
         return z, losses
+
+    @property
+    def _task(self) -> Task:
+        assert self.task is not None, "every batch is checked before it is learned from"
+        return self.task
+
+    def _loss(self, z: Tensor, y: Tensor) -> Tensor:
+        try:
+            return self.loss(z, y)
+        except Exception as error:
+            if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+                raise  # out of memory, or an error of the loss's own
+            raise ValueError(
+                f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "
+                f"{tuple(y.shape)}, {y.dtype}: {error}" + f"; {FOR_TOKENS}" * (z.ndim == 3)
+            ) from error
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self.recompute:
@@ -350,7 +391,7 @@ class Learner:
             z = forward(self.model, x)
         # In the weights' precision: float16 would round entries of the size of 1 / batch away.
         z = z.detach().to(self._dtype).requires_grad_()
-        return torch.autograd.grad(self.loss(z, y), z)[0]
+        return torch.autograd.grad(self._loss(z, y), z)[0]
 
     def _finish(self, unit: Unit, scale: Scale) -> None:
         """Add the gradients of the unit's weight terms."""
@@ -374,42 +415,31 @@ class Learner:
                     yield X
 
     def _check(self, x: Any, y: Tensor) -> None:
-        """Refuse a batch that cannot be learned from. Values are read on the first batch only:
-        reading them costs a host sync."""
+        """Refuse a batch that cannot be learned from. On devices other than the CPU reading values
+        costs a host sync: there it is done for the first batch only."""
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
         inputs = [value for value in _parts(x) if isinstance(value, Tensor)]
         if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
             raise ValueError("the batch is empty: x and y must hold at least one sample")
-        classification = self.loss is F.cross_entropy
-        if classification and y.dtype != torch.int64 and y.ndim < 2:
-            raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
-        shape = self.plan.output_shape
-        if classification and len(shape) == 3:
-            raise ValueError(
-                f"loss must be given for an output of shape {shape}; for a class a token, "
-                "loss=lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())"
-            )
-        if classification and isinstance(x, Tensor) and self._batch_axes:
+        shape, first = self.plan.output_shape, self.task is None
+        task = find_task(self.loss, shape, y, self._kind) if self.task is None else self.task
+        if task.kind in ("classes", "binary", "labels") and isinstance(x, Tensor):
             sizes = [x.shape[axis] for axis in self._batch_axes]
-            if y.ndim == 0 or len(y) not in sizes:
+            if sizes and (y.ndim == 0 or len(y) not in sizes):
                 raise ValueError(
                     f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
                     f"{tuple(y.shape)}"
                 )
-        if self._checked:
-            return
-        for value in inputs:
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError("x must be finite, got NaN or infinite values in the first batch")
-        if classification and y.dtype == torch.int64:
-            C = self.unit_spec(self.plan.output).classes
-            low, high = int(y.min()), int(y.max())
-            if (low < 0 and low != -100) or high >= C:
-                raise ValueError(
-                    f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
-                )
-        self._checked = True
+        if first or y.device.type == "cpu":
+            task.check(y, self.loss)
+        if first:
+            for value in inputs:
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    raise ValueError(
+                        "x must be finite, got NaN or infinite values in the first batch"
+                    )
+        self.task = task
 
 
 def _parts(x: Any) -> Iterable[Any]:
@@ -427,13 +457,6 @@ def _batch_axes(example: Any, plan: Plan) -> list[int]:
     shape = example[:2].shape if isinstance(example, Tensor) else ()
     axes = [axis for axis, n in enumerate(shape[:2]) if plan.output_shape[:1] == (n,)]
     return axes if axes[:1] == [0] else []  # of both, sequences that come first have the second
-
-
-def accuracy(z: Tensor, y: Tensor) -> Tensor | None:
-    """Share of samples whose largest logit is the target, 0-dim; None for other targets."""
-    if y.dtype != torch.int64 or z.shape[:-1] != y.shape:
-        return None
-    return (z.argmax(-1) == y).float().mean()
 
 
 def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -23,6 +23,7 @@ from ..losses import (
     orthogonality_penalty,
     subspace_share,
 )
+from ..task import Loss, Task, class_axis, width
 
 __all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
 
@@ -51,8 +52,7 @@ class UnitSpec:
     @property
     def classes(self) -> int:
         """Width of the network's output: 1 for (B,), C of (B, C, H, W), else its last axis."""
-        shape = self.output_shape
-        return 1 if len(shape) < 2 else shape[1] if len(shape) == 4 else shape[-1]
+        return width(self.output_shape)
 
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
         """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`;
@@ -83,40 +83,34 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a batch offers to teach with.
+    """What a batch offers to learn from.
 
     ``targets``: as given to the learner. ``loss``: the task loss ``(z, targets) -> 0-dim``.
     ``error``: ``dL/dz`` at the network's output, or None where the rule does not ask for it.
-    ``output_shape``: shape of the network's output.
+    ``task``: what the targets are.
     """
 
     targets: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
     error: Tensor | None
-    output_shape: tuple[int, ...]
+    task: Task
 
     @property
-    def class_indices(self) -> bool:
-        """Whether targets are class indices: whole numbers with one axis less than the output."""
-        return self.targets.dtype == torch.int64 and self.targets.ndim + 1 == len(self.output_shape)
-
-    @property
-    def one_class_a_sample(self) -> bool:
-        """Whether each sample is of one class, given as an index or as probabilities."""
-        cross_entropy = self.loss is F.cross_entropy
-        return len(self.output_shape) == 2 and (self.class_indices or cross_entropy)
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the network's output for the example."""
+        return self.task.output_shape
 
     def target_matrix(self) -> Tensor:
-        """Targets as numbers of the output's layout: one-hot where they are class indices (zeros
-        where negative: an index to ignore)."""
+        """Targets as numbers of the output's layout: one-hot where they are class indices, with
+        zeros for those that the loss ignores."""
         t, shape = self.targets, self.output_shape
-        axis = 1 if len(shape) == 4 else -1
-        if self.class_indices:
-            index = t.unsqueeze(axis)
+        axis = class_axis(shape)
+        if self.task.are_indices(t):
+            index = t.long().clamp(0, self.task.classes - 1).unsqueeze(axis)
             size = list(index.shape)
-            size[axis] = shape[axis]
+            size[axis] = self.task.classes
             hot = torch.zeros(size, device=t.device)
-            return hot.scatter_(axis, index.clamp_min(0), (index >= 0).to(hot.dtype))
+            return hot.scatter_(axis, index, self.task.counted(t).unsqueeze(axis).to(hot.dtype))
         if t.ndim == len(shape) and (t.ndim < 2 or t.shape[axis] == shape[axis]):
             return t.float()
         if t[0].numel() == math.prod(shape[1:]):

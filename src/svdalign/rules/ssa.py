@@ -93,7 +93,7 @@ class SSA(Rule):
         self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
     ) -> Tensor:
         assert isinstance(feedback, Feedback)
-        aligned = self.alpha > 0 and supervision.one_class_a_sample
+        aligned = self.alpha > 0 and supervision.task.one_class_a_sample
         if aligned and self.alignment == "similarity":
             pooled, statistics = unit.pool_and_statistics(h, self._grid(unit))
             alignment = statistics_alignment(statistics, supervision.target_matrix())

@@ -1,0 +1,272 @@
+"""The task: what the targets are, and so what accuracy means and whether samples have a class.
+
+It is found once, from the network's output, the first batch of targets, and what the loss accepts.
+Which function the loss is does not matter: it is called on a few small random outputs, on the CPU.
+A loss for class indices takes every index into the output, and refuses the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ._autocast import outside_autocast
+
+__all__ = ["KINDS", "Kind", "Loss", "Task", "class_axis", "find_task", "width"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+Kind = Literal["classes", "binary", "labels", "numbers", "other"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+def class_axis(shape: Sequence[int]) -> int:
+    """The axis of classes in an output of ``shape``: 1 in (B, C, H, W), else the last."""
+    return 1 if len(shape) == 4 else -1
+
+
+def width(shape: Sequence[int]) -> int:
+    """How many numbers an answer has in an output of ``shape``; 1 in (B,)."""
+    return shape[class_axis(shape)] if len(shape) > 1 else 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the targets of an output of ``output_shape`` are.
+
+    ``kind``: ``"classes"``, one class for each sample, token or pixel, as indices or as
+    probabilities; ``"binary"``, yes or no by the sign of one logit; ``"labels"``, several labels a
+    sample, each 0 or 1; ``"numbers"``, real values; ``"other"``, anything else, such as ids for a
+    loss that compares samples. ``ignored``: class indices that the loss ignores. ``in_place``:
+    whether each target is that of its own position (a loss may shift tokens by itself).
+    """
+
+    kind: Kind
+    output_shape: tuple[int, ...]
+    ignored: tuple[int, ...] = ()
+    in_place: bool = True
+
+    def __str__(self) -> str:
+        each = {3: "token", 4: "pixel"}.get(len(self.output_shape), "sample")
+        text = {
+            "classes": f"one of {self.classes} classes for each {each}",
+            "binary": f"yes or no for each {each}",
+            "labels": f"any of {self.classes} labels for each {each}",
+            "numbers": f"{self.classes} real number{'s'[: self.classes > 1]} for each {each}",
+            "other": "targets that only the loss understands",
+        }[self.kind]
+        return text + (f", classes {list(self.ignored)} ignored" if self.ignored else "")
+
+    @property
+    def classes(self) -> int:
+        """The width of the network's output."""
+        return width(self.output_shape)
+
+    @property
+    def one_class_a_sample(self) -> bool:
+        """Whether each sample, as a whole, is of one class."""
+        return self.kind == "classes" and len(self.output_shape) == 2
+
+    def are_indices(self, y: Tensor) -> bool:
+        """Whether these targets are class indices, not probabilities."""
+        return self.kind == "classes" and _whole(y) and y.ndim + 1 == len(self.output_shape)
+
+    def accuracy(self, z: Tensor, y: Tensor) -> Tensor | None:
+        """Share of the targets ``y`` that the output ``z`` gets right, 0-dim, those to be ignored
+        left out (NaN if all are); None where right and wrong are not defined."""
+        if self.kind == "binary" and z.numel() == y.numel():
+            return ((z.flatten() > 0) == (y.flatten() > 0)).float().mean()
+        if not (self.are_indices(y) and self.in_place and z.ndim == y.ndim + 1):
+            return None
+        answers = z.argmax(class_axis(z.shape))
+        if answers.shape != y.shape:
+            return None
+        counted = self.counted(y)
+        return ((answers == y) & counted).sum() / counted.sum()
+
+    def counted(self, y: Tensor) -> Tensor:
+        """Which class indices are not to be ignored: a loss ignores all that it takes beyond the
+        width of the output."""
+        counted = (y >= 0) & (y < self.classes)
+        for index in self.ignored:
+            counted = counted & (y != index)
+        return counted
+
+    def check(self, y: Tensor, loss: Loss) -> None:
+        """ValueError for targets ``y`` that ``loss`` does not take. Reads their values."""
+        if self.kind == "binary":
+            low, high = (float(value) for value in y.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"y must be 0 or 1 as in the first batch, got values in [{low:g}, {high:g}]; "
+                    "give the learner task='numbers' or task='other' if the task is another one"
+                )
+        if self.kind != "classes":
+            return
+        C, shape = self.classes, self.output_shape
+
+        def refuses(index: Tensor) -> bool:
+            return not _takes(_on_cpu(loss), *_samples(shape, index.reshape(1)))
+
+        if self.are_indices(y):
+            low, high = (int(value) for value in y.aminmax())
+            if y.dtype != torch.int64 and refuses(y.new_zeros(())):
+                raise ValueError(f"y must hold class indices (torch.int64), got {y.dtype}")
+            if low < 0 or high >= C:
+                odd = y[(y < 0) | (y >= C)].unique()  # type: ignore[no-untyped-call]
+                if any(map(refuses, odd[:9])):
+                    raise ValueError(
+                        f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
+                        "; give the learner task='other' if y is no index into the output"
+                    )
+        elif y.ndim != len(shape) or y.shape[class_axis(shape)] != C:
+            raise ValueError(
+                "y must hold class indices (torch.int64), one axis less than the output's "
+                f"{shape}, or probabilities of the output's shape, got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
+            )
+        elif _whole(y) and not _takes(_on_cpu(loss), torch.zeros(y[:2].shape), y[:2]):
+            raise ValueError(
+                f"y must hold class indices or probabilities, got one-hot {y.dtype}: give "
+                f"y.argmax({class_axis(shape)}) or y.float()"
+            )
+
+
+def find_task(loss: Loss, output_shape: tuple[int, ...], y: Tensor, kind: Kind | None) -> Task:
+    """The task of the targets ``y`` for an output of ``output_shape``; of ``kind`` if given."""
+    C, axis, loss = width(output_shape), class_axis(output_shape), _on_cpu(loss)
+    if kind is None:
+        yes_or_no = bool(((y == 0) | (y == 1)).all())
+        if _whole(y) and C > 1 and y.ndim + 1 == len(output_shape):
+            kind = "other" if _takes_indices(loss, output_shape, y) is False else "classes"
+        elif y.ndim == len(output_shape) and C > 1 and y.shape[axis] == C:
+            distribution = bool((y >= 0).all()) and bool(((y.sum(axis) - 1).abs() < 1e-2).all())
+            kind = "classes" if distribution else "labels" if yes_or_no else "numbers"
+        elif C == 1 and yes_or_no and _is_binary(loss, output_shape, y):
+            kind = "binary"
+        else:
+            kind = "numbers" if y.is_floating_point() else "other"
+    if kind != "classes":
+        return Task(kind, output_shape)
+    index = torch.zeros(1, dtype=torch.int64)
+    if output_shape[1:] == (C, C) and not _takes(loss, *_samples(output_shape, index)):
+        raise ValueError(
+            f"loss must be one for an output of shape {output_shape}, whose classes come last; "
+            f"{FOR_TOKENS}"
+        )
+    return Task(kind, output_shape, *_ignored_and_in_place(loss, output_shape))
+
+
+def _whole(y: Tensor) -> bool:
+    return not (y.is_floating_point() or y.is_complex())
+
+
+# --- what a loss takes --------------------------------------------------------------------------
+
+#: What to write for classes of tokens.
+FOR_TOKENS = (
+    "for a class a token, "
+    "loss=lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())"
+)
+
+#: All classes are tried where there are at most so many, else the first and the last.
+MANY = 256
+
+
+def _takes_indices(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool | None:
+    """Whether ``loss`` takes every index into the output and no other; None if it cannot be asked,
+    because it refuses the index 0."""
+    taken = [
+        _takes(loss, *_samples(shape, y.new_tensor([index])))
+        for index in (0, width(shape) - 1, width(shape))
+    ]
+    return taken == [True, True, False] if taken[0] else None
+
+
+def _ignored_and_in_place(loss: Loss, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """The classes from which ``loss`` learns nothing, and whether a target teaches its own
+    position and every position is taught."""
+    C = width(shape)
+    classes = range(C) if C <= MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
+    indices = torch.tensor(list(classes))
+    gradient = _gradient(loss, *_samples(shape, indices))
+    if gradient is None:
+        return (), False
+    by_class = gradient.movedim(class_axis(shape), -1) if len(shape) > 1 else gradient[:, None]
+    taught = by_class.ne(0).any(-1).reshape(len(gradient), -1)[: len(indices)]
+    learned = taught.any(1)
+    return tuple(indices[~learned].tolist()), bool(taught[learned].all())
+
+
+def _ignore_index(loss: Loss, classes: int) -> set[int]:
+    keywords = loss.keywords if isinstance(loss, functools.partial) else {}
+    index = keywords.get("ignore_index", getattr(loss, "ignore_index", None))
+    return {index} if isinstance(index, int) and 0 <= index < classes else set()
+
+
+def _is_binary(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool:
+    """Whether ``loss`` pulls a logit up without end for the target 1, and down for 0."""
+    for logit in (-4.0, 4.0):
+        for target, sign in ((0, 1), (1, -1)):
+            z, targets = _samples(shape, y.new_tensor([target]), y.ndim)
+            gradient = _gradient(loss, z + logit, targets)
+            if gradient is None or not bool((gradient * sign > 0).all()):
+                return False
+    return True
+
+
+def _samples(
+    output_shape: tuple[int, ...], values: Tensor, target_ndim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A small output near 0 whose samples have one of ``values`` each (two samples if there is but
+    one) as the target of all tokens or pixels, of which there are few."""
+    n = max(2, len(values))
+    few = {3: (7 if output_shape[-1] == 4 else 4, output_shape[-1]), 4: (*output_shape[1:2], 4, 4)}
+    shape = (n, *few.get(len(output_shape), output_shape[1:]))
+    generator = torch.Generator().manual_seed(0)
+    z = 1e-3 * torch.randn(shape, generator=generator)
+    y = values.cpu().reshape(-1, *[1] * (len(shape) - 1)).expand(n, *shape[1:])
+    if target_ndim is None or target_ndim < len(shape):
+        y = y.select(class_axis(shape), 0)
+    return z, y.contiguous()
+
+
+def _takes(loss: Loss, z: Tensor, y: Tensor) -> bool:
+    return _gradient(loss, z, y) is not None
+
+
+def _gradient(loss: Loss, z: Tensor, y: Tensor) -> Tensor | None:
+    """Gradient of ``loss`` in ``z``, on the CPU; None if it does not take ``z`` and ``y``."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        outside_autocast(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        z.requires_grad_()
+        try:
+            (gradient,) = torch.autograd.grad(loss(z, y.cpu()), z)
+        except Exception:  # the loss is the user's own: it can refuse in any way
+            return None
+    return gradient
+
+
+def _on_cpu(part: Any) -> Any:
+    """A loss, or a tensor that it was given, on the CPU in single precision. Modules are copied:
+    losses can have statistics, which are not to change."""
+    if isinstance(part, functools.partial):
+        keywords = {name: _on_cpu(value) for name, value in part.keywords.items()}
+        return functools.partial(_on_cpu(part.func), *map(_on_cpu, part.args), **keywords)
+    if isinstance(part, nn.Module):
+        return copy.deepcopy(part).cpu().float()
+    if isinstance(part, Tensor):
+        return part.detach().cpu().float() if part.is_floating_point() else part.cpu()
+    return part
