@@ -123,8 +123,8 @@ def statistics_alignment(statistics: Tensor, targets: Tensor) -> Tensor:
 def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:
     """``1 - mean_i cos(p_i, b_i)``: pooled activation against feedback direction, both (B, d).
     A cosine counts as 0, and so does its gradient, where one of the two is 0."""
-    p, b = (_unit(x, x.new_zeros(()))[0] for x in (pooled, directions))
-    return 1.0 - (p * b).sum(dim=-1).mean()
+    p, _ = _unit(pooled, pooled.new_zeros(()))
+    return 1.0 - (p * F.normalize(directions, dim=-1)).sum(dim=-1).mean()
 
 
 def hoyer_sparsity(s: Tensor) -> Tensor:
