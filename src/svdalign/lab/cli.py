@@ -334,7 +334,7 @@ def _data(options: dict[str, Any]) -> int:
         config = JobConfig(**options)
         data = load_data(config)
     console, images = _console(), f"{evaluated_on(config.validation)} images"
-    shape = " × ".join(map(str, data.train.images.shape[1:]))
+    shape = " × ".join(map(str, data.train.shape))
     mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (data.mean, data.std))
     console.print(
         f"{data.name}: {len(data.train):,} training and {len(data.test):,} {images}, {shape}\n"

@@ -7,11 +7,12 @@ batches on the device, reproducibly from any batch of any epoch.
 from ._augment import Augment
 from ._batches import batches, num_batches
 from ._load import available, hold_out, load, sizes
-from ._types import ImageData, Split
+from ._types import ImageData, Images, Split
 
 __all__ = [
     "Augment",
     "ImageData",
+    "Images",
     "Split",
     "available",
     "batches",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._types import Source
+from ._types import Indexed
 
 CLASSES = (
     "T-shirt/top",
@@ -27,7 +27,7 @@ _SIDE = 28
 
 
 @dataclass(frozen=True)
-class _Sheet(Source):
+class _Sheet(Indexed):
     name: str
     tiles: npt.NDArray[np.uint8]
 
@@ -38,7 +38,7 @@ class _Sheet(Source):
         return f"{self.name}, image {index}"
 
 
-def read(split: str) -> Source:
+def read(split: str) -> Indexed:
     """``split`` is ``train`` (10,000 images) or ``test`` (2,000): one sheet, sorted by class."""
     file = resources.files(__package__) / "embedded" / f"{split}.png"
     with file.open("rb") as stream, Image.open(stream) as png:

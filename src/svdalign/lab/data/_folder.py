@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from ._types import Source
+from ._types import Indexed
 
 _TEST = ("test", "val", "valid", "validation")
 # What file managers, archivers and notebooks leave behind, beside names with a leading dot.
@@ -28,17 +30,21 @@ _FOREIGN = frozenset({".avif", ".heic", ".heif", ".jxl", ".svg"})
 
 
 @dataclass(frozen=True)
-class _Files(Source):
-    paths: list[str]
+class _Files(Indexed):
+    """Paths back to back in one block: a million strings would be copied into every process."""
+
+    paths: bytes
+    ends: npt.NDArray[np.int64]
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index])
+        return Image.open(self.where(index))
 
     def where(self, index: int) -> str:
-        return self.paths[index]
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.paths[start : self.ends[index]])
 
 
-def read(folder: Path) -> tuple[Source, Source, tuple[str, ...]]:
+def read(folder: Path) -> tuple[Indexed, Indexed, tuple[str, ...]]:
     """Training and test images, and the classes: the folders' names, sorted.
 
     A class's images may lie at any depth of its folder. Links are followed. Names with a leading
@@ -72,7 +78,7 @@ def _split_folder(folder: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _read_split(folder: Path) -> tuple[Source, tuple[str, ...]]:
+def _read_split(folder: Path) -> tuple[Indexed, tuple[str, ...]]:
     entries = _visible(folder)
     classes = tuple(entry.name for entry in entries if entry.is_dir())
     if not classes:
@@ -81,23 +87,27 @@ def _read_split(folder: Path) -> tuple[Source, tuple[str, ...]]:
     for path in others:
         if _is_image(path):
             raise ValueError(f"{path} lies in no class: one folder a class is needed")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images: list[str] = []
+    paths, lengths, counts = bytearray(), array("q"), []
+    for name in classes:
+        before = len(lengths)
         for path in _files(folder / name):
-            (images if _is_image(path) else others).append(path)
-        if not images:
+            if _is_image(path):
+                encoded = os.fsencode(path)
+                paths += encoded
+                lengths.append(len(encoded))
+            else:
+                others.append(path)
+        counts.append(len(lengths) - before)
+        if not counts[-1]:
             raise ValueError(f"{folder / name} holds no image file")
-        paths += images
-        labels += [label] * len(images)
     if others:
         warnings.warn(
             f"left out of {folder}, being no images: {', '.join(others[:3])}"
             + f" and {len(others) - 3} more" * (len(others) > 3),
             stacklevel=2,
         )
-    return _Files(np.array(labels, dtype=np.int64), "RGB", paths), classes
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return _Files(labels, "RGB", bytes(paths), np.cumsum(lengths)), classes
 
 
 def _visible(folder: Path | str) -> list[os.DirEntry[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._types import Source
+from ._shards import find, missing, whole_numbers
+from ._types import Indexed
 
 # `datasets` takes about a second to import, so it is imported where it is used.
 
@@ -48,7 +48,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Rows(Source):
+class _Rows(Indexed):
     tables: list[_Table]
     starts: npt.NDArray[np.int64]  # of each table's rows among all
 
@@ -68,13 +68,13 @@ class _Rows(Source):
         return self.tables[number], index - int(self.starts[number])
 
 
-def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, ...]]:
+def read(name: str, data_dir: Path | None) -> tuple[Indexed, Indexed, tuple[str, ...]]:
     """Training images, test images and class names of one of :data:`NAMED`.
 
     Args:
         name: key of :data:`NAMED`.
-        data_dir: folder of Parquet files (see :func:`_shards`), or the folder above it if it is
-            called ``name``. None for the hub.
+        data_dir: folder of Parquet files (see :func:`._shards.find`), or the folder above it if it
+            is called ``name``. None for the hub.
 
     Raises:
         ValueError: if a file is missing, cannot be read, lacks a column, or has labels that are no
@@ -83,14 +83,11 @@ def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, .
     """
     named = NAMED[name]
     if data_dir is None:
-        _check_reachable(named.repository)
+        check_reachable(named.repository)
         tables = {split: [_from_hub(named, split)] for split in ("train", "test")}
     else:
         folder = data_dir / name if (data_dir / name).is_dir() else data_dir
-        tables = {
-            split: [_from_parquet(named, file) for file in _shards(folder, split)]
-            for split in ("train", "test")
-        }
+        tables = {split: _from_folder(named, folder, split) for split in ("train", "test")}
     first = tables["train"][0]
     for table in (*tables["train"], *tables["test"]):
         if table.classes != first.classes:
@@ -98,7 +95,7 @@ def read(name: str, data_dir: Path | None) -> tuple[Source, Source, tuple[str, .
     return _source(tables["train"], named.mode), _source(tables["test"], named.mode), first.classes
 
 
-def _check_reachable(repository: str) -> None:
+def check_reachable(repository: str) -> None:
     """Ask the hub for ``repository`` once: ``datasets`` would ask for half a minute."""
     import huggingface_hub
 
@@ -107,7 +104,7 @@ def _check_reachable(repository: str) -> None:
     try:
         huggingface_hub.HfApi().dataset_info(repository, timeout=_PROBE_SECONDS)
     except Exception as error:  # the network's and its clients' own kinds are many
-        raise _not_to_be_had(repository, error) from error
+        raise not_to_be_had(repository, error) from error
 
 
 def _from_hub(named: Named, split: str) -> _Table:
@@ -116,56 +113,22 @@ def _from_hub(named: Named, split: str) -> _Table:
     try:
         rows = datasets.load_dataset(named.repository, split=split)
     except Exception as error:  # likewise
-        raise _not_to_be_had(named.repository, error) from error
+        raise not_to_be_had(named.repository, error) from error
     return _table(named, rows, f"{named.repository} ({split})")
 
 
-def _not_to_be_had(repository: str, error: Exception) -> ValueError:
+def not_to_be_had(repository: str, error: Exception) -> ValueError:
     return ValueError(
         f"{repository} cannot be had from the hub ({error}); without a network, give data_dir, a "
         "folder with its Parquet files, or set HF_HUB_OFFLINE=1 if the hub's cache holds it"
     )
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    """The Parquet files of a split, in order.
-
-    They are ``SPLIT.parquet``, or ``SPLIT-0.parquet`` and so on, in ``folder`` or its ``data``; or
-    all that the folder ``SPLIT`` holds.
-
-    Raises:
-        ValueError: if there are none, some are missing, or there are several sets of them.
-    """
-    numbered = re.compile(rf"{split}([-_.]?\d.*)?\.parquet", re.IGNORECASE)
-    for place, name in ((folder, numbered), (folder / "data", numbered), (folder / split, None)):
-        if not place.is_dir():
-            continue
-        files = sorted(
-            file
-            for file in place.iterdir()
-            if (name.fullmatch(file.name) if name else _is_parquet(file))
-        )
-        if files:
-            _check_complete(files)
-            return files
-    raise ValueError(f"{folder} holds no file {split}.parquet or {split}-*.parquet")
-
-
-def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet" and not file.name.startswith(".")
-
-
-def _check_complete(files: list[Path]) -> None:
-    """Refuse shards that are not all there, and shards beside others of the same images."""
-    numbers = [re.search(r"(\d+)-of-(\d+)", file.stem) for file in files]
-    found = {(int(n[1]), int(n[2])) for n in numbers if n}
-    whole = not found or found == {(i, len(files)) for i in range(len(files))}
-    alone = len(files) == 1 or all(re.search(r"\d", file.stem) for file in files)
-    if not (whole and alone):
-        raise ValueError(
-            f"{files[0].parent} does not hold one whole set of files, but "
-            f"{', '.join(file.name for file in files)}"
-        )
+def _from_folder(named: Named, folder: Path, split: str) -> list[_Table]:
+    files = find(folder, split, "parquet")
+    if not files:
+        raise missing(folder, split, "parquet")
+    return [_from_parquet(named, file) for file in files]
 
 
 def _from_parquet(named: Named, file: Path) -> _Table:
@@ -202,21 +165,10 @@ def _table(named: Named, rows: Any, where: str) -> _Table:
     for batch in encoded.iter(batch_size=1000):
         blobs += batch[named.image].combine_chunks().field("bytes").to_pylist()
         labels += batch[named.label].to_pylist()
-    return _Table(where, blobs, _whole_numbers(labels, where, named.label), classes)
+    return _Table(where, blobs, whole_numbers(labels, where, named.label), classes)
 
 
-def _whole_numbers(labels: list[Any], where: str, column: str) -> npt.NDArray[np.int64]:
-    """``labels`` as they are: a float is one only if nothing is lost, and nothing else is."""
-    for row, label in enumerate(labels):
-        number = isinstance(label, int | float) and not isinstance(label, bool)
-        if not (number and -(2**63) <= label < 2**63 and label == label // 1):
-            raise ValueError(
-                f"{where}, row {row}: {column} must be a whole number, the class, got {label!r}"
-            )
-    return np.array(labels, dtype=np.int64)
-
-
-def _source(tables: list[_Table], mode: str) -> Source:
+def _source(tables: list[_Table], mode: str) -> Indexed:
     counts = [len(table.blobs) for table in tables]
     return _Rows(
         np.concatenate([table.labels for table in tables]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import _embedded, _folder, _hub
+from . import _embedded, _folder, _hub, _shards
 from ._pixels import decode
-from ._types import ImageData, Source, Split
+from ._shards import Shards
+from ._stream import Stream, Unreadable, histogram, subset
+from ._types import ImageData, Indexed, Source, Split
+
+_IN_MEMORY = 4 << 30  # bytes of pixels; an image folder with more is streamed
+_INSPECTED = 1000  # images of each split that are decoded before a stream is used
+_MOST_WORKERS = 8
 
 
 def available() -> list[str]:
-    """Names that :func:`load` takes, sorted."""
-    return sorted(["embedded", "folder", *_hub.NAMED])
+    """Names that :func:`load` takes, sorted, beside ``OWNER/NAME`` of any image data set on the
+    Hugging Face hub."""
+    return sorted(["embedded", "folder", *_shards.SUFFIXES, *_hub.NAMED])
 
 
 def load(
@@ -27,22 +35,33 @@ def load(
     device: str | torch.device = "cpu",
     seed: int = 0,
     image_size: int | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
+    max_unreadable: float = 0.01,
 ) -> ImageData:
-    """Decode a data set into tensors on ``device``.
+    """Images for ``device``: decoded once, or streamed, which is decoding them in every epoch.
 
     Args:
         name: ``embedded`` (10,000 + 2,000 images of Fashion-MNIST, inside the package);
             ``fashion_mnist``, ``cifar10``, ``cifar100`` (from the Hugging Face hub, or from Parquet
-            files in ``data_dir``); ``folder`` (``data_dir/train/CLASS/*.png``, and ``test`` or
-            ``val`` likewise; read as RGB).
-        data_dir: the folder with the Parquet files, or the one above it if it is called ``name``;
-            for ``folder``, the one with ``train`` and ``test``.
+            files in ``data_dir``); ``folder`` (``data_dir/train/CLASS/…``, and ``test`` or ``val``
+            likewise; read as RGB); ``parquet`` or ``webdataset`` (files of that kind in
+            ``data_dir``) or ``OWNER/NAME`` (of the hub), which are always streamed.
+        data_dir: the folder with the files, ``train-*.parquet`` or so and ``test-*`` or ``val-*``,
+            or, of the data sets with a name, the one above it if it is called ``name``; for
+            ``folder``, the one with ``train`` and ``test``.
         train_limit: use only so many training images, spread evenly over the classes.
         test_limit: likewise for the test images.
-        device: where the tensors live.
+        device: where the batches are.
         seed: of the choice that the limits make.
         image_size: bring the images to this height and width: the shorter side is resized to it
-            (by area when shrinking), the rest cut off around the centre. Needed if sizes differ.
+            (by area when shrinking), the rest cut off around the centre. Needed if sizes differ,
+            and for streams.
+        stream: whether to leave the images where they are and have them decoded by worker processes
+            when they are needed. None: if their pixels would take more than 4 GiB.
+        workers: processes that decode a stream; 0: this one does. None: one a CPU core, at most 8.
+        max_unreadable: share of a stream's images that may be unreadable and are left out. A
+            thousand of each split are decoded beforehand.
 
     Raises:
         ValueError: for an unknown name, a folder or file that is missing, empty or unreadable, a
@@ -50,22 +69,29 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+    if not 0 <= max_unreadable <= 1:
+        raise ValueError(f"max_unreadable must be from 0 to 1, got {max_unreadable}")
     train, test, classes = _read(name, data_dir)
-
-    def split(which: str, source: Source, limit: int | None) -> Split:
+    sources = [
+        _limited(train, train_limit, "train_limit", seed),
+        _limited(test, test_limit, "test_limit", seed),
+    ]
+    for which, source in zip(("train", "test"), sources, strict=True):
         _check_labels(which, source, classes)
-        chosen = _choose(source.labels, limit, f"{which}_limit", seed)
-        images = torch.from_numpy(_decode(source, chosen, image_size))
-        return Split(images.to(device), torch.from_numpy(source.labels[chosen]).to(device))
-
-    train_split, test_split = split("train", train, train_limit), split("test", test, test_limit)
-    sizes = [s.images.shape[2] for s in (train_split, test_split)]
-    if sizes[0] != sizes[1]:
+    if stream is None:
+        pixels = sum(len(s.labels) * len(s.mode) for s in sources) * (image_size or 0) ** 2
+        stream = isinstance(train, Shards) or pixels > _IN_MEMORY
+    if stream:
+        return _streamed(name, sources, classes, image_size, device, workers, max_unreadable)
+    train_split, test_split = (_decoded(name, s, image_size, device) for s in sources)
+    if train_split.shape != test_split.shape:
         raise ValueError(
-            f"training images are {sizes[0]} pixels wide, test images {sizes[1]}; "
-            "give image_size to bring them to one size"
+            f"training images are {train_split.shape[2]} pixels wide, test images "
+            f"{test_split.shape[2]}; give image_size to bring them to one size"
         )
-    mean, std = _statistics(train_split.images)
+    mean, std = _statistics(histogram(train_split.images))
     return ImageData(name, train_split, test_split, classes, mean, std)
 
 
@@ -82,17 +108,22 @@ def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
     if not 1 <= count < len(data.train):
         raise ValueError(f"validation must be from 1 to {len(data.train) - 1}, got {count}")
     labels = data.train.labels.cpu().numpy()
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    held[torch.from_numpy(_choose(labels, count, "validation", seed))] = True
-    held = held.to(data.train.labels.device)
-    rest, out = (Split(data.train.images[m], data.train.labels[m]) for m in (~held, held))
-    mean, std = _statistics(rest.images)
-    return dataclasses.replace(data, train=rest, test=out, mean=mean, std=std)
+    held = _choose(labels, count, "validation", seed)
+    train = data.train.take(np.setdiff1d(np.arange(len(labels)), held))
+    data = dataclasses.replace(data, train=train, test=data.train.take(held))
+    if isinstance(train, Split):
+        mean, std = _statistics(histogram(train.images))
+        data = dataclasses.replace(data, mean=mean, std=std)
+    return data
 
 
-def _read(name: str, data_dir: str | Path | None) -> tuple[Source, Source, tuple[str, ...]]:
-    if name not in available():
-        raise ValueError(f"unknown data set {name!r}; available: {', '.join(available())}")
+def _read(
+    name: str, data_dir: str | Path | None
+) -> tuple[Indexed | Shards, Indexed | Shards, tuple[str, ...]]:
+    if name not in available() and "/" not in name:
+        raise ValueError(
+            f"unknown data set {name!r}; available: {', '.join(available())}, OWNER/NAME of the hub"
+        )
     folder = None if data_dir is None else Path(data_dir)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"data_dir is not a folder: {folder}")
@@ -106,7 +137,55 @@ def _read(name: str, data_dir: str | Path | None) -> tuple[Source, Source, tuple
         if folder is None:
             raise ValueError("data set 'folder' needs data_dir, the folder with train and test")
         return _folder.read(folder)
-    return _hub.read(name, folder)
+    if name in _hub.NAMED:
+        return _hub.read(name, folder)
+    return _shards.read(name, folder)
+
+
+def _limited(
+    source: Indexed | Shards, limit: int | None, argument: str, seed: int
+) -> Indexed | Shards:
+    if limit is None:
+        return source
+    if not isinstance(source, Indexed):
+        raise ValueError(f"{argument} is for data that can be read in any order, not for streams")
+    return subset(source, _choose(source.labels, limit, argument, seed))
+
+
+def _streamed(
+    name: str,
+    sources: list[Indexed | Shards],
+    classes: tuple[str, ...],
+    image_size: int | None,
+    device: str | torch.device,
+    workers: int | None,
+    max_unreadable: float,
+) -> ImageData:
+    if image_size is None:
+        raise ValueError("image_size is needed for images that are streamed")
+    if workers is None:
+        workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    train, test = (
+        Stream(
+            source,
+            torch.from_numpy(source.labels).to(device),
+            image_size,
+            workers,
+            Unreadable(max_unreadable),
+        )
+        for source in sources
+    )
+    test.inspect(_INSPECTED)
+    return ImageData(name, train, test, classes, *_statistics(train.inspect(_INSPECTED)))
+
+
+def _decoded(
+    name: str, source: Indexed | Shards, image_size: int | None, device: str | torch.device
+) -> Split:
+    if not isinstance(source, Indexed):
+        raise ValueError(f"data set {name!r} is read from front to back: stream cannot be false")
+    images = torch.from_numpy(_decode(source, image_size))
+    return Split(images.to(device), torch.from_numpy(source.labels).to(device))
 
 
 def _check_labels(split: str, source: Source, classes: tuple[str, ...]) -> None:
@@ -121,11 +200,9 @@ def _check_labels(split: str, source: Source, classes: tuple[str, ...]) -> None:
 
 
 def _choose(
-    labels: npt.NDArray[np.int64], limit: int | None, argument: str, seed: int
+    labels: npt.NDArray[np.int64], limit: int, argument: str, seed: int
 ) -> npt.NDArray[np.int64]:
     """Indices, in order, of ``limit`` samples with as equal a share of every class as there is."""
-    if limit is None:
-        return np.arange(len(labels))
     if not 1 <= limit <= len(labels):
         raise ValueError(f"{argument} must be from 1 to {len(labels)}, got {limit}")
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -137,36 +214,33 @@ def _choose(
     return np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")[:limit]])
 
 
-def _decode(
-    source: Source, chosen: npt.NDArray[np.int64], image_size: int | None
-) -> npt.NDArray[np.uint8]:
-    """Pixels of the chosen images, ``(N, C, H, W)``."""
+def _decode(source: Indexed, image_size: int | None) -> npt.NDArray[np.uint8]:
+    """Pixels of the images, ``(N, C, H, W)``."""
 
     def pixels(index: int) -> npt.NDArray[np.uint8]:
         where = source.where(index)
         return decode(lambda: source.open(index), where, source.mode, image_size)
 
-    first = pixels(chosen[0])
-    decoded = np.empty((len(chosen), *first.shape), dtype=np.uint8)
-    for row, index in enumerate(chosen):
+    first = pixels(0)
+    decoded = np.empty((len(source.labels), *first.shape), dtype=np.uint8)
+    for index in range(len(decoded)):
         image = pixels(index)
         _, height, width = image.shape
         if image.shape != first.shape or height != width:
-            other = f"{source.where(chosen[0])} is {first.shape[2]} x {first.shape[1]}"
+            other = f"{source.where(0)} is {first.shape[2]} x {first.shape[1]}"
             raise ValueError(
-                f"{source.where(index)} is {width} x {height}{f', {other}' * (row > 0)}: images "
+                f"{source.where(index)} is {width} x {height}{f', {other}' * (index > 0)}: images "
                 "must be squares of one size; give image_size to bring them to it"
             )
-        decoded[row] = image
+        decoded[index] = image
     return decoded
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(histogram: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel, pixels from 0 to 1; a constant channel's deviation is 1."""
+    values = torch.linspace(0, 1, 256, dtype=torch.float64)
     means, stds = [], []
-    for channel in images.unbind(1):
-        counts = torch.bincount(channel.flatten().int(), minlength=256).double().cpu()
-        values = torch.linspace(0, 1, 256, dtype=torch.float64)
+    for counts in histogram.double().cpu():
         mean = (counts @ values) / counts.sum()
         variance = (counts @ (values - mean) ** 2) / counts.sum()
         means.append(mean.item())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -52,7 +52,9 @@ def decode(
         with warnings.catch_warnings(action="ignore"), open() as image:
             return _decode(image, mode, size, window)
     except Exception as error:  # damaged files make decoders raise almost anything
-        raise UnreadableImageError(f"{where} is not a readable image: {error}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is of no known format" if unknown else error
+        raise UnreadableImageError(f"{where} is not a readable image: {reason}") from error
 
 
 def _decode(

@@ -167,7 +167,7 @@ class Comparison:
                 "train": len(self.data.train),
                 "test": len(self.data.test),
                 "classes": self.data.num_classes,
-                "shape": list(self.data.train.images.shape[1:]),
+                "shape": list(self.data.train.shape),
             },
             "summary": summarise(self.config.rules, runs, self._costs),
             "runs": runs,

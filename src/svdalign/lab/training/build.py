@@ -75,6 +75,9 @@ def load_data(config: JobConfig) -> ImageData:
         test_limit=config.test_limit,
         image_size=config.image_size,
         device=config.device,
+        stream=config.stream,
+        workers=config.workers,
+        max_unreadable=config.max_unreadable,
     )
     return data if config.validation is None else datasets.hold_out(data, config.validation)
 
@@ -175,15 +178,17 @@ def evaluate_views(model: nn.Module, data: ImageData, config: JobConfig) -> tupl
 def _evaluate(
     model: nn.Module, data: ImageData, config: JobConfig, answer: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
-    device = data.test.images.device
+    device = data.test.device
     loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
+    seen = 0
     with evaluating(model):
         for x, y in _plain_batches(config, data, data.test, EVAL_BATCH):
             with precision(config):
                 z = answer(x)
             loss += F.cross_entropy(z.float(), y, reduction="sum")
             right += (z.argmax(-1) == y).sum()
-    return loss.item() / len(data.test), right.item() / len(data.test)
+            seen += len(y)  # what cannot be read of a stream is left out
+    return loss.item() / seen, right.item() / seen
 
 
 def augmentation(config: JobConfig, data: ImageData) -> Augment | None:
@@ -213,7 +218,7 @@ def precision(config: JobConfig) -> AbstractContextManager[Any]:
 
 
 def _plain_batches(
-    config: JobConfig, data: ImageData, split: datasets.Split, size: int
+    config: JobConfig, data: ImageData, split: datasets.Images, size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     return batches(split, size, mean=data.mean, std=data.std, memory_format=memory_format(config))
 

@@ -53,9 +53,13 @@ def option(default: T, help: str) -> T:
 class DataConfig:
     """data"""
 
-    data: str = option("embedded", "embedded, fashion_mnist, cifar10, cifar100 or folder")
+    data: str = option(
+        "embedded",
+        "embedded, fashion_mnist, cifar10, cifar100, folder, parquet, webdataset, or OWNER/NAME of "
+        "the Hugging Face hub",
+    )
     data_dir: str | None = option(
-        None, "folder of Parquet files, or of images with one directory a class"
+        None, "folder of Parquet or tar files, or of images with one folder a class"
     )
     train_limit: int | None = option(None, "use only this many training images")
     test_limit: int | None = option(None, "use only this many test images")
@@ -63,10 +67,20 @@ class DataConfig:
         None, "hold out so many training images and evaluate on them, not on the test images"
     )
     image_size: int | None = option(None, "resize images to this height and width in pixels")
+    stream: bool | None = option(
+        None,
+        "have images decoded by worker processes when they are needed, not once and for all; null: "
+        "if their pixels would take more than 4 GiB",
+    )
+    workers: int | None = option(None, "processes that decode a stream (one a core, at most 8)")
+    max_unreadable: float = option(
+        0.01, "share of a stream's images that may be unreadable: they are left out and listed"
+    )
     augment: list[Augmentation] = option(
         [],
-        "any of crop, translate, flip, alternate, cutout, on training batches; translate shifts by "
-        "fewer pixels than crop and mirrors the border, alternate flips every other epoch",
+        "any of crop, translate, flip, alternate, cutout, on training batches; crop of a stream "
+        "takes a window of random area and proportions; translate shifts by fewer pixels than crop "
+        "and mirrors the border; alternate flips every other epoch",
     )
     tta: bool = option(
         False, "after the last epoch also answer for mirrored and shifted images, averaged"
@@ -81,7 +95,11 @@ class DataConfig:
                 raise ValueError(
                     f"augment must be any of {', '.join(get_args(Augmentation))}, got {name!r}"
                 )
+        if self.workers is not None:
+            _at_least(self, "workers", 0)
         _switches(self, "tta")
+        if self.stream is not None:
+            _switches(self, "stream")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,14 +25,16 @@ __all__ = ["Record", "check_writable", "new_folder", "provenance", "read_json", 
 
 class Record:
     """A run folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoint.safetensors``,
-    ``results.json``, ``report.html``.
+    ``results.json``, ``report.html``, and ``unreadable.txt`` where images could not be read.
 
     The first line of its config says that it is ours and of what ``kind``: ``"train"``,
     ``"compare"``, ``"profile"`` or ``"reproduce"``. Opening one writes nothing; :meth:`start` makes
     it.
     """
 
-    FILES = ("metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors")
+    FILES = (
+        "metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors", "unreadable.txt"
+    )  # fmt: skip
 
     def __init__(self, folder: str | Path, kind: str = "train") -> None:
         self.folder = Path(folder)
@@ -116,6 +118,16 @@ class Record:
         """Add one line to ``metrics.jsonl``, complete on disk when this returns."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
+
+    def write_unreadable(self, reasons: Iterable[str]) -> None:
+        """Add what could not be read, and why, to ``unreadable.txt``, a line each; no file is made
+        for none."""
+        path = self.folder / "unreadable.txt"
+        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = dict.fromkeys([*known, *(" ".join(reason.split()) for reason in reasons)])
+        if len(lines) > len(known):
+            text = "".join(f"{line}\n" for line in lines)
+            replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json`` in one go: it is whole or not there."""

@@ -57,6 +57,7 @@ def train(
 
     def on_epoch(row: dict[str, Any]) -> None:
         record.append_metrics(row)
+        record.write_unreadable(trainer.data.unreadable)
         if math.isfinite(row["loss"]):  # keep the last good one of a run that diverges
             save()
 
@@ -69,6 +70,7 @@ def train(
     )
     if status == "interrupted":
         save()
+    record.write_unreadable(trainer.data.unreadable)
     results = _summary(trainer, status, time.time() - started)
     record.write_results(results)
     return results
@@ -92,6 +94,7 @@ def _summary(trainer: Trainer, status: str, wall_seconds: float) -> dict[str, An
         "config": dataclasses.asdict(config),
         "history": trainer.history,
         "unfinished_epoch": unfinished,
+        "unreadable_images": len(trainer.data.unreadable),
         "parameters": parameter_count(model),
         "macs": inference_macs(model, example_batch(config, trainer.data)),
         "train_seconds": trainer.seconds + trainer.epoch_seconds,

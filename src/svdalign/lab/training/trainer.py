@@ -72,7 +72,7 @@ class Trainer:
         self.epoch_seconds = 0.0
         self.diverged = False
         self.history: list[dict[str, Any]] = []
-        device = data.train.images.device
+        device = data.train.device
         self.loss_sum = torch.zeros((), device=device)
         self.accuracy_sum = torch.zeros((), device=device)
         # Steps of one size: what is left over of an epoch is dropped, other images each time.

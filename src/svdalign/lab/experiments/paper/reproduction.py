@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from ....alignment import alignment, descent
@@ -317,10 +318,9 @@ class _Angles:
     def _batch(
         self, config: RunConfig, data: ImageData, chosen: slice, size: int
     ) -> tuple[Tensor, Tensor]:
-        images, labels = data.train.images[chosen][:size], data.train.labels[chosen][:size]
-        split = dataclasses.replace(data.train, images=images, labels=labels)
+        split = data.train.take(np.arange(len(data.train))[chosen][:size])
         x = example_batch(config, dataclasses.replace(data, train=split), size)
-        return x, labels
+        return x, split.labels
 
     def __call__(self, learner: Learner) -> dict[str, Any]:
         found = alignment(learner.model, learner, *self.batches[0])
