@@ -160,6 +160,8 @@ def test_convolutions_are_he_initialised() -> None:
 
 # Parameters, and multiply-accumulates at 224 pixels, as published for 1000 classes.
 LARGE = {
+    "resnet18": (11_689_512, 1.81e9),
+    "vit_s16": (22_050_664, 4.6e9),
     "resnet50": (25_557_032, 4.09e9),
     "resnet101": (44_549_160, 7.80e9),
     "vit_b16": (86_567_656, 17.6e9),

@@ -1,5 +1,5 @@
 """Plain networks to train, all scalable in width: an MLP, small CNNs, VGGs, CIFAR ResNets and
-MobileNetV1; and large ones whose costs are of interest: ResNet-50 and -101, ViT-B/16 and ViT-L/16.
+MobileNetV1; and those of ImageNet: ResNet-18, -50 and -101, ViT-S/16, -B/16 and -L/16.
 
 They know nothing of factors or units: :func:`svdalign.factorize` takes them like any other module.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ._airbench import Whitening, airbench
-from ._imagenet import resnet50, resnet101
+from ._imagenet import resnet18, resnet50, resnet101
 from ._mlp import mlp
 from ._mobilenet import mobilenet_v1
 from ._resnet import resnet20, resnet32
 from ._smallconv import smallconv
 from ._vgg import vgg8, vgg13
-from ._vit import vit_b16, vit_l16
+from ._vit import vit_b16, vit_l16, vit_s16
 
 __all__ = ["Whitening", "available", "build"]
 
@@ -39,8 +39,10 @@ _MODELS = {
     "resnet20": _Entry(resnet20, 8),
     "resnet32": _Entry(resnet32, 8),
     "mobilenet_v1": _Entry(mobilenet_v1, 8),
+    "resnet18": _Entry(resnet18, 8),
     "resnet50": _Entry(resnet50, 8),
     "resnet101": _Entry(resnet101, 8),
+    "vit_s16": _Entry(vit_s16, 16),
     "vit_b16": _Entry(vit_b16, 16),
     "vit_l16": _Entry(vit_l16, 16),
 }

@@ -1,10 +1,14 @@
-"""ResNet-50 and -101 of He et al. 2016 with stride in the 3x3 convolution, as commonly trained."""
+"""ImageNet ResNets of He et al. 2016; those with bottlenecks have their stride in the 3x3
+convolution, as commonly trained."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ._layers import conv_bn, he_init, scaled
+from ._resnet import BasicBlock
 
 
 class Bottleneck(nn.Module):
@@ -30,25 +34,37 @@ class Bottleneck(nn.Module):
         return out
 
 
-def _resnet(depths: tuple[int, ...], num_classes: int, in_channels: int, width: float) -> nn.Module:
-    """A 7x7 stem and a pooling, four stages, a linear classifier."""
+def _resnet(
+    block: Callable[[int, int, int], nn.Module],
+    growth: int,
+    depths: tuple[int, ...],
+    num_classes: int,
+    in_channels: int,
+    width: float,
+) -> nn.Module:
+    """A 7x7 stem and a pooling, four stages of blocks that give ``growth`` times their inner
+    channels, a linear classifier."""
     channels = scaled(64, width)
     net = nn.Sequential()
     pooling = nn.MaxPool2d(3, 2, padding=1)
     net.append(nn.Sequential(*conv_bn(in_channels, channels, 7, 2), nn.ReLU(), pooling))
     for i, depth in enumerate(depths):
         inner = scaled(64 * 2**i, width)
-        for block in range(depth):
-            net.append(Bottleneck(channels, inner, 2 if i and not block else 1))
-            channels = 4 * inner
+        for number in range(depth):
+            net.append(block(channels, inner, 2 if i and not number else 1))
+            channels = growth * inner
     net.extend((nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)))
     he_init(net)
     return net
 
 
+def resnet18(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    return _resnet(BasicBlock, 1, (2, 2, 2, 2), num_classes, in_channels, width)
+
+
 def resnet50(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    return _resnet((3, 4, 6, 3), num_classes, in_channels, width)
+    return _resnet(Bottleneck, 4, (3, 4, 6, 3), num_classes, in_channels, width)
 
 
 def resnet101(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    return _resnet((3, 4, 23, 3), num_classes, in_channels, width)
+    return _resnet(Bottleneck, 4, (3, 4, 23, 3), num_classes, in_channels, width)

@@ -1,4 +1,5 @@
-"""Vision transformers of Dosovitskiy et al. 2021, table 1, on patches of 16x16 pixels."""
+"""Vision transformers on patches of 16x16 pixels: -B and -L of Dosovitskiy et al. 2021, table 1,
+and -S of Touvron et al. 2021, table 1."""
 
 from __future__ import annotations
 
@@ -65,6 +66,10 @@ class ViT(nn.Module):
         h = torch.cat([self.token.expand(h.shape[0], -1, -1), h], 1) + self.positions
         logits: Tensor = self.classifier(self.norm(self.blocks(h))[:, 0])
         return logits
+
+
+def vit_s16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    return ViT(12, scaled(6, width), num_classes, in_channels, image_size)
 
 
 def vit_b16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:

@@ -1,0 +1,161 @@
+"""What loading images from disk takes: resident memory by the number of images, and images a second.
+
+    python benchmarks/streaming.py [--counts 1000 20000] [--out benchmarks/results/streaming.json]
+
+Makes JPEG files of 500 x 375 pixels, ImageNet's mean size, as an image folder, Parquet files and tar
+files. For each of these and each number of images, a fresh process runs one epoch of random windows
+of 224 x 224 pixels in batches of 64. It notes its own peak resident memory and its worker processes',
+as Linux has them, and what they share counts in each. Speed is per second of wall clock, and per
+second of the processors' time, which other load on the machine leaves alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from svdalign.lab import data
+from svdalign.lab.training.record import provenance, write_json
+
+CLASSES, SHARD, TEST = 10, 500, 100  # SHARD: images a file
+SIZE, BATCH = 224, 64
+
+
+def jpeg(number: int) -> bytes:
+    """Smooth shapes and some noise, as large a file as a photograph of that size."""
+    draw = np.random.default_rng(number)
+    coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+    pixels += draw.normal(0, 14, pixels.shape).astype(int)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def write(kind: str, folder: Path, blobs: list[bytes], count: int) -> None:
+    """``count`` files that take turns with the contents of ``blobs``, and :data:`TEST` more."""
+    for split, total in (("train", count), ("val", TEST)):
+        for start in range(0, total, SHARD):
+            numbers = range(start, min(start + SHARD, total))
+            if kind == "folder":
+                for i in numbers:
+                    place = folder / split / f"n{i % CLASSES:08d}"
+                    place.mkdir(parents=True, exist_ok=True)
+                    (place / f"{i:07d}.JPEG").write_bytes(blobs[i % len(blobs)])
+            elif kind == "parquet":
+                table = {
+                    "image": pyarrow.array(
+                        [{"bytes": blobs[i % len(blobs)], "path": None} for i in numbers],
+                        pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+                    ),
+                    "label": pyarrow.array([i % CLASSES for i in numbers]),
+                }
+                file = folder / f"{split}-{start // SHARD:05d}.parquet"
+                pyarrow.parquet.write_table(pyarrow.table(table), file, row_group_size=100)
+            else:
+                with tarfile.open(folder / f"{split}-{start // SHARD:05d}.tar", "w") as tar:
+                    for i in numbers:
+                        label = str(i % CLASSES).encode()
+                        for suffix, content in (("jpg", blobs[i % len(blobs)]), ("cls", label)):
+                            member = tarfile.TarInfo(f"{i:07d}.{suffix}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+
+
+def peak(process: int | str) -> int:
+    """Bytes of memory that a process has had resident at most."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def measure(kind: str, folder: str, workers: int) -> dict[str, Any]:
+    """One epoch, in this process."""
+    started, busy = time.perf_counter(), cpu_seconds()
+    images = data.load(kind, data_dir=folder, image_size=SIZE, stream=True, workers=workers)
+    opened = time.perf_counter() - started
+    started, busy = time.perf_counter(), cpu_seconds()
+    epoch = data.batches(
+        images.train,
+        BATCH,
+        mean=images.mean,
+        std=images.std,
+        shuffle=True,
+        augment=data.Augment(crop=1, flip=True),
+    )
+    seen, children = 0, 0
+    for number, (x, _) in enumerate(epoch):
+        seen += len(x)
+        if number % 10 == 0:
+            peaks = [peak(child.pid) for child in multiprocessing.active_children() if child.pid]
+            children = max([children, *peaks])
+    return {
+        "open_seconds": opened,
+        "images": seen,
+        "peak_bytes": peak("self"),
+        "peak_bytes_of_a_worker": children,
+        "images_per_second": seen / (time.perf_counter() - started),
+        "images_per_cpu_second": seen / (cpu_seconds() - busy),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 20000])
+    parser.add_argument("--kinds", nargs="+", default=["folder", "parquet", "webdataset"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
+    parser.add_argument("--measure", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(*options.measure, options.workers)))
+        return 0
+    blobs = [jpeg(number) for number in range(100)]
+    rows = []
+    for kind, count in itertools.product(options.kinds, options.counts):
+        with tempfile.TemporaryDirectory() as folder:
+            write(kind, Path(folder), blobs, count)
+            # What is freed goes back to the system at once: the peak is one of what is in use.
+            done = subprocess.run(
+                [sys.executable, __file__, "--workers", str(options.workers)]
+                + ["--measure", kind, folder],
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        rows.append({"kind": kind, "files": count, **json.loads(done.stdout)})
+        print(rows[-1], flush=True)
+    jpegs = {"count": len(blobs), "mean_bytes": sum(map(len, blobs)) / len(blobs)}
+    setting = {"size": SIZE, "batch": BATCH, "workers": options.workers, "jpegs": jpegs}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, {**setting, "rows": rows, **provenance("cpu")})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
