@@ -1,12 +1,13 @@
-"""What loading images from disk takes: resident memory by the number of images, and images a second.
+"""What streaming images takes: resident memory by their number, and images a second.
 
-    python benchmarks/streaming.py [--counts 1000 20000] [--out benchmarks/results/streaming.json]
+    python benchmarks/streaming.py [--kinds folder] [--out benchmarks/results/streaming.json]
 
-Makes JPEG files of 500 x 375 pixels, ImageNet's mean size, as an image folder, Parquet files and tar
-files. For each of these and each number of images, a fresh process runs one epoch of random windows
-of 224 x 224 pixels in batches of 64. It notes its own peak resident memory and its worker processes',
-as Linux has them, and what they share counts in each. Speed is per second of wall clock, and per
-second of the processors' time, which other load on the machine leaves alone.
+Makes JPEG files as an image folder, Parquet files and tar files. For each of these and each of
+:data:`JOBS`, a fresh process runs one epoch of random windows in batches of 64. It notes its own
+peak resident memory and that of its largest worker process, as Linux has them; what they share
+counts in each. Speed is per second of wall clock, and per second of the processors' time, which
+other load on the machine leaves alone. The last job's files are of 500 x 375
+pixels, ImageNet's mean.
 """
 
 from __future__ import annotations
@@ -35,14 +36,19 @@ from svdalign.lab import data
 from svdalign.lab.training.record import provenance, write_json
 
 CLASSES, SHARD, TEST = 10, 500, 100  # SHARD: images a file
-SIZE, BATCH = 224, 64
+BATCH = 64
+
+# Number of images, their width in pixels, and the size of the windows.
+JOBS = [(1000, 160, 64), (20000, 160, 64), (1000, 500, 224)]
 
 
-def jpeg(number: int) -> bytes:
+def jpeg(number: int, width: int) -> bytes:
     """Smooth shapes and some noise, as large a file as a photograph of that size."""
     draw = np.random.default_rng(number)
     coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+    pixels = np.asarray(coarse.resize((width, width * 3 // 4), Image.Resampling.BICUBIC)).astype(
+        int
+    )
     pixels += draw.normal(0, 14, pixels.shape).astype(int)
     stream = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
@@ -91,10 +97,10 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def measure(kind: str, folder: str, workers: int) -> dict[str, Any]:
+def measure(kind: str, folder: str, size: int, workers: int) -> dict[str, Any]:
     """One epoch, in this process."""
-    started, busy = time.perf_counter(), cpu_seconds()
-    images = data.load(kind, data_dir=folder, image_size=SIZE, stream=True, workers=workers)
+    started = time.perf_counter()
+    images = data.load(kind, data_dir=folder, image_size=size, stream=True, workers=workers)
     opened = time.perf_counter() - started
     started, busy = time.perf_counter(), cpu_seconds()
     epoch = data.batches(
@@ -125,34 +131,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 20000])
     parser.add_argument("--kinds", nargs="+", default=["folder", "parquet", "webdataset"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
-    parser.add_argument("--measure", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure, options.workers)))
+        kind, folder, size = options.measure
+        print(json.dumps(measure(kind, folder, int(size), options.workers)))
         return 0
-    blobs = [jpeg(number) for number in range(100)]
     rows = []
-    for kind, count in itertools.product(options.kinds, options.counts):
+    for kind, (count, width, size) in itertools.product(options.kinds, JOBS):
+        blobs = [jpeg(number, width) for number in range(100)]
         with tempfile.TemporaryDirectory() as folder:
             write(kind, Path(folder), blobs, count)
-            # What is freed goes back to the system at once: the peak is one of what is in use.
+            program = [sys.executable, __file__, "--workers", str(options.workers)]
             done = subprocess.run(
-                [sys.executable, __file__, "--workers", str(options.workers)]
-                + ["--measure", kind, folder],
+                [*program, "--measure", kind, folder, str(size)],
+                # What is freed goes back to the system at once: the peak is one of what is in use.
                 env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
                 capture_output=True,
                 text=True,
                 check=True,
             )
-        rows.append({"kind": kind, "files": count, **json.loads(done.stdout)})
+        job = {"kind": kind, "files": count, "width": width, "size": size}
+        job["mean_file_bytes"] = round(sum(map(len, blobs)) / len(blobs))
+        rows.append(job | json.loads(done.stdout))
         print(rows[-1], flush=True)
-    jpegs = {"count": len(blobs), "mean_bytes": sum(map(len, blobs)) / len(blobs)}
-    setting = {"size": SIZE, "batch": BATCH, "workers": options.workers, "jpegs": jpegs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    setting = {"batch": BATCH, "workers": options.workers}
     write_json(options.out, {**setting, "rows": rows, **provenance("cpu")})
     return 0
 
