@@ -1,5 +1,6 @@
 """Train neural networks without a global backward pass, in the SVD space of their weights."""
 
+from . import parallel, rules
 from .alignment import alignment
 from .engine import Learner, StepReport
 from .export import compact
@@ -20,6 +21,8 @@ __all__ = [
     "factorize",
     "fuse",
     "load",
+    "parallel",
     "reduce_rank",
+    "rules",
     "save",
 ]

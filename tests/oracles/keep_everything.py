@@ -1,7 +1,8 @@
 """The gradients of streaming local learning, from a pass that streams nothing.
 
 The model runs once and keeps its whole graph. Every unit's loss is differentiated through that
-graph to the parameters of the units within its horizon, and to no others.
+graph to the parameters of the units within its horizon, and to no others. ``borders``: indices of
+units that no gradient travels past.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def gradients(
     parameters: Sequence[Sequence[str]],
     loss: UnitLoss,
     horizon: int,
+    borders: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     outputs: list[Tensor] = []
 
@@ -41,7 +43,7 @@ def gradients(
     named = dict(model.named_parameters())
     total: dict[str, Tensor] = {}
     for i, unit_loss in enumerate(losses):
-        for j in range(max(0, i - horizon), i + 1):
+        for j in range(max(0, i - horizon, *(b for b in borders if b <= i)), i + 1):
             within = [n for n in parameters[j] if named[n].requires_grad]
             grads = torch.autograd.grad(
                 unit_loss, [named[n] for n in within], retain_graph=True, allow_unused=True

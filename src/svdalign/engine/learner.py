@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -126,6 +127,9 @@ class Learner:
         self._kind: Kind | None = "classes" if loss is None and task is None else task
         self.retraction, self.retract_every = retraction, retract_every
         self.steps = 0
+        # What training on several processes replaces (svdalign.parallel).
+        self._one_pass: Callable[..., Tensor | None] = stream
+        self._retired: Callable[[Unit, list[nn.Parameter]], None] = lambda unit, parameters: None
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
@@ -259,8 +263,7 @@ class Learner:
         scale = _unscaled if scale is None else scale
         if self.horizon is None:
             return self._backpropagate(x, y, scale)
-        z, losses = self._stream(x, y, scale)
-        return StepReport(losses[OUTPUT], self._task.accuracy(z, y), losses)
+        return self._stream(x, y, scale)
 
     def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
         """The rule's gradients for a batch, of each parameter's shape by its name; nothing is
@@ -321,7 +324,7 @@ class Learner:
         loss = loss.detach()
         return StepReport(loss, self._task.accuracy(z.detach(), y), {OUTPUT: loss})
 
-    def _stream(self, x: Any, y: Tensor, scale: Scale) -> tuple[Tensor, dict[str, Tensor]]:
+    def _stream(self, x: Any, y: Tensor, scale: Scale) -> StepReport:
         assert self.horizon is not None
         needs_error = self.rule.error == "output" and len(self.feedback) > 0
         supervision = Supervision(
@@ -350,9 +353,10 @@ class Learner:
             if parameters:
                 torch.autograd.backward(heads, inputs=parameters)
             self._finish(unit, scale)
+            self._retired(unit, parameters)
 
         with self._recomputing():
-            z = stream(
+            z = self._one_pass(
                 self.model,
                 self.plan,
                 x,
@@ -360,9 +364,11 @@ class Learner:
                 unit_loss=unit_loss,
                 unit_backward=unit_backward,
             )
+        if z is None:  # another process has the units after these
+            return StepReport(torch.full((), math.nan), None, losses)
         if OUTPUT not in losses:  # its unit has been frozen
             losses[OUTPUT] = self._loss(z, y).detach()
-        return z, losses
+        return StepReport(losses[OUTPUT], self._task.accuracy(z, y), losses)
 
     @property
     def _task(self) -> Task:

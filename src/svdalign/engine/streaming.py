@@ -64,8 +64,14 @@ class _Segment:
 
 class _Stream:
     def __init__(
-        self, plan: Plan, horizon: int, unit_loss: UnitLoss, unit_backward: UnitBackward
+        self,
+        plan: Plan,
+        horizon: int,
+        unit_loss: UnitLoss,
+        unit_backward: UnitBackward,
+        leave: Callable[[Any], None] | None,
     ) -> None:
+        self.leave = leave
         self.units = {(unit.exit, unit.call): i for i, unit in enumerate(plan.units[:-1])}
         self.inplace = {unit.exit for unit in plan.units if unit.inplace}
         self.plan, self.next = plan, 0
@@ -81,7 +87,13 @@ class _Stream:
                 return None
             # Recomputation (gradient checkpointing) runs modules again while a unit goes backward:
             # it has to meet the same cuts, and nothing else.
-            return self.exit(path, output) if self.active else self.cut(path, output)[0]
+            if not self.active:
+                return self.cut(path, output)[0]
+            handed_on = self.exit(path, output)
+            if self.leave is not None and self.next == len(self.units):
+                self.leave(handed_on)
+                raise _Left
+            return handed_on
 
         # A module that is compiled with its hooks would take the edges into its own graph.
         return cast(Callable[..., Any], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
@@ -221,21 +233,29 @@ def stream(
     horizon: int,
     unit_loss: UnitLoss,
     unit_backward: UnitBackward,
-) -> Tensor:
+    leave: Callable[[Any], None] | None = None,
+) -> Tensor | None:
     """One streaming pass over ``x``; returns the network's output, detached.
 
     ``unit_loss`` is called once for each unit as its output is computed, the output's own unit
     last; ``unit_backward`` is called once for each unit, in order, before its graph is dropped.
+    ``leave``: given what the last unit but the output's hands on; the pass ends there, with None.
     """
-    state = _Stream(plan, horizon, unit_loss, unit_backward)
+    state = _Stream(plan, horizon, unit_loss, unit_backward, leave)
     with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
-        z = forward(model, x)
-        if z.requires_grad:
+        z: Tensor | None = None
+        with contextlib.suppress(_Left):
+            z = forward(model, x)
+        if z is not None and z.requires_grad:
             state.learn(len(plan.units) - 1, [z], [], 0)
         state.active = False
         while state.window:
             state.pop()
-    return z.detach()
+    return None if z is None else z.detach()
+
+
+class _Left(BaseException):
+    """Ends a pass early. No ``except Exception`` of the model's own stops it."""
 
 
 @contextlib.contextmanager

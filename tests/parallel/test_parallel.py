@@ -1,0 +1,175 @@
+"""Several processes compute what one does: with units side by side, and with samples."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.oracles import keep_everything
+from tests.parallel import worker
+from torch import nn
+
+import svdalign as sva
+from svdalign import parallel
+from svdalign.rules import SSA
+
+#: Processes that start without importing torch anew.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "svdalign.parallel"])
+
+
+def run(job: str, folder: Path, size: int, *arguments: Any) -> list[str]:
+    """``job`` of the worker on ``size`` processes; what went wrong on each, "" for nothing."""
+    processes = [
+        CONTEXT.Process(target=worker.main, args=(job, rank, size, folder, *arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "a process hangs"
+    found = []
+    for rank, process in enumerate(processes):
+        file = folder / f"error{rank}.txt"
+        found.append(file.read_text() if file.exists() else "ended" * (process.exitcode != 0))
+    return found
+
+
+def succeed(job: str, folder: Path, size: int, *arguments: Any) -> None:
+    assert not any(errors := run(job, folder, size, *arguments)), "\n".join(errors)
+
+
+def same(a: Any, b: Any, path: str = "") -> None:
+    """Two states alike, to rounding."""
+    if isinstance(a, dict | list | tuple):
+        pairs = enumerate(a) if isinstance(a, list | tuple) else a.items()
+        assert len(a) == len(b), path
+        for key, value in pairs:
+            same(value, b[key], f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text: f"{path}: {text}")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize(("kind", "size"), [("chain", 2), ("chain", 3), ("residual", 2)])
+def test_units_on_several_processes_learn_as_on_one(tmp_path: Path, kind: str, size: int) -> None:
+    succeed("layers", tmp_path, size, kind, 0)
+    one = worker.learner(kind)
+    losses = []
+    for i, (x, y) in enumerate(worker.batches(8)):
+        if i == 6:
+            sva.reduce_rank(one.model, one.optimizer, rank=2)
+        losses.append(one.step(x, y).loss)
+    one.model.eval()
+    found = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(size)]
+    torch.testing.assert_close(found[-1]["losses"], torch.stack(losses), rtol=1e-9, atol=1e-9)
+    assert all(f["losses"].isnan().all() for f in found[:-1])
+    for f in found:
+        assert f["foreign"]  # each has let go of some weights
+        assert sum(f["partition"]) == len(one.units)
+        with torch.no_grad():
+            torch.testing.assert_close(f["z"], one.model(worker.batches(1)[0][0]))
+    state = sva.load(tmp_path / "state.safetensors")
+    for part in ("model", "feedback", "optimizer", "steps"):
+        same(state[part], dict(one.state_dict())[part])
+    # Another number of processes goes on from the file, one included.
+    succeed("resumed", tmp_path, 5 - size, kind, 0)
+    again = worker.learner(kind)
+    sva.load(tmp_path / "state.safetensors", into=again)
+    for x, y in worker.batches(10)[8:]:
+        again.step(x, y)
+    further = sva.load(tmp_path / "further.safetensors")
+    for part in ("model", "feedback", "optimizer", "steps"):
+        same(further[part], dict(again.state_dict())[part])
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2])
+def test_a_horizon_ends_at_a_border(tmp_path: Path, horizon: int) -> None:
+    succeed("gradients", tmp_path, 2, horizon)
+    files = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    found = {**files[0]["gradients"], **files[1]["gradients"]}
+    one = worker.learner("chain", horizon)
+    matrices = []
+    for unit in one.units[:-1]:
+        B = one.feedback_of(unit)
+        matrices.append((B.U * B.s) @ B.V.mT)
+    wanted = keep_everything.gradients(
+        one.model,
+        *worker.batches(1)[0],
+        exits=[unit.exit for unit in one.units[:-1]],
+        parameters=[unit.parameters for unit in one.units],
+        loss=keep_everything.local_loss(matrices, 2, one.rule.alpha),
+        horizon=horizon,
+        borders=files[0]["partition"][:1],
+    )
+    same(found, wanted)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_samples_on_several_processes_learn_as_on_one(tmp_path: Path, size: int) -> None:
+    succeed("data", tmp_path, size)
+    one = sva.Learner(
+        sva.factorize(worker.net(norm=False), rank=0.4, scheme="channel"),
+        SSA(horizon=1, grid=2, alpha=0.0),
+        units="layer",
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
+        example=worker.batches(1)[0][0],
+    )
+    for x, y in worker.batches(5):
+        one.step(x, y)
+    state = sva.load(tmp_path / "state.safetensors")
+    for part in ("model", "feedback", "optimizer"):
+        same(state[part], dict(one.state_dict())[part])
+
+
+def test_a_process_that_ends_is_named(tmp_path: Path) -> None:
+    first, second = run("dies", tmp_path, 2)
+    assert first == "ended"
+    assert "process 0, which trains the units before, sent nothing" in second
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=8).flatmap(
+        lambda costs: st.tuples(st.just(costs), st.integers(1, len(costs)))
+    )
+)
+def test_balanced_shares_have_the_least_largest_sum(case: tuple[list[int], int]) -> None:
+    costs, parts = case
+    counts = parallel.balanced([float(c) for c in costs], parts)
+    assert len(counts) == parts
+    assert sum(counts) == len(costs)
+    assert min(counts) >= 1
+
+    def largest(ends: tuple[int, ...]) -> int:
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *ends, len(costs))))
+
+    best = min(largest(ends) for ends in itertools.combinations(range(1, len(costs)), parts - 1))
+    ends = tuple(itertools.accumulate(counts))[:-1]
+    assert largest(ends) == best
+
+
+def test_more_processes_than_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="parts must be from 1 to the number of items, 2, got 3"):
+        parallel.balanced([1.0, 2.0], 3)
+
+
+def test_backpropagation_and_the_outputs_error_are_refused() -> None:
+    x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    for options, message in (
+        ({"horizon": None}, "horizon=None is backpropagation"),
+        ({"error": "output"}, "the last process alone knows"),
+    ):
+        learner = sva.Learner(
+            model, optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x, **options
+        )
+        with pytest.raises(ValueError, match=message):
+            parallel.LayerParallel(learner, (x, torch.zeros(4, dtype=torch.long)))

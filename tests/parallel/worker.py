@@ -1,0 +1,172 @@
+"""What one process of a test does: :func:`main`, started on each of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import svdalign as sva
+from svdalign import parallel
+from svdalign.rules import SSA
+
+torch.set_num_threads(1)
+
+
+def net(norm: bool = True) -> nn.Module:
+    """A chain. No biases before norms: Adam would make steps of their rounding errors."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for a, b in ((1, 6), (6, 8), (8, 8)):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=not norm)]
+        layers += [*[nn.BatchNorm2d(b)] * norm, nn.ReLU()]
+    layers += [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 12), nn.ReLU(), nn.Linear(12, 4)]
+    return nn.Sequential(*layers).double()
+
+
+class Residual(nn.Module):
+    """A forward of its own: functional activations, a skip inside blocks, a pooled end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.body = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        for block in self.body:
+            h = block(h)
+        return self.head(h.mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().double()
+
+
+NETS = {"chain": net, "residual": residual}
+
+
+def batches(n: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 1, 6, 6, generator=g).double(),
+            torch.randint(0, 4, (size,), generator=g),
+        )
+        for _ in range(n)
+    ]
+
+
+def learner(kind: str, horizon: int = 0, **options: Any) -> sva.Learner:
+    model = sva.factorize(NETS[kind](), rank=0.4, scheme="channel")
+    return sva.Learner(
+        model,
+        SSA(horizon=horizon, grid=2),
+        units="layer" if kind == "chain" else "block",
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
+        example=batches(1)[0][0],
+        **options,
+    )
+
+
+def main(job: str, rank: int, size: int, folder: Path, *arguments: Any) -> None:
+    """Run ``job`` as one of ``size`` processes; what goes wrong is in ``errorRANK.txt``."""
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / f'meeting-{job}-{size}'}",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        JOBS[job](rank, size, folder, *arguments)
+        dist.barrier()
+    except BaseException:
+        (folder / f"error{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def layers(rank: int, size: int, folder: Path, kind: str, horizon: int) -> None:
+    """Six steps, a cut of ranks, two more; the output and the whole state afterwards."""
+    mine = learner(kind, horizon)
+    stage = parallel.LayerParallel(mine, batches(1)[0])
+    foreign = [n for n, p in mine.model.named_parameters() if p.is_meta]
+    losses = []
+    for i, (x, y) in enumerate(batches(8)):
+        if i == 6:
+            with stage.whole() as whole:
+                sva.reduce_rank(whole.model, whole.optimizer, rank=2)
+        losses.append(stage.step(x, y).loss)
+    mine.model.eval()
+    z = stage(batches(1)[0][0])
+    stage.save(folder / "state.safetensors")
+    torch.save(
+        {"losses": torch.stack(losses), "z": z, "foreign": foreign, "sent": stage.sent,
+         "partition": stage.partition},
+        folder / f"rank{rank}.pt",
+    )  # fmt: skip
+
+
+def resumed(rank: int, size: int, folder: Path, kind: str, horizon: int) -> None:
+    """Two steps more from the file that another number of processes wrote."""
+    mine = learner(kind, horizon)
+    sva.load(folder / "state.safetensors", into=mine)
+    stage = parallel.LayerParallel(mine, batches(1)[0])
+    for x, y in batches(10)[8:]:
+        stage.step(x, y)
+    stage.save(folder / "further.safetensors")
+
+
+def gradients(rank: int, size: int, folder: Path, horizon: int) -> None:
+    """The gradients of one batch."""
+    stage = parallel.LayerParallel(learner("chain", horizon), batches(1)[0])
+    stage.backward(*batches(1)[0])
+    found = {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}
+    torch.save({"gradients": found, "partition": stage.partition}, folder / f"rank{rank}.pt")
+
+
+def data(rank: int, size: int, folder: Path) -> None:
+    """Five steps, each process with its share of every batch."""
+    model = sva.factorize(net(norm=False), rank=0.4, scheme="channel")
+    mine = sva.Learner(
+        model,
+        SSA(horizon=1, grid=2, alpha=0.0),
+        units="layer",
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
+        example=batches(1)[0][0],
+        seed=rank,  # the first process's feedback is the one that counts
+    )
+    side = parallel.DataParallel(mine)
+    for x, y in batches(5):
+        side.step(x.chunk(size)[rank], y.chunk(size)[rank])
+    if rank == 0:
+        sva.save(mine, folder / "state.safetensors")
+
+
+def dies(rank: int, size: int, folder: Path) -> None:
+    """The first process ends after a step; the second says so."""
+    stage = parallel.LayerParallel(learner("chain"), batches(1)[0])
+    for i, (x, y) in enumerate(batches(5)):
+        if rank == 0 and i == 2:
+            os._exit(9)
+        stage.step(x, y)
+
+
+JOBS = {job.__name__: job for job in (layers, resumed, gradients, data, dies)}
