@@ -22,11 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdalign.lab.experiments.methods import named_settings
-from svdalign.lab.experiments.page import count, number
 from svdalign.lab.experiments.paper.draw import experiment_table
-from svdalign.lab.experiments.report import break_even_rows
 from svdalign.lab.experiments.search import best
+from svdalign.lab.reports.page import count, number
+from svdalign.lab.reports.tables import break_even_rows, named_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)

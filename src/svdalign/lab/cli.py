@@ -101,7 +101,7 @@ def _declare_train(parser: _Parser) -> None:
 
 @command("train", "one rule on one network and data set", _declare_train)
 def _train(options: dict[str, Any]) -> int:
-    from .experiments.report import run_page
+    from .reports import run_page
     from .training.build import build_learner, load_data, prepare_machine
     from .training.checkpoint import load_checkpoint
     from .training.config import RunConfig, evaluated_on, from_dict
@@ -161,7 +161,7 @@ def _declare_compare(parser: _Parser) -> None:
 @command("compare", "several rules on the same data and budget; table and report", _declare_compare)
 def _compare(options: dict[str, Any]) -> int:
     from .experiments.compare import CompareConfig, Comparison
-    from .experiments.report import console_table
+    from .reports import comparison_table
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
 
@@ -174,7 +174,7 @@ def _compare(options: dict[str, Any]) -> int:
             comparison.measure_costs()
         with progress_for(console, comparison.pending) as progress:
             results = comparison.run(progress=progress, stop=lambda: interrupt.requested)
-    console.print(console_table(results))
+    console.print(comparison_table(results))
     _say(console, f"report: {comparison.folder / 'report.html'}")
     if results["status"] == "interrupted":
         same = f"the same command{' without --overwrite' * overwrite}"
@@ -265,7 +265,7 @@ def _declare_profile(parser: _Parser) -> None:
 @command("profile", "memory, arithmetic and time of a training step, by method", _declare_profile)
 def _profile(options: dict[str, Any]) -> int:
     from .experiments.profile import Profile, ProfileConfig
-    from .experiments.report import break_even_table, profile_table
+    from .reports import break_even_table, profile_table
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
     with _usage_errors():

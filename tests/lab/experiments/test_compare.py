@@ -13,7 +13,7 @@ from rich.console import Console
 from svdalign.lab.experiments import METHODS, CompareConfig, Comparison
 from svdalign.lab.experiments.compare import summarise
 from svdalign.lab.experiments.methods import method_config
-from svdalign.lab.experiments.report import console_table
+from svdalign.lab.reports import comparison_table
 from svdalign.rules import get
 
 TINY: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_what_one_method_has_for_itself_is_told_with_the_results(tmp_path: Path)
     settings = {"ssa": {"recompute": True, "epochs": 1, "options": {"alpha": 2.0}}}
     results = compare(tmp_path, settings=settings)
     table, told = io.StringIO(), "SSA, horizon 2: recompute, epochs 1, alpha 2.0"
-    Console(file=table, width=100).print(console_table(results))
+    Console(file=table, width=100).print(comparison_table(results))
     assert told in table.getvalue()
     assert told in (tmp_path / "report.html").read_text()
 
@@ -166,7 +166,7 @@ def test_interrupted_it_tells_what_it_has_and_goes_on_later(tmp_path: Path) -> N
     assert not ssa["complete"]
     assert ssa["accuracy"] == results["runs"][1]["history"][0]["test_accuracy"]
     table = io.StringIO()
-    Console(file=table, width=100).print(console_table(results))
+    Console(file=table, width=100).print(comparison_table(results))
     assert "% so far" in table.getvalue()
     assert "Interrupted" in (tmp_path / "report.html").read_text()
     assert Comparison(CompareConfig(**TINY), tmp_path).pending == 1
@@ -181,7 +181,7 @@ def test_interrupted_before_anything_is_measured(tmp_path: Path) -> None:
     assert results["status"] == "interrupted"
     assert results["runs"] == []
     assert [row["accuracy"] for row in results["summary"]] == [None, None]
-    Console(file=io.StringIO()).print(console_table(results))
+    Console(file=io.StringIO()).print(comparison_table(results))
 
 
 def test_rates_can_be_given_by_method() -> None:

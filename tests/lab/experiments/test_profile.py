@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from svdalign.lab.experiments.profile import CHECKPOINTED, Profile, ProfileConfig
-from svdalign.lab.experiments.report import break_even_table, profile_table
+from svdalign.lab.reports import break_even_table, profile_table
 
 TINY: dict[str, Any] = {
     "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,

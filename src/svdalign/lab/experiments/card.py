@@ -16,12 +16,14 @@ from ...engine.forward import evaluating
 from ...factors import FactoredLayer
 from ..costs import alternate, inference_macs, parameter_count
 from ..data import ImageData, batches
+from ..reports import card_text
 from ..training.build import build_model, evaluate, example_batch, memory_format
-from ..training.config import DENSE, RunConfig, evaluated_on
+from ..training.config import DENSE, RunConfig
 from ..training.record import check_writable, provenance, write_json
+from ..training.run import describe
 from ..training.trainer import Trainer
 
-__all__ = ["BATCHES", "card", "latency", "markdown", "ship"]
+__all__ = ["BATCHES", "card", "latency", "ship"]
 
 BATCHES = (1, 128)  #: sizes at which latency is measured
 IMAGES = 64  #: real images on which files are checked
@@ -69,7 +71,7 @@ def ship(
         )
     content = card(trainer, small, files)
     write_json(folder / "card.json", content)
-    (folder / "card.md").write_text(markdown(content), encoding="utf-8")
+    (folder / "card.md").write_text(card_text(content), encoding="utf-8")
     return content
 
 
@@ -85,10 +87,10 @@ def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dic
         "width": config.width,
         "input": {"shape": list(x.shape[1:]), "mean": list(data.mean), "std": list(data.std)},
         "classes": list(data.classes),
+        "data": describe(data),
         "layers": _layers(model, small),
         "modules": str(small),
         "training": {
-            "data": data.name,
             "rule": config.rule,
             "epochs": trainer.epoch,
             "seed": config.seed,
@@ -130,80 +132,6 @@ def latency(
             }
         )
     return rows
-
-
-#: What each file is for.
-_USES = {
-    "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
-    "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
-    "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
-}
-
-
-def markdown(content: dict[str, Any]) -> str:
-    """The card for people."""
-    shape = content["input"]["shape"]
-    counts = {"parameters": "parameters", "multiply-accumulates an image": "macs"}
-    versus = [
-        (label, *(f"{content[key][k]:,}" for k in ("compact", "dense")), content[key]["ratio"])
-        for label, key in counts.items()
-    ] + [
-        (f"latency, batch {row['batch']}", f"{1e3 * row['seconds']:.2f} ms",
-         f"{1e3 * row['dense_seconds']:.2f} ms", row["ratio"])
-        for row in content["latency"]
-    ]  # fmt: skip
-    training, images = content["training"], evaluated_on(content["config"]["validation"])
-    machine = content["machine"]
-    means, deviations = (
-        ", ".join(f"{v:.4f}" for v in content["input"][key]) for key in ("mean", "std")
-    )
-    lines = [
-        f"# {content['network']}, width {content['width']:g}",
-        "",
-        f"{images.capitalize()} accuracy **{content['test_accuracy']:.2%}** on "
-        f"{training['data']}, trained for "
-        f"{training['epochs']} epochs by rule `{training['rule']}` (seed {training['seed']}).",
-        "",
-        f"Input: float32, (N, {', '.join(map(str, shape))}), pixels from 0 to 1, less the mean "
-        f"({means}), over the deviation ({deviations}), channel by channel. Output: logits, "
-        f"(N, {len(content['classes'])}), in this order: {', '.join(content['classes'])}.",
-        "",
-        *_table(("", "compact", "dense", "ratio"), [(*row[:3], f"{row[3]:.2f}") for row in versus]),
-        "",
-        f"Dense is the same network with dense weights. Latency: {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {content['torch']}, medians of runs in turns.",
-        "",
-        "## Files",
-        "",
-        f"Each was loaded again and compared with the trained model on {images} images.",
-        "",
-        *_table(
-            ("file", "bytes", "largest difference"),
-            [(f"`{f['name']}`", f"{f['bytes']:,}", f"{f['max_abs_difference']:.1e}")
-             for f in content["files"]],
-        ),
-        "",
-        " ".join(_USES[f["name"]] for f in content["files"]),
-        "",
-        "## Layers",
-        "",
-        *_table(
-            ("layer", "rank", "of", "form"),
-            [(f"`{r['name']}`", str(r["rank"]), str(r["full_rank"]), r["form"])
-             for r in content["layers"]],
-        ),
-        "",
-        "```",
-        content["modules"],
-        "```",
-        "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    bars = ["|" + "|".join(["---"] + ["--:"] * (len(head) - 1)) + "|"]
-    return [f"| {' | '.join(head)} |", *bars, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _layers(model: nn.Module, small: nn.Module) -> list[dict[str, Any]]:

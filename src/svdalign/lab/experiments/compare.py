@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reports import comparison_page, run_page
 from ..training.build import build_learner, load_data, prepare_machine
 from ..training.config import JobConfig, RunConfig, from_dict, option, to_yaml
 from ..training.progress import Progress, Silent
 from ..training.record import Record, new_folder, provenance, read_json
-from ..training.run import train
+from ..training.run import describe, train
 from ..training.trainer import Trainer
 from . import costs
 from .methods import BACKPROP, DEFAULT, METHODS, check_settings, method_config
-from .report import comparison_page, run_page
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
 
@@ -162,13 +162,7 @@ class Comparison:
         content = {
             "status": "finished" if complete else "interrupted",
             "config": dataclasses.asdict(self.config),
-            "data": {
-                "name": self.data.name,
-                "train": len(self.data.train),
-                "test": len(self.data.test),
-                "classes": self.data.num_classes,
-                "shape": list(self.data.train.shape),
-            },
+            "data": describe(self.data),
             "summary": summarise(self.config.rules, runs, self._costs),
             "runs": runs,
             "costs": self._costs,

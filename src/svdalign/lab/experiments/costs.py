@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...engine import Learner
-from ..costs import Memory, alternate, inference_macs, parameter_count, step_memory
+from ..costs import Memory, alternate, inference_macs, parameter_count, step_macs, step_memory
 from ..data import ImageData
 from ..training.build import build_learner, precision
 from ..training.config import RunConfig
@@ -45,8 +45,9 @@ class Step:
 def measure(
     configs: Mapping[str, RunConfig], data: ImageData, *, reference: RunConfig
 ) -> dict[str, dict[str, Any]]:
-    """Costs by name of ``configs``: parameters, MACs of one image, bytes of a training step at its
-    peak and what they are, seconds of a step, and their ratio to those of ``reference``.
+    """Costs by name of ``configs``: parameters, MACs of one image and of a training step, bytes of
+    the step at its peak and what they are, seconds of a step, and their ratio to those of
+    ``reference``.
 
     All learners take their steps in turns on the same batch. They are thrown away afterwards.
     """
@@ -65,6 +66,7 @@ def measure(
         costs[name] = {
             "parameters": parameter_count(model),
             "macs": inference_macs(model, steps[name].x),
+            "step_macs": step_macs(steps[name]),
             "memory": steps[name].memory().as_dict(),
         }
     times = alternate(steps, rounds=15, seconds=SECONDS)

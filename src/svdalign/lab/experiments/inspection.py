@@ -6,20 +6,16 @@ Read off the run folder alone: no model is built and no data is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from ... import storage
 from ...factors.rank import energy_rank, rediagonalize
 from ...factors.stiefel import orthogonality_error
+from ..reports.plots import curves
 from ..training.record import Record, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["LayerState", "inspect_run", "plots", "table", "write"]
 
@@ -121,37 +117,33 @@ def write(folder: str | Path, layers: list[LayerState]) -> list[Path]:
 
 def plots(folder: str | Path, layers: list[LayerState]) -> list[Path]:
     """``ranks`` and ``spectra``, as PNG and as SVG."""
-
-    def ranks(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        for layer in layers:
-            share = [100 * rank / layer.full_rank for rank in layer.ranks]
-            axes.plot(range(1, len(share) + 1), share, marker="o", markersize=3, label=layer.name)
-        axes.set(xlabel="epoch", ylabel="rank (% of full rank)", ylim=(0, None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-    def spectra(axes: Axes) -> None:
-        for layer in layers:
-            index = [100 * (i + 1) / layer.full_rank for i in range(layer.rank)]
-            top = layer.spectrum[0] or 1.0
-            axes.plot(index, [value / top for value in layer.spectrum], label=layer.name)
-        axes.set(xlabel="index (% of full rank)", ylabel="singular value / largest", yscale="log")
-
-    return [*_plot(folder, "ranks", ranks), *_plot(folder, "spectra", spectra)]
-
-
-def _plot(folder: str | Path, name: str, draw: Callable[[Axes], None]) -> list[Path]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", title="layer", frameon=False, fontsize=8)
-    paths = [Path(folder, f"{name}.{suffix}") for suffix in ("png", "svg")]
-    for path in paths:
-        metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, dpi=150, metadata=metadata)
-    return paths
+    drawn = {
+        "ranks": curves(
+            {
+                layer.name: [
+                    [(i + 1, 100 * rank / layer.full_rank) for i, rank in enumerate(layer.ranks)]
+                ]
+                for layer in layers
+            },
+            "epoch",
+            "rank (% of full rank)",
+            whole=True,
+        ),
+        "spectra": curves(
+            {
+                layer.name: [
+                    [
+                        (100 * (i + 1) / layer.full_rank, value / (layer.spectrum[0] or 1.0))
+                        for i, value in enumerate(layer.spectrum)
+                    ]
+                ]
+                for layer in layers
+            },
+            "index (% of full rank)",
+            "singular value / largest",
+            log=True,
+        ),
+    }
+    for name, plot in drawn.items():
+        plot.save(Path(folder, name))
+    return [Path(folder, f"{name}.{kind}") for name in drawn for kind in ("png", "svg")]

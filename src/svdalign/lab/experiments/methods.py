@@ -22,7 +22,6 @@ __all__ = [
     "Method",
     "check_settings",
     "method_config",
-    "named_settings",
 ]
 
 
@@ -102,11 +101,3 @@ def check_settings(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[
                 f"settings of {name} name {', '.join(wrong)}; a run has {', '.join(known)}"
             )
     return {name: plain(fields) for name, fields in settings.items()}
-
-
-def named_settings(settings: Mapping[str, Any]) -> str:
-    """A method's own settings in words: ``units 5, recompute, widen 64``."""
-    fields = dict(settings)
-    options = fields.pop("options", {})
-    own = {**fields, **options}
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in own.items())

@@ -26,6 +26,7 @@ from ..costs import (
     time_ratios,
 )
 from ..data import ImageData, Split
+from ..reports import profile_page
 from ..training.build import (
     build_learner,
     build_model,
@@ -38,7 +39,6 @@ from ..training.record import Record, new_folder, provenance
 from .checkpointing import checkpointed, segment_sizes
 from .costs import Step
 from .methods import BACKPROP, METHODS, check_settings, method_config
-from .report import profile_page
 
 __all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..costs import inference_macs, parameter_count
+from ..data import ImageData
 from .build import example_batch
 from .checkpoint import save_checkpoint
 from .config import to_yaml
@@ -18,7 +19,7 @@ from .progress import Progress
 from .record import Record, provenance
 from .trainer import Trainer
 
-__all__ = ["train"]
+__all__ = ["describe", "train"]
 
 
 def train(
@@ -76,6 +77,17 @@ def train(
     return results
 
 
+def describe(data: ImageData) -> dict[str, Any]:
+    """What results say about the data that they are of."""
+    return {
+        "name": data.name,
+        "train": len(data.train),
+        "test": len(data.test),
+        "classes": data.num_classes,
+        "shape": list(data.train.shape),
+    }
+
+
 def _summary(trainer: Trainer, status: str, wall_seconds: float) -> dict[str, Any]:
     """What a run says about itself: its result, and all that is needed to get it again."""
     config, model = trainer.config, trainer.learner.model
@@ -91,6 +103,7 @@ def _summary(trainer: Trainer, status: str, wall_seconds: float) -> dict[str, An
         "status": status,
         "accuracy": trainer.history[-1]["test_accuracy"] if trainer.history else None,
         "seed": config.seed,
+        "data": describe(trainer.data),
         "config": dataclasses.asdict(config),
         "history": trainer.history,
         "unfinished_epoch": unfinished,

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...engine import Learner
-from ...factors import RankCut, reduce_rank
-from ...factors.rank import parameter_budget
+from ...factors import FactoredLayer, RankCut, reduce_rank
+from ...factors.rank import parameter_budget, spectrum
 from ...storage import ranks
 from ..costs import parameter_count
 from ..data import ImageData, batches, num_batches
@@ -23,7 +23,7 @@ from .config import RunConfig
 from .progress import Progress, Silent
 from .schedule import learning_rate_factor
 
-__all__ = ["Running", "Trainer"]
+__all__ = ["Running", "Trainer", "spectra"]
 
 _STATE = (
     "epoch",
@@ -34,6 +34,9 @@ _STATE = (
     "loss_sum",
     "accuracy_sum",
 )
+
+
+SAMPLES = 9  #: of a layer's singular values, kept for each epoch
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class Trainer:
             "images_per_second": speed,
             "ranks": ranks(self.learner.model),
             "kept_energy": kept,
+            "spectra": spectra(self.learner.model) if finite else {},
         }
         if config.tta and self.epoch + 1 == config.epochs:
             row["tta_loss"], row["tta_accuracy"] = evaluate_views(model, self.data, config)
@@ -260,3 +264,15 @@ class Trainer:
         )
         for group in self.learner.optimizer.param_groups:  # one may have a rate of its own
             group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def spectra(model: nn.Module) -> dict[str, list[float]]:
+    """By factored layer, its singular values from the largest to the smallest: at most
+    :data:`SAMPLES` of them, evenly spread, to three digits."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactoredLayer):
+            values = spectrum(layer)
+            chosen = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values))).round().long()
+            found[name] = [float(f"{value:.3g}") for value in values[chosen.to(values.device)]]
+    return found

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..figures import COLOURS, DASHES, Plot, bars, heat_map, lines
-from ..page import count, figure_grid, number, page, table
+from ...reports import plots
+from ...reports.page import Figure, Section, Table, count, number, page
+from ...reports.pages import ANGLES, angle_map, memory_bars, rank_map
 from .measured import (
     COLUMNS,
+    Value,
     by_epoch,
     cost_table,
     drift,
     error,
     hidden_angle,
+    mean,
     whole_angle,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 __all__ = ["experiment_figures", "experiment_table", "index_page"]
 
-_PARTS = ("parameters", "gradients", "optimizer", "activations")
 
-
-def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
-    """The figures of an experiment with their captions, from what its JSON holds."""
+def experiment_figures(results: Mapping[str, Any]) -> list[Figure]:
+    """The figures of an experiment, from what its JSON holds."""
     drawing = results["drawing"]
     if drawing == "costs":
         return [
@@ -40,41 +36,45 @@ def experiment_figures(results: Mapping[str, Any]) -> list[tuple[Plot, str]]:
     if not rows:
         return []
     if drawing in ("layers", "units"):
-        return [_angles(row, drawing) for row in rows if _angle_curves(row, drawing)]
+        return _angles(rows, drawing)
     if drawing == "angles":
         return [
-            (lines(by_epoch(rows, angle), "angle (degrees)"), caption)
+            Figure(_angle_curves(rows, angle), caption)
             for angle, caption in (
                 (whole_angle, "Of the gradient as a whole."),
                 (hidden_angle, "Of the hidden layers, their mean."),
             )
         ]
     if drawing == "errors":
-        return [(lines(by_epoch(rows, error), "test error (%)"), "Mean over the seeds.")]
+        curves = plots.curves(_points(rows, error), "epoch", "test error (%)", whole=True)
+        return [Figure(curves, "Mean over the seeds.")]
     if drawing == "drift":
-        curves = {
-            label: [[value and math.log10(value) for value in seed] for seed in seeds]
-            for label, seeds in by_epoch(rows, drift).items()
-        }
-        return [(lines(curves, "log10 of the largest ‖XᵀX − I‖"), "By what holds the factors.")]
+        curves = plots.curves(
+            _points(rows, drift), "epoch", "largest ‖XᵀX − I‖", whole=True, log=True
+        )
+        return [Figure(curves, "By what holds the factors.")]
     if drawing == "ranks":
         return [
-            (_accuracy_by_rank(rows), "Rank as a share of full rank. Mean over the seeds."),
-            *_rank_curves(rows),
+            Figure(_accuracy_by_rank(rows), "Rank as a share of full rank. Mean over the seeds."),
+            *_rank_maps(rows),
         ]
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     if drawing == "maps":
-        return [(_map(results, setting), html.escape(setting)) for setting in settings]
+        return [Figure(_map(results, setting), setting) for setting in settings]
+    scored = [row for row in rows if row["accuracy"] is not None]
     return [
-        (
-            bars(
+        Figure(
+            plots.bars(
                 {row["label"]: {"accuracy": 100 * row["accuracy"]}
-                 for row in rows if row["setting"] == setting and row["accuracy"] is not None},
+                 for row in scored if row["setting"] == setting},
                 "test accuracy (%)",
+                spread={row["label"]: 100 * (row["accuracy_std"] or 0.0)
+                        for row in scored if row["setting"] == setting},
             ),
-            html.escape(setting) or "Mean over the seeds.",
+            setting or "Mean over the seeds, and their standard deviation.",
         )
         for setting in settings
+        if any(row["setting"] == setting for row in scored)
     ]  # fmt: skip
 
 
@@ -109,55 +109,78 @@ def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[li
 
 def index_page(experiments: Sequence[Mapping[str, Any]]) -> str:
     """One page with all ``experiments``."""
-    parts = []
-    for results in experiments:
-        headings, rows = experiment_table(results)
-        note = "" if results["status"] == "finished" else " So far: not all runs are done."
-        parts += [
-            f"<h2>{results['experiment']}: {html.escape(results['title'])}</h2>",
-            f"<p>{html.escape(results['shows'])}{note}</p>",
-            figure_grid(experiment_figures(results)),
-            table(headings, rows),
-        ]
+    sections = [
+        Section(
+            f"{results['experiment']}: {results['title']}",
+            [results["shows"], *["So far: not all runs are done."] * (not _finished(results))],
+            table=Table(*experiment_table(results)),
+            figures=experiment_figures(results),
+        )
+        for results in experiments
+    ]
     last = experiments[-1]
-    status = "finished" if all(e["status"] == "finished" for e in experiments) else "interrupted"
+    status = "finished" if all(map(_finished, experiments)) else "interrupted"
     return page(
         "The paper's figures and tables",
         f"arXiv 2510.25594, at scale {last['scale']}",
         {**last, "status": status},
-        *parts,
+        sections,
     )
+
+
+def _finished(results: Mapping[str, Any]) -> bool:
+    return bool(results["status"] == "finished")
 
 
 # --- figures ------------------------------------------------------------------------------------
 
 
-def _angle_curves(row: Mapping[str, Any], kind: str) -> dict[str, list[list[float | None]]]:
-    """By layer or unit, for each seed, an angle an epoch."""
-    names = dict.fromkeys(
-        name
-        for history in row["histories"]
-        for epoch in history
-        for name in epoch["alignment"][kind]
-    )
+def _points(rows: Sequence[Mapping[str, Any]], value: Value) -> dict[str, plots.Seeds]:
+    """By method, for each seed, ``(epoch, value)``."""
     return {
-        name: [[epoch["alignment"][kind].get(name) for epoch in h] for h in row["histories"]]
-        for name in names
+        label: [list(enumerate(history, 1)) for history in seeds]
+        for label, seeds in by_epoch(rows, value).items()
     }
 
 
-def _angles(row: Mapping[str, Any], kind: str) -> tuple[Plot, str]:
-    return lines(_angle_curves(row, kind), "angle (degrees)"), html.escape(row["label"])
+def _angle_curves(rows: Sequence[Mapping[str, Any]], angle: Value) -> plots.Plot:
+    """By epoch, with a line at 90 degrees; the scale holds 0 to 100 degrees at least."""
+    points = _points(rows, angle)
+    values = [y for seeds in points.values() for seed in seeds for _, y in seed if y is not None]
+    return plots.curves(
+        points, "epoch", "angle (degrees)", lines={"90°": 90.0}, whole=True,
+        limits=(0.0, max([100.0, *(1.05 * value for value in values)])),
+    )  # fmt: skip
 
 
-def _map(results: Mapping[str, Any], setting: str) -> Plot:
-    points = {
-        (row["x"], row["y"]): 100 * row["accuracy"]
-        for row in results["rows"]
-        if row["setting"] == setting and row["accuracy"] is not None
-    }
+def _angles(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Figure]:
+    """The mean over layers or units by epoch, of all methods; a map by layer or unit of each."""
+    maps = [
+        Figure(plot, row["label"])
+        for row in rows
+        if (plot := angle_map(row["histories"], kind)) is not None
+    ]
+    means = _angle_curves(rows, lambda epoch: mean(epoch["alignment"][kind].values()))
+    return [Figure(means, f"Mean over the {kind}: {ANGLES[kind]}."), *maps] if maps else []
+
+
+def _map(results: Mapping[str, Any], setting: str) -> plots.Plot:
+    """Accuracy by two options; all maps of the experiment on one scale of colours."""
+    scored = [row for row in results["rows"] if row["accuracy"] is not None]
+    values = [100 * row["accuracy"] for row in scored]
+    found = {(r["x"], r["y"]): 100 * r["accuracy"] for r in scored if r["setting"] == setting}
+    columns = sorted({x for x, _ in found})
+    lines = sorted({y for _, y in found}, reverse=True)
     x, y = results["axes"][setting]
-    return heat_map(points, x, y, "test accuracy (%)")
+    return plots.heat_map(
+        {f"{line:g}": [found.get((at, line)) for at in columns] for line in lines},
+        [f"{at:g}" for at in columns],
+        x,
+        y,
+        "test accuracy (%)",
+        limits=(min(values, default=0.0), max(values, default=100.0)),
+        form="{:.1f}",
+    )
 
 
 def _map_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
@@ -172,52 +195,38 @@ def _map_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str
     return ["map", "line", "test accuracy"], rows
 
 
-def _accuracy_by_rank(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    def draw(axes: Axes) -> None:
-        curves = dict.fromkeys(row["curve"] for row in rows if row["x"] is not None)
-        for i, curve in enumerate(curves):
-            points = sorted(
+def _accuracy_by_rank(rows: Sequence[Mapping[str, Any]]) -> plots.Plot:
+    names = dict.fromkeys(row["curve"] for row in rows if row["x"] is not None)
+    points = {
+        name: [
+            sorted(
                 (row["x"], 100 * row["accuracy"])
                 for row in rows
-                if row["curve"] == curve and row["accuracy"] is not None
+                if row["curve"] == name and row["x"] is not None and row["accuracy"] is not None
             )
-            axes.plot(
-                *zip(*points, strict=True), label=curve, marker="o", markersize=3,
-                color=COLOURS[i % len(COLOURS)], dashes=DASHES[i % len(DASHES)],
-            )  # fmt: skip
-        axes.set_xlabel("rank, share of full rank")
-        axes.set_ylabel("test accuracy (%)")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
-
-    return Plot("Test accuracy by rank", draw)
-
-
-def _rank_curves(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Plot, str]]:
-    found = []
-    for row in rows:
-        if row["x"] is None:
-            layers = dict.fromkeys(name for h in row["histories"] for e in h for name in e["ranks"])
-            curves = {
-                name: [[epoch["ranks"].get(name) for epoch in h] for h in row["histories"]]
-                for name in layers
-            }
-            found.append((lines(curves, "rank"), f"Ranks by layer: {html.escape(row['label'])}."))
-    return found
-
-
-def _costs(label: str, methods: Sequence[Mapping[str, Any]]) -> list[tuple[Plot, str]]:
-    memory = {
-        row["label"]: {part: row["memory"][part] / 2**20 for part in _PARTS} for row in methods
+        ]
+        for name in names
     }
-    name = html.escape(label)
-    found = [(bars(memory, "peak training memory (MiB)"), f"{name}: what a step holds.")]
+    return plots.curves(points, "rank, share of full rank", "test accuracy (%)")
+
+
+def _rank_maps(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    return [
+        Figure(plot, f"Ranks by layer: {row['label']}.")
+        for row in rows
+        if row["x"] is None and (plot := rank_map(row["histories"])) is not None
+    ]
+
+
+def _costs(label: str, methods: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    found = [Figure(memory_bars(methods), f"{label}: what a step holds.")]
     for key, unit, title, caption in (
         ("step_macs", 1e9, "MACs of a step (billions)", "its arithmetic"),
         ("macs", 1e6, "MACs of an inference (millions)", "of one image, by what was trained"),
     ):
         macs = {row["label"]: {"MACs": row[key] / unit} for row in methods}
-        found.append((bars(macs, title), f"{name}: {caption}."))
+        found.append(Figure(plots.bars(macs, title), f"{label}: {caption}."))
     if "step_ratio" in methods[0]:
         times = {row["label"]: {"time": row["step_ratio"]} for row in methods}
-        found.append((bars(times, "time of a step (× BP)"), f"{name}: its time."))
+        found.append(Figure(plots.bars(times, "time of a step (× BP)"), f"{label}: its time."))
     return found

@@ -7,15 +7,17 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..page import count, number
+from ...reports.page import count, number
 
 __all__ = [
     "COLUMNS",
+    "Value",
     "by_epoch",
     "cost_table",
     "drift",
     "error",
     "hidden_angle",
+    "mean",
     "whole_angle",
 ]
 
@@ -34,7 +36,7 @@ def whole_angle(epoch: Row) -> float | None:
 
 def hidden_angle(epoch: Row) -> float | None:
     """Mean over the hidden layers. The output's layer comes last: every rule teaches it exactly."""
-    return _mean(list(epoch["alignment"]["layers"].values())[:-1])
+    return mean(list(epoch["alignment"]["layers"].values())[:-1])
 
 
 def error(epoch: Row) -> float | None:
@@ -57,14 +59,15 @@ def by_epoch(rows: Sequence[Row], value: Value) -> dict[str, list[list[float | N
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of the values that are there; None where none is."""
     there = [value for value in values if value is not None]
     return statistics.mean(there) if there else None
 
 
 def _last(row: Row, value: Value) -> float | None:
     """Mean over the seeds after the last epoch."""
-    return _mean(value(history[-1]) for history in row["histories"])
+    return mean(value(history[-1]) for history in row["histories"])
 
 
 def _largest(row: Row, value: Value) -> float | None:
@@ -76,7 +79,7 @@ def _angle_of(kind: str) -> Cell:
     """Mean over layers or units, after the last epoch."""
 
     def angle(epoch: Row) -> float | None:
-        return _mean(epoch["alignment"][kind].values())
+        return mean(epoch["alignment"][kind].values())
 
     return lambda rows, row: number(_last(row, angle), "{:.1f}°")
 
@@ -94,7 +97,7 @@ def _layers_downhill(row: Row) -> float | None:
 
 def _steps_downhill(row: Row) -> float | None:
     """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
-    return _mean(epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h)
+    return mean(epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h)
 
 
 def _reaches(rows: Sequence[Row], row: Row, rival: str = "dfa-dense") -> str:
@@ -103,8 +106,8 @@ def _reaches(rows: Sequence[Row], row: Row, rival: str = "dfa-dense") -> str:
     if final is None:
         return "–"
     for epoch, seeds in enumerate(zip(*by_epoch([row], error)[row["label"]], strict=False), 1):
-        mean = _mean(seeds)
-        if mean is not None and mean <= final:
+        reached = mean(seeds)
+        if reached is not None and reached <= final:
             return str(epoch)
     return "never"
 

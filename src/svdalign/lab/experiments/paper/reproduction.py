@@ -243,8 +243,8 @@ class Reproduction:
         else:
             content |= self._measured(name)
         write_json(self._path(name), {**content, **provenance(self.config.device)})
-        for i, (plot, _) in enumerate(experiment_figures(content)):
-            plot.save(self.folder / f"{name}-{i + 1}")
+        for i, figure in enumerate(experiment_figures(content)):
+            figure.plot.save(self.folder / f"{name}-{i + 1}")
         everything = [results for key in EXPERIMENTS if (results := self._results(key))]
         (self.folder / "index.html").write_text(index_page(everything), encoding="utf-8")
 

@@ -1,0 +1,156 @@
+"""One page as one file: the template is filled here, and all text in it is escaped.
+
+A page needs no network. Its policy allows no script but its own and no source from elsewhere, so
+that nothing that comes in with a result, such as the name of a data set, can do anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..training.config import evaluated_on
+from .plots import Plot, Style
+
+__all__ = ["Figure", "Section", "Table", "card_text", "count", "number", "page"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain text under headings. ``keyed``: the rows are the methods of the page's key."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    keyed: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its caption; ``method``: the place in the page's key of the only one it shows."""
+
+    plot: Plot
+    caption: str
+    method: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, from top to bottom."""
+
+    heading: str
+    text: Sequence[str] = ()
+    table: Table | None = None
+    notes: Sequence[str] = ()
+    figures: Sequence[Figure] = field(default=())
+
+
+def page(
+    title: str,
+    subtitle: str,
+    results: Mapping[str, Any],
+    sections: Sequence[Section],
+    *,
+    key: Sequence[str] = (),
+) -> str:
+    """A page of HTML, and where it comes from: what ``provenance`` and the config in ``results``
+    say. ``key``: labels of the methods that keyed plots and tables show, in their order."""
+    machine = results["machine"]
+    script, css = _read("filter.js"), _read("page.css")
+    return _environment().get_template("page.html").render(
+        title=title,
+        subtitle=subtitle,
+        note={
+            "interrupted": "Interrupted: this is what was measured until then.",
+            "diverged": "Stopped: the training loss or the weights were no longer finite.",
+        }.get(results["status"]),
+        key=[(label, Style(i)) for i, label in enumerate(key)],
+        sections=sections,
+        facts={
+            "Command": results["command"],
+            "Versions": f"svdalign {results['svdalign']}, torch {results['torch']}, "
+            f"Python {results['python']}",
+            "Commit": results["git"] or "not run from a checkout",
+            "Machine": f"{machine['cpu']}, cores: {machine['cores']}, threads: "
+            f"{machine['threads']}, device: {machine['device']}, {machine['system']}",
+        },
+        settings=results["config"],
+        css=css,
+        script=script,
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src '{_digest(script)}'",
+    )  # fmt: skip
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """``card.md``, from what ``card.json`` holds."""
+    mean, std = (", ".join(f"{v:.4f}" for v in card["input"][key]) for key in ("mean", "std"))
+    images, data = evaluated_on(card["config"]["validation"]), card["data"]
+    return (
+        _environment()
+        .get_template("card.md")
+        .render(
+            **card,
+            images=images,
+            evaluated=f"{data['test']:,} images of {_plain(data['name'])}",
+            trained=f"{data['train']:,} images",
+            mean=mean,
+            std=std,
+            uses={
+                "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
+                "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
+                "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
+            },
+        )
+    )
+
+
+def number(value: float | None, form: str) -> str:
+    """``value`` in the given format; a dash where it is missing."""
+    return "–" if value is None else form.format(value)
+
+
+def count(value: float) -> str:
+    """A large number with three digits and k, M, G or T."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["text"] = _plain
+    return environment
+
+
+def _plain(text: str) -> str:
+    """``text`` in Markdown, where it is neither HTML nor the end of a table's cell."""
+    return html.escape(text, quote=False).replace("|", "&#124;")
+
+
+def _read(name: str) -> Markup:
+    """A file of ours that goes into the page as it is."""
+    environment = _environment()
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _digest(script: str) -> str:
+    """As a Content-Security-Policy names an inline script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

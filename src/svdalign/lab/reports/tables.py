@@ -1,0 +1,201 @@
+"""Headings and rows of the results, as plain text, and the same as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..training.config import evaluated_on
+from .page import count, number
+
+__all__ = [
+    "MEMORY_PARTS",
+    "at_chance",
+    "break_even_rows",
+    "break_even_table",
+    "chance",
+    "chance_note",
+    "comparison_rows",
+    "comparison_table",
+    "images",
+    "job",
+    "named_settings",
+    "own_settings",
+    "profile_headings",
+    "profile_rows",
+    "profile_table",
+]
+
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
+AT_CHANCE = " †"  #: behind an accuracy that is no better than guessing
+
+COMPARISON = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
+PROFILE = (
+    *("method", "peak (MiB)", "parameters", "gradients", "optimizer", "activations"),
+    *("MACs of a step", "step × BP dense", "inference × BP dense"),
+)
+NARROW_PROFILE = ("method", "MiB", "param", "grad", "optim", "activ", "MACs", "step", "infer")
+
+
+def comparison_table(results: Mapping[str, Any]) -> Group:
+    """The summary of a comparison for the terminal."""
+    caption = ["× BP: time of a step over that of BP with dense weights"]
+    caption += [*chance_note(results), *own_settings(results)]
+    return Group(
+        Text(job(results), style="bold"),
+        _terminal(COMPARISON, comparison_rows(results), caption=caption),
+    )
+
+
+def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each method: cells as in ``COMPARISON``."""
+    return [_comparison_cells(row, results) for row in results["summary"]]
+
+
+def profile_table(results: Mapping[str, Any]) -> Table:
+    """A profile for the terminal."""
+    headings = profile_headings(results, NARROW_PROFILE)
+    caption = ["step and infer: time × BP dense"] if headings is NARROW_PROFILE else []
+    return _terminal(
+        headings, list(profile_rows(results)), caption=[*caption, *own_settings(results)]
+    )
+
+
+def profile_headings(
+    results: Mapping[str, Any], headings: Sequence[str] = PROFILE
+) -> Sequence[str]:
+    """Those of ``headings`` for which the profile has numbers: without times, if it is an
+    estimate."""
+    return headings if "step_ratio" in results["methods"][0] else headings[:-2]
+
+
+def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A row for each method of a profile."""
+    for row in results["methods"]:
+        parts = [row["memory"][part] for part in ("peak", *MEMORY_PARTS)]
+        cells = [row["label"], *(f"{part / 2**20:.1f}" for part in parts), count(row["step_macs"])]
+        if "step_ratio" in row:
+            cells += [f"{row['step_ratio']:.2f}", f"{row['latency_ratio']:.2f}"]
+        yield cells
+
+
+def break_even_table(results: Mapping[str, Any]) -> Table:
+    """The break-even ranks of a profile for the terminal."""
+    return _terminal(*break_even_rows(results), title="break-even rank (share of full rank)")
+
+
+def break_even_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a profile's break-even ranks."""
+    rows = results["break_even"]
+    kinds = [kind for kind in ("macs", "forward", "training") if rows and kind in rows[0]]
+
+    def share(rank: int | None, full: int) -> str:
+        return "–" if rank is None else f"{rank} ({rank / full:.2f})"
+
+    headings = ["layer", "input", "full rank", *("MACs" if k == "macs" else k for k in kinds)]
+    return headings, [
+        [
+            row["layer"],
+            " × ".join(map(str, row["input"][1:])),
+            str(row["full_rank"]),
+            *(share(row[kind], row["full_rank"]) for kind in kinds),
+        ]
+        for row in rows
+    ]
+
+
+def images(results: Mapping[str, Any]) -> str:
+    """Which images accuracy is of: ``test`` or ``held-out``."""
+    return evaluated_on(results["config"].get("validation"))
+
+
+def job(results: Mapping[str, Any]) -> str:
+    """A line that says what was trained on what and for how long."""
+    config, data = results["config"], results["data"]
+    seeds = config["seeds"] if isinstance(config["seeds"], int) else len(config["seeds"])
+    return (
+        f"{config['model']} on {data['name']}: {data['train']:,} training and "
+        f"{data['test']:,} {images(results)} images, {config['epochs']} epochs, "
+        f"{seeds} seed{'s' * (seeds != 1)}"
+    )
+
+
+def chance(results: Mapping[str, Any]) -> float:
+    """Accuracy of a guess, every class as likely as another."""
+    return 1.0 / float(results["data"]["classes"])
+
+
+def at_chance(accuracy: float | None, results: Mapping[str, Any]) -> bool:
+    """Whether guessing on the evaluation images would do as well: accuracy is no more than two
+    standard deviations of such a guess above chance."""
+    guess = chance(results)
+    deviation = math.sqrt(guess * (1.0 - guess) / results["data"]["test"])
+    return accuracy is not None and accuracy <= guess + 2.0 * deviation
+
+
+def chance_note(results: Mapping[str, Any]) -> list[str]:
+    """What the mark of scores at chance means, if there are any."""
+    if not any(at_chance(row["accuracy"], results) for row in results["summary"]):
+        return []
+    return [f"{AT_CHANCE.strip()} at chance: a guess is right {chance(results):.1%} of the time"]
+
+
+def own_settings(results: Mapping[str, Any]) -> list[str]:
+    """A line for every method that has settings of its own."""
+    rows = results["summary"] if "summary" in results else results["methods"]
+    labels = {row["method"]: row["label"] for row in rows}
+    settings = results["config"].get("settings", {})
+    return [f"{labels[name]}: {named_settings(own)}" for name, own in settings.items() if own]
+
+
+def named_settings(settings: Mapping[str, Any]) -> str:
+    """A method's own settings in words: ``units 5, recompute, widen 64``."""
+    fields = dict(settings)
+    options = fields.pop("options", {})
+    own = {**fields, **options}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in own.items())
+
+
+def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    accuracy = number(row["accuracy"], "{:.2%}")
+    if row["accuracy_std"] is not None:
+        accuracy += f" ± {100 * row['accuracy_std']:.2f}"
+    if at_chance(row["accuracy"], results):
+        accuracy += AT_CHANCE
+    if not row["complete"] and row["accuracy"] is not None:
+        accuracy += " so far"
+    if "memory" not in row:
+        return [row["label"], accuracy, *["–"] * (len(COMPARISON) - 2)]
+    return [
+        row["label"],
+        accuracy,
+        f"{row['parameters']:,}",
+        count(row["macs"]),
+        f"{row['memory']['peak'] / 2**20:.1f} MiB",
+        f"{1e3 * row['step_seconds']:.1f} ms",
+        f"{row['step_ratio']:.2f}",
+    ]
+
+
+def _terminal(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    caption: Sequence[str] = (),
+) -> Table:
+    """Numbers are never cut; the first column wraps where there is no room."""
+    table = Table(
+        box=None, pad_edge=False, title=title, title_justify="left",
+        caption="\n".join(caption), caption_justify="left",
+    )  # fmt: skip
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
