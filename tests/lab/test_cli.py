@@ -102,7 +102,7 @@ def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads(Path("runs/train-001/results.json").read_text())
     assert results["config"]["horizon"] == 2
     assert f"test accuracy {results['accuracy']:.2%}" in out
-    assert Path("runs/train-001/report.html").read_text().count("<svg") == 2
+    assert Path("runs/train-001/report.html").read_text().count("<svg") == 3
 
 
 def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,14 @@ def page(
     )  # fmt: skip
 
 
+#: What each file beside a card is for.
+_USES = {
+    "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
+    "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
+    "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
+}
+
+
 def card_text(card: Mapping[str, Any]) -> str:
     """``card.md``, from what ``card.json`` holds."""
     mean, std = (", ".join(f"{v:.4f}" for v in card["input"][key]) for key in ("mean", "std"))
@@ -103,11 +111,7 @@ def card_text(card: Mapping[str, Any]) -> str:
             trained=f"{data['train']:,} images",
             mean=mean,
             std=std,
-            uses={
-                "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
-                "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
-                "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
-            },
+            uses=" ".join(_USES[file["name"]] for file in card["files"]),
         )
     )
 

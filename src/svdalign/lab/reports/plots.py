@@ -211,9 +211,10 @@ def scatter(
             if label in points:
                 at = points[label][0]
                 right = at > 0.55 * width
+                beside = at + (-0.03 if right else 0.03) * width
                 text = axes.annotate(
-                    shorten(label), (at, points[label][1]), (at + (-0.03 if right else 0.03) * width,
-                    heights[label]), ha="right" if right else "left", va="center", fontsize=8,
+                    shorten(label), (at, points[label][1]), (beside, heights[label]), fontsize=8,
+                    ha="right" if right else "left", va="center",
                     arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.8, "shrinkB": 5},
                 )  # fmt: skip
                 _mark(index, text, text.arrow_patch)
