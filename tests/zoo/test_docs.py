@@ -49,3 +49,23 @@ def test_your_model_runs(
     for block in blocks("your-model.md"):
         exec(compile(block, "docs/your-model.md", "exec"), names)
     assert "grouped convolution" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("guide", ["quick-start.md", "your-loop.md", "ship.md"])
+def test_guide_runs(guide: str, fashion: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    x, y = fashion
+    model = sva.fuse(sva.factorize(NETS["vgg"]()))
+    learner = sva.Learner(model, optimizer=lambda p: torch.optim.AdamW(p, 1e-2), example=x)
+    names: dict[str, Any] = {
+        "sva": sva, "net": NETS["vgg"](), "model": model, "learner": learner,
+        "small": sva.compact(model), "x": x, "y": y, "folder": tmp_path,
+        "batches": [(x[:32], y[:32]), (x[32:64], y[32:64])],
+    }  # fmt: skip
+    for block in blocks(guide):
+        exec(compile(block, f"docs/{guide}", "exec"), names)
+
+
+def test_every_python_block_of_the_docs_compiles() -> None:
+    for page in sorted(DOCS.glob("*.md")):
+        for block in blocks(page.name):
+            compile(block, page.name, "exec")
