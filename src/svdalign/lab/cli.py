@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"svdalign {__version__}")
         return 0
     name, *rest = words
+    fields: list[str] = []
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
-        return COMMANDS[name].run(_parse(name, rest))
+        options = _parse(name, rest)
+        fields = list(options)
+        return COMMANDS[name].run(options)
     except UsageError as error:
         prefix = f"svdalign {name}" if name in COMMANDS else "svdalign"
-        print(f"{prefix}: error: {error}", file=sys.stderr)
+        print(f"{prefix}: error: {_in_flags(str(error), fields)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"svdalign {name}: interrupted", file=sys.stderr)
@@ -443,6 +446,15 @@ class _Parser(ArgumentParser):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _in_flags(message: str, fields: Iterable[str]) -> str:
+    """``message`` with the names of ``fields`` as flags. A name that is a plain word is one only
+    where the message says what it must be."""
+    for field in fields:
+        meant = "(?![\\w/'-])" if "_" in field else "(?= must )"
+        message = re.sub(rf"(?<![\w/.'-]){field}{meant}", _flag(field), message)
+    return message
 
 
 def _kinds(annotation: Any) -> list[str]:

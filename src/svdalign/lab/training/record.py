@@ -123,11 +123,12 @@ class Record:
         """Add what could not be read, and why, to ``unreadable.txt``, a line each; no file is made
         for none."""
         path = self.folder / "unreadable.txt"
-        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        form = {"encoding": "utf-8", "errors": "surrogateescape"}  # as names of files are bytes
+        known = path.read_text(**form).splitlines() if path.exists() else []
         lines = dict.fromkeys([*known, *(" ".join(reason.split()) for reason in reasons)])
         if len(lines) > len(known):
             text = "".join(f"{line}\n" for line in lines)
-            replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+            replace_file(path, lambda part: part.write_text(text, **form))
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write ``results.json`` in one go: it is whole or not there."""
