@@ -150,12 +150,22 @@ def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: P
     (tmp_path / "airbench").mkdir()
     write(tmp_path / "airbench", **{"bp-dense-0": run(0.93, 100), "bp-dense-1": run(0.94, 100)})
     write(tmp_path / "airbench", **{"bp-0": run(0.92, 50)})
-    write(tmp_path, tune_airbench_bp_dense={"accuracy": {"bp-dense": INSIDE}})
-    write(tmp_path, tune_airbench_bp={"accuracy": {"bp": INSIDE}})
-    table = script.airbench(script.Results(tmp_path, tmp_path))
+    common = {"settings": {}, "job": {"optimizer": "sgd"}, "labels": {"bp": "F", "bp-dense": "D"}}
+    searches = {"search-bp-dense-sgd": "bp-dense", "search-bp-adamw": "bp"}
+    found = {f: {**common, "accuracy": {method: INSIDE}} for f, method in searches.items()}
+    write(tmp_path / "airbench", **found)
+    tables = script.Results(tmp_path, tmp_path)
+    assert (
+        "| D | sgd | 0.01 | 50.0 / **70.0** / 60.0 | 0.005 / 0.01 / 0.02 |"
+        in script.airbench_search(tables)
+    )
+    table = script.airbench(tables)
     assert "| BP, dense | 93.5 ± 0.7 | 94.5 ± 0.7 | 2 | 1.00 | 10 | sgd, 1 | 0.01 |" in table
     assert "| SVD-BP | 92.0 | 93.0 | 1 | 0.50 | 10 | sgd, 1 | 0.01 |" in table
     assert "SSA" not in table
+    write(tmp_path / "airbench", **{"search-bp-adamw": {**common, "accuracy": {"bp": AT_THE_EDGE}}})
+    with pytest.raises(ValueError, match="search-bp-adamw of bp: the best rate"):
+        script.airbench(tables)
 
 
 def test_what_is_not_there_is_left_out(
