@@ -120,6 +120,27 @@ def test_an_int_joins_so_many_blocks() -> None:
     assert [unit.exit for unit in plan.units] == ["blocks.0", "blocks.2", ""]
 
 
+def test_names_say_where_units_end() -> None:
+    plan = plan_of(ResNet(), ["blocks.1"], torch.randn(2, 2, 5, 5))
+    assert [unit.exit for unit in plan.units] == ["blocks.1", ""]
+    assert {"head.weight"} < set(plan.units[-1].parameters)
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (
+            ["blocks.1", "blocks.9"],
+            r"units must name modules of the model, got no module 'blocks.9'",
+        ),
+        ([], "units must name modules of the model, got an empty list"),
+    ],
+)
+def test_names_that_are_none_are_refused(units: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(ResNet(), units, torch.randn(2, 2, 5, 5))
+
+
 class Stages(nn.Module):
     """Blocks at two resolutions."""
 

@@ -25,7 +25,7 @@ from .layout import AS_IT_IS, Layout, layout_of
 
 __all__ = ["OUTPUT", "Plan", "Unit", "Units", "make_plan", "reached"]
 
-Units = str | int | Callable[[str, nn.Module], bool]
+Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
 
 OUTPUT = "output"  #: name of the last unit, from the last exit to the network's output
 
@@ -81,9 +81,10 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
     activation and pooling modules that follow it; ``"block"`` after every residual or transformer
     block (after every layer where there are none); ``"stage"`` after every run of blocks of one
-    feature shape; an int after that many blocks; a callable ``(name, module) -> bool`` where it
-    says so. ``example``: a batch the model can run on. ``whole``: a plan of one unit will do
-    though the model has several layers; it is backpropagation.
+    feature shape; an int after that many blocks; a list of module names after each of these; a
+    callable ``(name, module) -> bool`` where it says so. ``example``: a batch the model can run on.
+    ``whole``: a plan of one unit will do though the model has several layers; it is
+    backpropagation.
 
     The layers that lead to the output belong to the output's own unit, which learns from the task.
     Raises ValueError for a specification that names no place to cut, for one that leaves a model of
@@ -91,6 +92,8 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     share a piece of their graphs that cannot be told apart, for a callable that ends a unit where
     the batch is not an axis of its own, and for checkpointing that hides a unit's graph.
     """
+    if isinstance(units, list | tuple):
+        units = _named(model, units)
     if isinstance(example, Tensor):
         example = example[:2]
     calls = _trace(model, example)
@@ -134,6 +137,15 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
     )
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Ends units at the modules of these names."""
+    known = [name for name, _ in model.named_modules() if name]
+    if not names or (unknown := [name for name in names if name not in known]):
+        what = f"no module {', '.join(map(repr, unknown))}" if names else "an empty list"
+        raise ValueError(f"units must name modules of the model, got {what}; it has {known}")
+    return lambda name, module: name in names
 
 
 def _plan(
@@ -223,7 +235,8 @@ def _exits(model: nn.Module, units: Units, calls: list[_Call]) -> frozenset[str]
             bases = bases[units - 1 :: units]
     else:
         raise ValueError(
-            f"units must be 'layer', 'block', 'stage', a whole number or a callable, got {units!r}"
+            "units must be 'layer', 'block', 'stage', a whole number, a list of module names or a "
+            f"callable, got {units!r}"
         )
     # A norm after a block most often is the next block's own first step: only layers have chains.
     ends = [_chain_end(p, calls) if p in layers else _last_call(p, calls) for p in bases]

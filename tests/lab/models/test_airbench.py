@@ -56,14 +56,16 @@ def test_trains_shifts_but_no_scales_of_norms() -> None:
 
 
 def test_first_kernels_hand_inputs_on() -> None:
-    block = models.build("airbench", num_classes=10)[2]
+    block = models.build("airbench", num_classes=10).block1
     x = torch.randn(1, 24, 8, 8)
     torch.testing.assert_close(block.conv1(x)[:, :24], x)
     assert not block.conv1(x)[:, 24:48].allclose(x)
 
 
-@pytest.mark.parametrize(("units", "number"), [("layer", 7), ("block", 4), (2, 2)])
-def test_units(units: str | int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("units", "number"), [("layer", 7), ("block", 4), (2, 2), (["block1", "block2"], 3)]
+)
+def test_units(units: str | int | list[str], number: int) -> None:
     """Patches belong to the first unit; the classifier is one of its own, or the last's part."""
     net = sva.factorize(models.build("airbench", num_classes=10, width=0.25), 0.5, "channel")
     learner = sva.Learner(

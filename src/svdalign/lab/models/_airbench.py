@@ -8,6 +8,7 @@ a linear classifier whose logits are scaled down. Ours: the whitened patches hav
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +104,14 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 def airbench(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
     whitening = Whitening(in_channels)
-    patches = whitening.weight.shape[0]
-    channels = [patches, *(scaled(c, width) for c in (64, 256, 256))]
-    return nn.Sequential(
-        whitening,
-        nn.GELU(),
-        *(Block(fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(channels)),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels[-1], num_classes, bias=False),
-        Scale(1 / 9),
-    )
+    channels = [whitening.weight.shape[0], *(scaled(c, width) for c in (64, 256, 256))]
+    layers: dict[str, nn.Module] = {"whitening": whitening, "gelu": nn.GELU()}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(channels), 1):
+        layers[f"block{i}"] = Block(fan_in, fan_out)
+    layers |= {
+        "pool": nn.AdaptiveMaxPool2d(1),
+        "flatten": nn.Flatten(),
+        "classifier": nn.Linear(channels[-1], num_classes, bias=False),
+        "scale": Scale(1 / 9),
+    }
+    return nn.Sequential(OrderedDict(layers))

@@ -123,8 +123,10 @@ class ModelConfig:
     fuse: bool = option(
         True, "fuse factored convolutions with the norm, activation and pooling after them"
     )
-    units: int | str = option(
-        "block", "what learns on its own: layer, block, stage, or a number of blocks"
+    units: int | str | list[str] = option(
+        "block",
+        "what learns on its own: layer, block, stage, a number of blocks, or a list of the modules "
+        "that units end with",
     )
     recompute: bool = option(
         False, "hold the inputs of blocks alone, and run blocks again for their gradients"
