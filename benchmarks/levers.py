@@ -27,7 +27,7 @@ from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
 from svdalign.lab.data import ImageData
-from svdalign.lab.experiments.methods import METHODS, Method, method_config
+from svdalign.lab.methods import METHODS, Method
 from svdalign.lab.training.build import (
     build_learner,
     build_model,
@@ -36,7 +36,7 @@ from svdalign.lab.training.build import (
     make_rule,
     prepare_machine,
 )
-from svdalign.lab.training.config import JobConfig, RunConfig
+from svdalign.lab.training.config import JobConfig, RunConfig, method_config
 from svdalign.lab.training.record import provenance
 from svdalign.lab.training.trainer import Trainer
 from svdalign.losses import similarity_alignment, similarity_matrix

@@ -36,18 +36,19 @@ from torch import Tensor, nn
 from tune import RATES
 
 from svdalign import Learner, StepReport
+from svdalign.lab import methods
 from svdalign.lab.costs import alternate
 from svdalign.lab.data import ImageData
-from svdalign.lab.experiments.methods import METHODS, Method, method_config
+from svdalign.lab.methods import METHODS, Method
 from svdalign.lab.training.build import build_learner, build_model, load_data, prepare_machine
-from svdalign.lab.training.config import JobConfig, RunConfig
+from svdalign.lab.training.config import JobConfig, RunConfig, method_config
 from svdalign.lab.training.record import provenance, write_json
 from svdalign.lab.training.trainer import Trainer
 
 OURS: dict[str, Method] = {
     "bp-dense": METHODS["bp-dense"],
     "dfa-dense": METHODS["dfa-dense"],
-    "sign-dense": Method("Sign-symmetric, dense", "sign-symmetric", factored=False, lr=5e-3),
+    "sign-dense": methods.get("sign-symmetric-dense"),
 }
 PEERS = {"biotorch-dfa": ("BioTorch DFA", "dfa"), "biotorch-usf": ("BioTorch uSF", "usf")}
 SEEDS = range(3)
@@ -151,7 +152,7 @@ def angles_to_bp(trainer: Trainer) -> list[float]:
     """Angles of the learner's gradients to BP's at the same weights, on the next batch."""
     x, y = next(trainer.batches())
     model = trainer.learner.model
-    net = build_model(dataclasses.replace(trainer.config, rank=None), trainer.data)
+    net = build_model(trainer.config, trainer.data)
     own = getattr(model, "module", model).state_dict()
     net.load_state_dict({name: own[name] for name in net.state_dict()})
     F.cross_entropy(net(x), y).backward()

@@ -30,7 +30,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def colour(label: str) -> str:
-    return next(c for start, c in COLOURS.items() if label.startswith(start))
+    return next(c for start, c in COLOURS.items() if start in label)
 
 
 def overview(left: Axes, right: Axes) -> None:

@@ -31,7 +31,7 @@ from rich.console import Console
 from svdalign import RankCut, compact, reduce_rank
 from svdalign.factors import FactoredLayer
 from svdalign.lab.costs import inference_macs, parameter_count
-from svdalign.lab.experiments.card import DENSE, latency
+from svdalign.lab.experiments.card import latency
 from svdalign.lab.training import Record, RunConfig, Trainer, build_learner, build_model, load_data
 from svdalign.lab.training.build import evaluate, example_batch, prepare_machine
 from svdalign.lab.training.checkpoint import load_checkpoint
@@ -102,7 +102,7 @@ def main() -> int:
     base = from_dict(RunConfig, {**given, **machine})
     prepare_machine(base)
     data = load_data(base)
-    dense = compact(build_model(dataclasses.replace(base, **DENSE), data))
+    dense = compact(build_model(base.dense(), data))
     x = example_batch(base, data)
     console = Console()
     rows = []

@@ -6,7 +6,7 @@ Every method gets the same number of runs. They begin with the rates that are gi
 the best while it lies at the edge, then beside it (``svdalign/lab/experiments/search.py``). The
 test images are not looked at. Without a config the job is SmallConv on CIFAR-10 at 16 x 16, eight
 epochs on 10,000 training images, with accuracy on 10,000 others that are held out. What comes out
-is written into ``svdalign/lab/experiments/methods.py``, or a config's ``settings``, by hand.
+is written into ``svdalign/lab/methods.py``, or a config's ``settings``, by hand.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from svdalign.lab.experiments.methods import METHODS, check_settings, method_config
+from svdalign.lab import methods
 from svdalign.lab.experiments.search import at_edge, search
 from svdalign.lab.training.build import build_learner, load_data, prepare_machine
-from svdalign.lab.training.config import JobConfig, from_dict
+from svdalign.lab.training.config import JobConfig, check_settings, from_dict, method_config
 from svdalign.lab.training.record import Record, provenance, write_json
 from svdalign.lab.training.run import train
 from svdalign.lab.training.trainer import Trainer
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=(5e-3, 1e-2, 2e-2))
     parser.add_argument("--tries", type=int, default=5, help="rates that each method tries")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(methods.METHODS))
     parser.add_argument(
         "--settings", type=json.loads, default={}, help="by method, any fields of its runs, as JSON"
     )
@@ -77,7 +77,7 @@ def main() -> None:
         "job": dataclasses.asdict(job),
         "settings": settings,
         "seeds": options.seeds,
-        "labels": {name: METHODS[name].label for name in options.methods},
+        "labels": {name: methods.get(name).label for name in options.methods},
         "accuracy": {},
         **provenance("cpu"),
     }

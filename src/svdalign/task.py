@@ -155,7 +155,7 @@ def find_task(loss: Loss, output_shape: tuple[int, ...], y: Tensor, kind: Kind |
             kind = "numbers" if y.is_floating_point() else "other"
     if kind != "classes":
         return Task(kind, output_shape)
-    index = torch.zeros(1, dtype=torch.int64)
+    index = torch.zeros(1, dtype=torch.int64, device="cpu")
     if output_shape[1:] == (C, C) and not _takes(loss, *_samples(output_shape, index)):
         raise ValueError(
             f"loss must be one for an output of shape {output_shape}, whose classes come last; "
@@ -184,7 +184,7 @@ def _takes_indices(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool | None
     """Whether ``loss`` takes every index into the output and no other; None if it cannot be asked,
     because it refuses the index 0."""
     taken = [
-        _takes(loss, *_samples(shape, y.new_tensor([index])))
+        _takes(loss, *_samples(shape, _like(y, index)))
         for index in (0, width(shape) - 1, width(shape))
     ]
     return taken == [True, True, False] if taken[0] else None
@@ -195,7 +195,7 @@ def _ignored_and_in_place(loss: Loss, shape: tuple[int, ...]) -> tuple[tuple[int
     position and every position is taught."""
     C = width(shape)
     classes = range(C) if C <= MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
-    indices = torch.tensor(list(classes))
+    indices = torch.tensor(list(classes), device="cpu")
     gradient = _gradient(loss, *_samples(shape, indices))
     if gradient is None:
         return (), False
@@ -215,7 +215,7 @@ def _is_binary(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool:
     """Whether ``loss`` pulls a logit up without end for the target 1, and down for 0."""
     for logit in (-4.0, 4.0):
         for target, sign in ((0, 1), (1, -1)):
-            z, targets = _samples(shape, y.new_tensor([target]), y.ndim)
+            z, targets = _samples(shape, _like(y, target), y.ndim)
             gradient = _gradient(loss, z + logit, targets)
             if gradient is None or not bool((gradient * sign > 0).all()):
                 return False
@@ -230,12 +230,17 @@ def _samples(
     n = max(2, len(values))
     few = {3: (7 if output_shape[-1] == 4 else 4, output_shape[-1]), 4: (*output_shape[1:2], 4, 4)}
     shape = (n, *few.get(len(output_shape), output_shape[1:]))
-    generator = torch.Generator().manual_seed(0)
-    z = 1e-3 * torch.randn(shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    z = 1e-3 * torch.randn(shape, generator=generator, device="cpu")
     y = values.cpu().reshape(-1, *[1] * (len(shape) - 1)).expand(n, *shape[1:])
     if target_ndim is None or target_ndim < len(shape):
         y = y.select(class_axis(shape), 0)
     return z, y.contiguous()
+
+
+def _like(y: Tensor, value: int) -> Tensor:
+    """One target of the dtype of ``y``, on the CPU whatever the default device is."""
+    return torch.tensor([value], dtype=y.dtype, device="cpu")
 
 
 def _takes(loss: Loss, z: Tensor, y: Tensor) -> bool:

@@ -49,11 +49,18 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --epochs -3", "svdalign train: error: --epochs must be at least 1, got -3"),
         ("train --epochs x", "svdalign train: error: --epochs takes int; got x"),
         ("train --epoch 3", "svdalign train: error: unrecognized arguments: --epoch 3"),
-        ("train --rule ssb", "svdalign train: error: --rule must be"),
+        ("train --rule ssb", "svdalign train: error: unknown method 'ssb'; did you mean 'ssa'?"),
         ("train --horizon -1", "svdalign train: error: --horizon must be at least 0, got -1"),
-        ("train --horizon x", "--horizon takes int, rule, all; got x"),
+        (
+            "train --horizon x",
+            "horizon must be a whole number of at least 0, or rule for",
+        ),
+        ("train --horizon all", "backpropagation, rule bp"),
+        ("train --rule bp --rank null", "for dense weights say rule bp-dense"),
+        ("compare --rank null", "for dense weights say rule bp-dense"),
+        ("train --options.horizon 1", "an option itself"),
         ("train --rank 1.5", "rank must be a fraction in (0, 1]"),
-        ("train --model vgg99", "unknown model 'vgg99'; available: airbench, mlp,"),
+        ("train --model vgg99", "unknown model 'vgg99'; did you mean"),
         ("train --data mnist", "unknown data set 'mnist'; available: cifar10,"),
         ("train --data cifar10 --data-dir nowhere", "--data-dir is not a folder: nowhere"),
         (
@@ -131,9 +138,9 @@ def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[
 
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *TINY, "--rules", "bp-dense", "ssa", "--seeds", "2"]) == 0
+    assert main(["compare", *TINY, "--rules", "bp", "ssa", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
-    for part in ("BP, dense", "SSA, horizon 2", "±", "MiB", "report: runs/compare-001/report.html"):
+    for part in ("SVD-BP", "SSA, horizon 2", "±", "MiB", "report: runs/compare-001/report.html"):
         assert part in out
     results = json.loads(Path("runs/compare-001/results.json").read_text())
     assert len(results["runs"]) == 4

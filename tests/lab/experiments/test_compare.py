@@ -12,9 +12,9 @@ from rich.console import Console
 
 from svdalign.lab.experiments import METHODS, CompareConfig, Comparison
 from svdalign.lab.experiments.compare import summarise
-from svdalign.lab.experiments.methods import method_config
 from svdalign.lab.reports import comparison_table
-from svdalign.rules import get
+from svdalign.lab.training.build import make_rule
+from svdalign.lab.training.config import method_config
 
 TINY: dict[str, Any] = {
     "model": "mlp",
@@ -47,7 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_every_method_names_a_rule_and_differs_from_the_job_in_that_alone(name: str) -> None:
     job = CompareConfig(**TINY, rank=0.3)
     config = method_config(name, job, seed=3)
-    assert get(config.rule).name == METHODS[name].rule
+    assert make_rule(config).name == METHODS[name].rule
     assert config.seed == 3
     assert config.rank == (0.3 if METHODS[name].factored else None)
     assert method_config(name, job, seed=0, lr=0.5).lr == 0.5
@@ -70,7 +70,7 @@ def test_settings_are_of_one_method_alone() -> None:
     [
         ({"ssa": {"units": 3}}, "settings names ssa, but the methods are bp, dfa"),
         ({"dfa": 3}, "settings of dfa must be {field: value}, got 3"),
-        ({"dfa": {"recompute": "maybe"}}, "recompute must be true or false, got 'maybe'"),
+        ({"dfa": {"fuse": "maybe"}}, "fuse must be true or false, got 'maybe'"),
         ({"dfa": {"unit": 3}}, "settings of dfa name unit; a run has .*units"),
         ({"dfa": {"width": -1}}, "width must be a positive number, got -1"),
     ],
@@ -111,7 +111,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     compare(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count('role="img"') == 9  # spectra of the one with factors among them
-    assert "BP, dense" in page
+    assert "SVD-BP" not in page
     assert "SSA, horizon 2" in page
     assert 'name="viewport"' in page
     for outside in ("<script ", "<link", "<img", "@import", "url(http"):
@@ -119,9 +119,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_what_one_method_has_for_itself_is_told_with_the_results(tmp_path: Path) -> None:
-    settings = {"ssa": {"recompute": True, "epochs": 1, "options": {"alpha": 2.0}}}
+    settings = {"ssa": {"factor_classifier": True, "epochs": 1, "options": {"alpha": 2.0}}}
     results = compare(tmp_path, settings=settings)
-    table, told = io.StringIO(), "SSA, horizon 2: recompute, epochs 1, alpha 2.0"
+    table, told = io.StringIO(), "SSA, horizon 2: factor_classifier, epochs 1, alpha 2.0"
     Console(file=table, width=100).print(comparison_table(results))
     assert told in table.getvalue()
     assert told in (tmp_path / "report.html").read_text()
@@ -209,7 +209,7 @@ def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": ["bp", "backprop"]}, "unknown method 'backprop'; available: bp-dense, bp"),
+        ({"rules": ["bp", "backprop"]}, r"unknown method 'backprop' \(available: bp-dense, bp"),
         ({"rules": []}, "rules must be at least one"),
         ({"rules": ["bp", "bp"]}, "each once"),
         ({"seeds": 0}, "seeds must be at least one"),

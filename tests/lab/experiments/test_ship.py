@@ -15,7 +15,7 @@ from svdalign.lab.cli import main
 from svdalign.lab.costs import inference_macs, parameter_count
 from svdalign.lab.experiments import card as cards
 from svdalign.lab.experiments.inspection import inspect_run
-from svdalign.lab.training import load_run
+from svdalign.lab.training import RunConfig, load_run
 from svdalign.lab.training.build import build_model, example_batch
 
 
@@ -43,7 +43,7 @@ def test_card(run: Path, shipped: Path) -> None:
     card = json.loads((shipped / "card.json").read_text())
     trainer = load_run(run)
     small = compact(trainer.learner.model)
-    dense = build_model(type(trainer.config)(**{**card["config"], **cards.DENSE}), trainer.data)
+    dense = build_model(RunConfig(**card["config"]).dense(), trainer.data)
     x = example_batch(trainer.config, trainer.data)
     for key, count in (
         ("parameters", (parameter_count(small), parameter_count(compact(dense)))),
@@ -178,7 +178,7 @@ def test_folders_that_cannot_be_looked_into(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_with_dense_weights(tmp_path: Path) -> None:
-    words = "--width 0.1 --epochs 1 --train-limit 32 --test-limit 20 --rank null --rule bp"
+    words = "--width 0.1 --epochs 1 --train-limit 32 --test-limit 20 --rule bp-dense"
     assert main(["train", *words.split(), "--out", str(tmp_path / "run")]) == 0
     with pytest.raises(ValueError, match="has no factored layer"):
         inspect_run(tmp_path / "run")

@@ -39,11 +39,13 @@ class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
-        # There is no random generator of the meta device, and no need for one.
-        kwargs = kwargs or {}
-        return func(*args, **{k: None if k == "generator" else v for k, v in kwargs.items()})
+        real = kwargs.get("device") == torch.device("cpu")  # asked for by name: probes of a loss
+        if "generator" in kwargs and not real:
+            kwargs["generator"] = None  # there is none for the meta device, and no need for one
+        return func(*args, **kwargs)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,7 +18,7 @@ from ..costs import alternate, inference_macs, parameter_count
 from ..data import ImageData, batches
 from ..reports import card_text
 from ..training.build import build_model, evaluate, example_batch, memory_format
-from ..training.config import DENSE, RunConfig
+from ..training.config import RunConfig
 from ..training.record import check_writable, provenance, write_json
 from ..training.run import describe
 from ..training.trainer import Trainer
@@ -79,7 +79,7 @@ def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dic
     """What there is to know of ``small``, the compact model of ``trainer``, ready for JSON."""
     model, config, data = trainer.learner.model, trainer.config, trainer.data
     # The same network with dense weights, in the same form: batch norms folded.
-    dense = export.compact(build_model(dataclasses.replace(config, **DENSE), data))
+    dense = export.compact(build_model(config.dense(), data))
     x = example_batch(config, data)
     (loss, accuracy), (_, trained) = (evaluate(m, data, config) for m in (small, model))
     return {

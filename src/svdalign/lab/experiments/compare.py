@@ -10,15 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import methods
+from ..methods import DEFAULT, HELP
 from ..reports import comparison_page, run_page
 from ..training.build import build_learner, load_data, prepare_machine
-from ..training.config import JobConfig, RunConfig, from_dict, option, to_yaml
+from ..training.config import (
+    JobConfig,
+    RunConfig,
+    check_settings,
+    from_dict,
+    method_config,
+    option,
+    to_yaml,
+)
 from ..training.progress import Progress, Silent
 from ..training.record import Record, new_folder, provenance, read_json
 from ..training.run import describe, train
 from ..training.trainer import Trainer
 from . import costs
-from .methods import BACKPROP, DEFAULT, METHODS, check_settings, method_config
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
 
@@ -27,7 +36,7 @@ __all__ = ["CompareConfig", "Comparison", "summarise"]
 class CompareConfig(JobConfig):
     """comparison"""
 
-    rules: list[str] = option(DEFAULT, f"methods to compare, of {', '.join(METHODS)}; {BACKPROP}")
+    rules: list[str] = option(DEFAULT, f"methods to compare, of {HELP}")
     seeds: int | list[int] = option(1, "how many seeds, or which: 3 is the same as [0, 1, 2]")
     lr: float | dict[str, float] | None = option(
         None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"
@@ -120,7 +129,7 @@ class Comparison:
                 break
             trainer = Trainer(config, self.data, build_learner(config, self.data))
             record = self._run_record(name, config)
-            label = METHODS[name].label
+            label = methods.get(name).label
             result = train(
                 trainer,
                 record,
@@ -204,7 +213,7 @@ def summarise(
         rows.append(
             {
                 "method": name,
-                "label": METHODS[name].label,
+                "label": methods.get(name).label,
                 "runs": len(whole),
                 "complete": bool(whole),
                 "accuracy": statistics.mean(accuracies) if accuracies else None,

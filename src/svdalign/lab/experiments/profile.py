@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...export import compact
+from .. import methods
 from ..costs import (
     Call,
     alternate,
@@ -26,6 +27,7 @@ from ..costs import (
     time_ratios,
 )
 from ..data import ImageData, Split
+from ..methods import HELP
 from ..reports import profile_page
 from ..training.build import (
     build_learner,
@@ -34,24 +36,24 @@ from ..training.build import (
     memory_format,
     prepare_machine,
 )
-from ..training.config import JobConfig, MachineConfig, ModelConfig, RunConfig, option, to_yaml
+from ..training.config import (
+    JobConfig,
+    MachineConfig,
+    ModelConfig,
+    RunConfig,
+    check_settings,
+    method_config,
+    option,
+    to_yaml,
+)
 from ..training.record import Record, new_folder, provenance
-from .checkpointing import checkpointed, segment_sizes
 from .costs import Step
-from .methods import BACKPROP, METHODS, check_settings, method_config
 
-__all__ = ["CHECKPOINTED", "Profile", "ProfileConfig"]
+__all__ = ["Profile", "ProfileConfig"]
 
-#: By name of a step with gradient checkpointing, the method and what it is called: of a plain
-#: network by the better of two segmentations, of one that learns locally block by block. Factors
-#: and checkpointing go together, so a claim of little memory has to meet both at once.
-CHECKPOINTED = {
-    "bp-checkpointed": ("bp-dense", "BP, checkpointed"),
-    "bp-factored-checkpointed": ("bp", "BP, factored, checkpointed"),
-    "ssa-checkpointed": ("ssa", f"{METHODS['ssa'].label}, checkpointed"),
-}
+#: Factors and checkpoints go together, so a claim of little memory has to meet both at once.
 DEFAULT = [
-    *("bp-dense", "bp-checkpointed", "bp", "bp-factored-checkpointed"),
+    *("bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed"),
     *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
 ]
 
@@ -75,7 +77,7 @@ class BatchConfig:
 class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     """profile"""
 
-    methods: list[str] = option(DEFAULT, f"of {', '.join((*METHODS, *CHECKPOINTED))}; {BACKPROP}")
+    methods: list[str] = option(DEFAULT, f"of {HELP}")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
     precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
     settings: dict[str, Any] = option(
@@ -92,9 +94,6 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
             part.__post_init__(self)
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(f"methods must be at least one, each once, got {self.methods}")
-        known = (*METHODS, *CHECKPOINTED)
-        if unknown := [name for name in self.methods if name not in known]:
-            raise ValueError(f"unknown method {unknown[0]!r}; available: {', '.join(known)}")
         object.__setattr__(self, "settings", check_settings(self.settings, self.methods))
         if self.break_even and self.estimate:
             raise ValueError("break_even times layers, but estimate runs nothing")
@@ -105,7 +104,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         if self.break_even and self.factored is None:
             raise ValueError(
                 "break_even needs a method with factored weights, got methods "
-                f"{', '.join(self.methods)} at rank {'null' if self.rank is None else self.rank}"
+                f"{', '.join(self.methods)}"
             )
 
     @property
@@ -118,10 +117,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
         shared = {f.name for f in dataclasses.fields(JobConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
-        method, _ = CHECKPOINTED.get(name, (name, ""))
-        config = method_config(method, job, seed=0, settings=self.settings.get(name))
-        local = name in CHECKPOINTED and config.rule != "bp"
-        return dataclasses.replace(config, recompute=True) if local else config
+        return method_config(name, job, seed=0, settings=self.settings.get(name))
 
 
 class Profile:
@@ -140,7 +136,6 @@ class Profile:
             record.check()
             if not overwrite and record.results() is not None:
                 raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
-        self._segment_sizes: dict[str, int] = {}
         self._estimates = {name: self._estimate(name) for name in config.methods}
         self._record = Record(folder or new_folder("runs", "profile"), "profile")
 
@@ -174,13 +169,11 @@ class Profile:
 
     def _estimate(self, name: str) -> dict[str, Any]:
         with pretending():  # in single precision: there is no autocast without numbers
-            if name in CHECKPOINTED and not self.config.run(name).recompute:
-                self._choose_segment_size(name)
             step = self._step(name, "meta")
             memory = step.memory()
             return {
                 "method": name,
-                "label": label(name),
+                "label": methods.get(name).label,
                 "parameters": parameter_count(step.learner.model),
                 "macs": inference_macs(step.learner.model, step.x),
                 "step_macs": step_macs(step),
@@ -230,22 +223,8 @@ class Profile:
         config, data = dataclasses.replace(self.config.run(name), device=device), self._data(device)
         if device == "meta":
             config = dataclasses.replace(config, precision="fp32")
-        net = build_model(config, data)
-        if name in self._segment_sizes:
-            net = checkpointed(net, self._segment_sizes[name])
         x = example_batch(config, data, config.batch_size)
-        return Step(build_learner(config, data, net), config, x, data.train.labels)
-
-    def _choose_segment_size(self, name: str) -> None:
-        """Of the two segmentations, the one with the lower peak."""
-        config = dataclasses.replace(self.config.run(name), device="meta")
-        net = build_model(config, self._data("meta"))
-
-        def peak(size: int) -> int:
-            self._segment_sizes[name] = size
-            return self._step(name, "meta").memory().peak
-
-        self._segment_sizes[name] = min(segment_sizes(net), key=peak)
+        return Step(build_learner(config, data), config, x, data.train.labels)
 
     def _data(self, device: str) -> ImageData:
         """Noise of the batch's shape."""
@@ -255,11 +234,6 @@ class Profile:
         split = Split(images, torch.arange(config.batch_size, device=device) % config.classes)
         half = (0.5,) * config.channels
         return ImageData("noise", split, split, tuple(map(str, range(config.classes))), half, half)
-
-
-def label(name: str) -> str:
-    """What tables and figures call a method."""
-    return CHECKPOINTED[name][1] if name in CHECKPOINTED else METHODS[name].label
 
 
 def _break_even_times(call: Call, config: RunConfig, seconds: float) -> dict[str, Any]:

@@ -6,12 +6,16 @@ They know nothing of factors or units: :func:`svdalign.factorize` takes them lik
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from .._named import import_named
 from ._airbench import Whitening, airbench
 from ._imagenet import resnet18, resnet50, resnet101
 from ._mlp import mlp
@@ -69,7 +73,9 @@ def build(
     framework does. What looks at data before training, :class:`Whitening`, is yet to be fitted.
 
     Args:
-        name: one of :func:`available`.
+        name: one of :func:`available`, or a network of your own as ``package.module:Net``: a class
+            or function that takes ``in_channels`` and ``num_classes`` as keywords, and
+            ``image_size`` and ``width`` if it wants to know them.
         num_classes: number of logits.
         in_channels: channels of the images, 1 or 3 as a rule.
         image_size: height and width of the images in pixels.
@@ -79,8 +85,16 @@ def build(
     Raises:
         ValueError: for an unknown name, or a size outside what the network can take.
     """
+    if ":" in name:
+        wanted = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        return _own(name, {**wanted, "width": width})
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; available: {', '.join(available())}")
+        close = difflib.get_close_matches(name, available(), 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown model {name!r}{meant} (available: {', '.join(available())}, or "
+            "package.module:Net)"
+        )
     entry = _MODELS[name]
     for argument, value, least in (
         ("num_classes", num_classes, 1),
@@ -92,3 +106,24 @@ def build(
     if not (math.isfinite(width) and width > 0):
         raise ValueError(f"width must be a positive finite number, got {width}")
     return entry.make(num_classes, in_channels, image_size, width)
+
+
+def _own(name: str, wanted: dict[str, Any]) -> nn.Module:
+    """The user's network. Nothing is called that does not take the two arguments by name: a config
+    from elsewhere cannot have any function run."""
+    make = import_named(name)
+    try:
+        known = set(inspect.signature(make).parameters)
+    except (TypeError, ValueError):
+        known = set()
+    if missing := {"in_channels", "num_classes"} - known:
+        raise ValueError(
+            f"model {name} must be a class or function that takes in_channels and num_classes; "
+            f"{', '.join(sorted(missing))} is not among its parameters"
+        )
+    if wanted["width"] != 1.0 and "width" not in known:
+        raise ValueError(f"model {name} takes no width, got width {wanted['width']}")
+    net = make(**{key: value for key, value in wanted.items() if key in known})
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"model {name} must make an nn.Module, got {type(net).__name__}")
+    return net

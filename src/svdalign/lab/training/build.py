@@ -24,6 +24,7 @@ from ...rules import Rule
 from .. import data as datasets
 from .. import models
 from ..data import Augment, ImageData, batches
+from .checkpointing import smallest_checkpointed
 from .config import JobConfig, RunConfig
 
 __all__ = [
@@ -83,21 +84,21 @@ def load_data(config: JobConfig) -> ImageData:
 
 
 def make_rule(config: RunConfig) -> Rule:
-    """The named rule with the config's horizon, error and options in it."""
-    changes = dict(config.options)
-    if config.horizon != "rule":
-        changes["horizon"] = None if config.horizon == "all" else config.horizon
-    if config.error != "rule":
-        changes["error"] = config.error
-    return _changed(rules.get(config.rule), changes)
+    """The rule that the config names, with the config's horizon, error and options in it."""
+    own = {"horizon": config.horizon, "error": config.error}
+    changes = {name: value for name, value in own.items() if value != "rule"}
+    return _changed(config.method.make_rule(), {**config.options, **changes})
 
 
 def build_model(config: RunConfig, data: ImageData) -> nn.Module:
-    """The network for ``data`` with its initial weights, factored unless ``rank`` is None.
+    """The network for ``data`` with its initial weights, factored unless the method is dense.
 
     Weights are a function of the seed; methods that differ in rank alone start from the same.
     Whitening is fitted to the first training images.
+    Backpropagation with checkpoints has them in the network itself; the learner makes those of
+    other rules.
     """
+    rule = make_rule(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         net = models.build(
@@ -113,9 +114,13 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     if config.rank is not None:
         net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
-        if config.fuse and not isinstance(rules.get(config.rule), rules.FA):
+        if config.fuse and not isinstance(rule, rules.FA):
             net = fuse_where_possible(net)
-    return net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload,no-any-return]
+    net = net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    if config.method.checkpointed and rule.horizon is None:
+        size = (data.image_size, data.image_size)
+        net = smallest_checkpointed(net, (config.batch_size, data.in_channels, *size))
+    return net
 
 
 def build_learner(
@@ -132,12 +137,13 @@ def build_learner(
     loss = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     model = build_model(config, data) if model is None else model
     groups = partial(_groups, config, model) if groups is None else groups
+    rule = make_rule(config) if rule is None else rule
     return Learner(
         model,
-        make_rule(config) if rule is None else rule,
+        rule,
         units=config.units,
         retraction=config.retraction,
-        recompute=config.recompute,
+        recompute=config.method.checkpointed and rule.horizon is not None,
         optimizer=lambda parameters: _optimizer(config, groups(parameters)),
         example=example_batch(config, data),
         loss=loss if config.label_smoothing else None,
@@ -242,14 +248,14 @@ def _optimizer(config: RunConfig, parameters: Iterable[Any]) -> torch.optim.Opti
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
-            config.lr,
+            config.rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
         )
     return torch.optim.AdamW(
         parameters,
-        config.lr,
+        config.rate,
         betas=(config.momentum, config.beta2),
         weight_decay=config.weight_decay,
     )

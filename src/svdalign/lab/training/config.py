@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
-from ... import rules
-from .. import models
+from .. import methods, models
+from ..methods import Method
 
 __all__ = [
-    "DENSE",
     "Augmentation",
     "DataConfig",
     "JobConfig",
@@ -23,9 +22,11 @@ __all__ = [
     "OptimConfig",
     "RankConfig",
     "RunConfig",
+    "check_settings",
     "differences",
     "evaluated_on",
     "from_dict",
+    "method_config",
     "option",
     "plain",
     "to_yaml",
@@ -36,9 +37,12 @@ C = TypeVar("C")
 
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
-#: What makes a config's weights dense.
-DENSE: Mapping[str, Any] = {
-    "rank": None, "rank_energy": None, "rank_parameters": None, "factor_classifier": False
+#: Fields of every rule, which a run has as fields of its own.
+_SHARED = ("horizon", "error")
+
+#: Fields that ask for factored weights, as they are where weights are dense.
+_DENSE: Mapping[str, Any] = {
+    "rank_energy": None, "rank_parameters": None, "factor_classifier": False
 }  # fmt: skip
 
 
@@ -106,10 +110,14 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    model: str = option("smallconv", f"of {', '.join(models.available())}")
+    model: str = option(
+        "smallconv",
+        f"of {', '.join(models.available())}, or a network of your own as package.module:Net, a "
+        "class or function that takes in_channels and num_classes",
+    )
     width: float = option(1.0, "factor on the number of channels of every hidden layer")
     rank: int | float | None = option(
-        0.5, "rank of the factors: a fraction in (0, 1], a whole number, or null for dense weights"
+        0.5, "rank of the factors: a fraction of full rank in (0, 1], or a whole number"
     )
     scheme: Literal["channel", "spatial"] = option(
         "channel", "how a kernel becomes a matrix: channel (more accurate and faster), or spatial"
@@ -128,17 +136,14 @@ class ModelConfig:
         "what learns on its own: layer, block, stage, a number of blocks, or a list of the modules "
         "that units end with",
     )
-    recompute: bool = option(
-        False, "hold the inputs of blocks alone, and run blocks again for their gradients"
-    )
 
     def __post_init__(self) -> None:
         _positive(self, "width")
-        _switches(self, "factor_classifier", "fuse", "recompute")
+        _switches(self, "factor_classifier", "fuse")
         if isinstance(self.rank, float):
             if not 0 < self.rank <= 1:
                 raise ValueError(
-                    "rank must be a fraction in (0, 1], a whole number of at least 1, or null, "
+                    "rank must be a fraction in (0, 1] or a whole number of at least 1, "
                     f"got {self.rank}"
                 )
         elif self.rank is not None:
@@ -272,39 +277,128 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
                 "rank_freeze, the epoch of the last cut, must be at most the number of epochs, "
                 f"{self.epochs}, got {self.rank_freeze}"
             )
-        for name, dense in DENSE.items():
-            if self.rank is None and getattr(self, name) != dense:
-                raise ValueError(f"{name} needs factored weights, but rank is null")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(JobConfig):
     """method"""
 
-    rule: str = option(
-        "ssa",
-        f"how the units learn, of {', '.join(rules.available())}; bp is backpropagation, on "
-        "factored weights unless --rank null makes them dense; the methods of compare and profile, "
-        "such as bp-dense, are rules with settings of their own",
-    )
-    horizon: int | Literal["rule", "all"] = option(
-        "rule",
-        "units that a task gradient travels upstream; all: backpropagation; rule: its own",
+    rule: str = option("ssa", f"the method, how the network learns: {methods.HELP}")
+    horizon: int | str = option(
+        "rule", "how many units upstream a unit's task gradient travels; rule: the rule's own"
     )
     error: Literal["rule", "output", "local", "target"] = option(
         "rule", "where a unit's error comes from; rule: the rule's own"
     )
-    options: dict[str, Any] = option({}, "fields of the rule to change: --options.alpha 0.5")
-    lr: float = option(1e-2, "peak learning rate")
+    options: dict[str, Any] = option(
+        {}, "other fields of the rule to change, one by one: --options.alpha 0.5"
+    )
+    lr: float | None = option(None, "peak learning rate (what the method was tuned to)")
     seed: int = option(0, "of the initial weights, the feedback and the order of the data")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "lr")
         _at_least(self, "seed", 0)
         if not isinstance(self.horizon, str):
             _at_least(self, "horizon", 0)
-        object.__setattr__(self, "options", plain(self.options))
+        elif self.horizon != "rule":
+            raise ValueError(
+                "horizon must be a whole number of at least 0, or rule for the rule's own (what "
+                f"has no limit is backpropagation, rule bp), got {self.horizon!r}"
+            )
+        self._take_from(methods.get(self.rule))
+        _positive(self, "lr")
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: ``lr``, which is a number once the config is made."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def method(self) -> Method:
+        """What ``rule`` names."""
+        return methods.get(self.rule)
+
+    def dense(self) -> RunConfig:
+        """The same run with dense weights."""
+        method = dataclasses.replace(self.method, factored=False)
+        return dataclasses.replace(self, rule=method.name, rank=None, **_DENSE)
+
+    def _take_from(self, method: Method) -> None:
+        """Write into the fields what the method says, so that a stored config says all of it."""
+        given = plain(self.options)
+        options = {**method.options, **given}
+        fields: dict[str, Any] = {"rule": method.name, "options": options}
+        if self.lr is None:
+            fields["lr"] = method.lr
+        for name in _SHARED:
+            if name in given:
+                raise ValueError(f"{name} is no part of options but an option itself: --{name}")
+            if name in options and getattr(self, name) == "rule":
+                fields[name] = options[name]
+            options.pop(name, None)
+        if not method.factored:
+            for name, dense in _DENSE.items():
+                if getattr(self, name) != dense:
+                    raise ValueError(f"{name} needs factored weights, {method.name} has dense ones")
+            fields["rank"] = None
+        elif self.rank is None:
+            raise ValueError(
+                "rank must be a fraction or a whole number, got null; for dense weights say rule "
+                f"{dataclasses.replace(method, factored=False).name}"
+            )
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+
+def method_config(
+    method: str | Method,
+    job: JobConfig,
+    *,
+    seed: int,
+    lr: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The run of ``method`` within ``job``.
+
+    Args:
+        method: its name, or one that has none.
+        job: what all methods share. What only factored weights can have is left out for dense ones.
+        seed: of the run.
+        lr: peak learning rate, in place of the one that the method was tuned to.
+        settings: fields of the run that differ from the job's; ``options`` are added to the
+            method's.
+    """
+    method = methods.get(method) if isinstance(method, str) else method
+    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
+    if not method.factored:
+        fields |= _DENSE
+    fields |= {"rule": method.name, "lr": method.lr if lr is None else lr, "seed": seed}
+    options, own = dict(method.options), dict(settings or {})
+    fields |= {name: options.pop(name) for name in _SHARED if name in options}
+    fields["options"] = {**options, **own.pop("options", {})}
+    return RunConfig(**{**fields, **own})
+
+
+def check_settings(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """``settings`` by method, with strings of the command line as the values they stand for.
+
+    Raises ValueError for a method that is not among ``names`` and for what is no field of a run.
+    """
+    if unknown := sorted(set(settings) - set(names)):
+        raise ValueError(
+            f"settings names {', '.join(unknown)}, but the methods are {', '.join(names)}"
+        )
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for name, fields in settings.items():
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"settings of {name} must be {{field: value}}, got {fields!r}")
+        if wrong := sorted(set(fields) - set(known)):
+            raise ValueError(
+                f"settings of {name} name {', '.join(wrong)}; a run has {', '.join(known)}"
+            )
+    return {name: plain(fields) for name, fields in settings.items()}
 
 
 def evaluated_on(validation: int | None) -> str:

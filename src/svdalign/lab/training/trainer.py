@@ -259,7 +259,7 @@ class Trainer:
         return {"parameters": max(wanted, int(now * share)), "min_rank": config.rank_min}
 
     def _set_learning_rate(self) -> None:
-        rate = self.config.lr * learning_rate_factor(
+        rate = self.config.rate * learning_rate_factor(
             self.config.schedule, self.global_step, self.total_steps, self.config.warmup
         )
         for group in self.learner.optimizer.param_groups:  # one may have a rate of its own

@@ -26,6 +26,7 @@ from ...training.config import (
     MachineConfig,
     RunConfig,
     from_dict,
+    method_config,
     option,
     to_yaml,
 )
@@ -33,7 +34,6 @@ from ...training.progress import Progress, Silent
 from ...training.record import Record, provenance, read_json, write_json
 from ...training.run import train
 from ...training.trainer import Trainer
-from ..methods import method_config
 from ..profile import Profile
 from .draw import experiment_figures, index_page
 from .specs import EXPERIMENTS, Experiment, Variant

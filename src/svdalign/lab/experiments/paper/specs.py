@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .... import rules
-from ..methods import METHODS, Method
+from ...methods import METHODS, Method
 from ..profile import ProfileConfig
 
 __all__ = ["EXPERIMENTS", "SCALES", "Drawing", "Experiment", "Scale", "Variant"]
@@ -188,7 +188,7 @@ def _ranks() -> dict[str, Variant]:
     return {**variants, "ssa-shrinking": Variant(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
-_COSTS = ["bp-dense", "bp-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa"]
+_COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa"]
 
 
 def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig]:

@@ -7,7 +7,12 @@ from torch import nn
 
 from svdalign.lab import models
 from svdalign.lab.costs import step_memory
-from svdalign.lab.experiments.checkpointing import Segment, checkpointed, segment_sizes
+from svdalign.lab.training.checkpointing import (
+    CheckpointedSequential,
+    checkpointed,
+    segment_sizes,
+    smallest_checkpointed,
+)
 
 
 @pytest.mark.parametrize("name", models.available())
@@ -17,7 +22,7 @@ def test_the_gradient_is_backpropagations(name: str) -> None:
     expected = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
     for size in segment_sizes(net):
         again = checkpointed(net, size)
-        assert any(isinstance(m, Segment) for m in again.modules())
+        assert any(isinstance(m, CheckpointedSequential) for m in again.modules())
         found = torch.autograd.grad(F.cross_entropy(again(x), y), list(again.parameters()))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -29,8 +34,25 @@ def test_segments_of_a_chain() -> None:
         nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2),
     )  # fmt: skip
     assert segment_sizes(net) == (1, 2)
-    lengths = [[len(m) for m in checkpointed(net, s) if isinstance(m, Segment)] for s in (1, 2)]
-    assert lengths == [[2, 3, 2], [5, 2]]
+    assert [checkpointed(net, size).cuts for size in (1, 2)] == [(0, 2, 5, 7), (0, 5, 7)]
+    assert checkpointed(net, 1).state_dict().keys() == net.state_dict().keys()
+
+
+def test_the_segmentation_that_holds_less_is_taken() -> None:
+    """Nine narrow layers of one width: segments of three save least inputs and recompute little;
+    with one wide layer after another, one block at a time does."""
+    even = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(10)))
+    net = smallest_checkpointed(even, (4096, 8))
+    assert net.cuts in {checkpointed(even, size).cuts for size in segment_sizes(even)}
+    x, y = torch.randn(4096, 8), torch.zeros(4096, dtype=torch.int64)
+
+    def peak(model: nn.Module) -> int:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return step_memory(
+            lambda: F.cross_entropy(model(x), y).backward(), [model], optimizer, [x, y]
+        ).peak
+
+    assert peak(net) == min(peak(checkpointed(even, size)) for size in segment_sizes(even))
 
 
 def test_it_holds_less() -> None:

@@ -1,0 +1,127 @@
+"""The vocabulary of methods: everything that the lab trains, compares, profiles and tunes, by name.
+
+A name is a base with up to two suffixes, in this order:
+
+- the base is one of :data:`METHODS`, any registered rule, or a rule of your own as
+  ``package.module:Class`` (a subclass of :class:`svdalign.rules.Rule` that needs no arguments, or
+  an instance of one);
+- ``-dense``: the weights are dense, not factored;
+- ``-checkpointed``: activations are recomputed in the backward pass (gradient checkpointing).
+
+So ``bp`` is backpropagation on factored weights, ``bp-dense`` plain backpropagation, and
+``bp-dense-checkpointed`` the latter with gradient checkpointing.
+
+The learning rates come from one search, the same for every method (``benchmarks/tune.py``). Other
+rules train at :data:`DEFAULT_LR` unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import rules
+from ..rules import Rule
+from ._named import search_here
+
+__all__ = ["DEFAULT", "DEFAULT_LR", "HELP", "METHODS", "Method", "available", "get"]
+
+DEFAULT_LR = 1e-2
+
+DENSE, CHECKPOINTED = "-dense", "-checkpointed"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule, how its weights are held, and the settings that it was tuned to.
+
+    ``label``: its name in tables and figures. ``rule``: the name of a registered rule, or
+    ``package.module:Class``. ``factored``: weights are ``U diag(s) V^T``, otherwise dense.
+    ``checkpointed``: activations are recomputed in the backward pass. ``lr``: peak learning rate.
+    ``options``: fields of the rule that differ from its defaults.
+    """
+
+    label: str
+    rule: str
+    factored: bool = field(default=True, kw_only=True)
+    checkpointed: bool = field(default=False, kw_only=True)
+    lr: float = field(default=DEFAULT_LR, kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """Rule and suffixes: all of the method but its options and learning rate."""
+        return self.rule + DENSE * (not self.factored) + CHECKPOINTED * self.checkpointed
+
+    def make_rule(self) -> Rule:
+        """The rule with its own defaults; ``options`` are not in it."""
+        search_here()
+        return rules.get(self.rule)
+
+
+METHODS: dict[str, Method] = {
+    "bp-dense": Method("BP", "bp", factored=False, lr=1e-2),
+    "bp": Method("SVD-BP", "bp", lr=1e-2),
+    "fa": Method("FA", "fa", lr=5e-3),
+    "sign-symmetric": Method("Sign-symmetric", "sign-symmetric", lr=5e-3),
+    "dfa-dense": Method("DFA, dense", "dfa", factored=False, lr=5e-3, options={"grid": 2}),
+    "dfa": Method("DFA", "dfa", lr=5e-3, options={"grid": 2}),
+    "drtp": Method("DRTP", "drtp", lr=5e-3),
+    "ssa-reconstruction": Method("SSA, our reconstruction", "ssa-reconstruction", lr=5e-3),
+    "ssa-output": Method("SSA, output error", "ssa", lr=1e-2, options={"error": "output"}),
+    "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
+    "ssa-1": Method("SSA, horizon 1", "ssa", lr=1e-2, options={"horizon": 1}),
+    "ssa": Method("SSA, horizon 2", "ssa", lr=1e-2),
+    "ssa-dense": Method("SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2),
+}
+
+DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise
+
+
+def available() -> list[str]:
+    """Names that :func:`get` takes as they are and with suffixes: METHODS and registered rules."""
+    return list(dict.fromkeys([*METHODS, *rules.available()]))
+
+
+#: For help texts.
+HELP = (
+    f"{', '.join(available())}, or a rule of your own as package.module:Class; each also with "
+    "-dense (dense weights) and -checkpointed (gradient checkpointing) behind it; bp is "
+    "backpropagation on factored weights, bp-dense plain backpropagation"
+)
+
+
+def get(name: str) -> Method:
+    """The method of that name; ValueError that says what there is for a name that is none."""
+    method = _find(name)
+    if method is None:
+        close = difflib.get_close_matches(name, available(), 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown method {name!r}{meant} (available: {', '.join(available())}, or "
+            f"package.module:Class; {DENSE} and {CHECKPOINTED} may follow)"
+        )
+    return method
+
+
+def _find(name: str) -> Method | None:
+    if name in METHODS:
+        return METHODS[name]
+    if name.endswith(CHECKPOINTED):
+        base = _find(name.removesuffix(CHECKPOINTED))
+        if base is None or base.checkpointed:
+            return None
+        return dataclasses.replace(base, label=f"{base.label}, checkpointed", checkpointed=True)
+    if name.endswith(DENSE):
+        base = _find(name.removesuffix(DENSE))
+        if base is None or base.checkpointed or not base.factored:
+            return None
+        return dataclasses.replace(base, label=f"{base.label}, dense", factored=False)
+    if ":" in name:
+        method = Method(name.rpartition(":")[2], name)
+        method.make_rule()  # refuses what is no rule
+        return method
+    return Method(name, name) if name in rules.available() else None
