@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import CodeType
 
 from torch import fx, nn
 
-__all__ = ["carry_hooks", "followers", "substitute"]
+__all__ = ["carry_hooks", "followers", "layers_read", "substitute"]
 
 #: Where a module keeps what users register to run with its forward and backward pass.
 HOOKS = (
@@ -57,6 +60,74 @@ def followers(
         if alone.issuperset((str(source.target), str(node.target))):
             found[str(source.target)] = str(node.target)
     return found
+
+
+def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
+    """Modules of type ``leaf`` of which the code of ``model`` reads more than their output.
+
+    Found are parameters and what is computed from them, such as ``weight``, in a ``forward`` that
+    can be traced; and, traced or not, attributes that a module's own code reads off its children by
+    name, as in ``self.out.weight.dtype`` or ``self.out.in_features``.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {
+        modules[path]
+        for owner, module in modules.items()
+        if not isinstance(module, leaf)
+        for path in _attributes_read(module, owner)
+        if isinstance(modules.get(path), leaf)
+    }
+    try:
+        graph = _Tracer(leaf).trace(model)
+    except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
+        return found
+    for node in graph.nodes:
+        path = str(node.target)
+        if node.op == "get_attr":
+            path = path.rpartition(".")[0]
+        elif node.op != "call_module" or (len(node.args) == 1 and not node.kwargs):
+            continue
+        if path and isinstance(modules.get(path), leaf):
+            found.add(modules[path])
+    return found
+
+
+def _attributes_read(module: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the modules below ``module``, at ``path``, of which its code reads an attribute:
+    ``path.a.b`` for ``self.a.b.weight``."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    prefix = f"{path}." if path else ""
+    seen: set[str] = set()
+    names = ["forward"]
+    while names:
+        name = names.pop()
+        function = inspect.unwrap(getattr(type(module), name, None) or len)
+        if name in seen or not hasattr(function, "__code__"):
+            continue
+        seen.add(name)
+        for chain in _chains(function.__code__):
+            names.append(chain[0])  # a method that the code calls
+            if len(chain) > 1 and chain[-1] != "forward":
+                yield prefix + ".".join(chain[:-1])
+
+
+def _chains(code: CodeType) -> Iterator[list[str]]:
+    """``["a", "weight"]`` for each ``self.a.weight`` that ``code`` loads, and its beginnings."""
+    chain: list[str] | None = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and chain is not None:
+            chain = [*chain, name]
+            yield chain
+        elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            last = name[-1] if isinstance(name, tuple) else name
+            chain = [] if last == "self" else None
+        else:
+            chain = None
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _chains(constant)
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

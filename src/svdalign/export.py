@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ._tracing import carry_hooks, followers, substitute
-from .factors import FactoredLayer, FusedConv2d, SVDConv2d
+from ._copying import copied
+from ._tracing import carry_hooks, followers, layers_read, substitute
+from .factors import FactoredLayer
 from .storage import replace_file
 
 __all__ = [
@@ -34,19 +35,23 @@ def compact(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, made of plain ``nn`` modules, in eval mode.
 
     Every factored layer becomes what costs fewer multiply-accumulates: an ``nn.Sequential`` of two
-    layers, ``s`` merged into the second, or one dense layer. A batch norm that reads nothing but a
+    layers, ``s`` merged into the second, or one dense layer. It becomes one dense layer in any case
+    where the code of the model reads more of it than its output, such as its ``weight``: a tied
+    decoder, or T5, which asks for the weight's dtype. A batch norm that reads nothing but a
     convolution's output, itself read by nothing else, is folded into that convolution and leaves an
     ``nn.Identity``. This is read off the traced ``forward``; where that cannot be traced (control
     flow that depends on the data) batch norms stay. The function is kept to rounding.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    if hasattr(model, "factorization"):
-        del model.factorization
+    model = copied(model).eval().requires_grad_(False)
+    for module in model.modules():
+        module.__dict__.pop("factorization", None)
+    read = layers_read(model, FactoredLayer)
     plain: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FactoredLayer):
             if module not in plain:
-                plain[module] = _plain(module).eval().requires_grad_(False)
+                made = module.dense() if module in read else module.plain()
+                plain[module] = made.eval().requires_grad_(False)
                 carry_hooks(module, plain[module])
             if not name:
                 return plain[module]
@@ -54,74 +59,6 @@ def compact(model: nn.Module) -> nn.Module:
     _call_every_layer(model)
     _fold_batch_norms(model)
     return model
-
-
-# --- factored layers ----------------------------------------------------------------------------
-
-
-def _plain(layer: FactoredLayer) -> nn.Module:
-    convolution = _plain_layer(layer)
-    return (
-        nn.Sequential(convolution, *layer.tail) if isinstance(layer, FusedConv2d) else convolution
-    )
-
-
-def _plain_layer(layer: FactoredLayer) -> nn.Module:
-    bias = None if layer.bias is None else layer.bias.detach()
-    U, V = (layer.U * layer.s).detach(), layer.V.detach()
-    if not isinstance(layer, SVDConv2d):
-        if layer.rank * (len(U) + len(V)) < len(U) * len(V):
-            return nn.Sequential(_linear(V.mT, None), _linear(U, bias))
-        return _linear(layer.merged_weight().detach(), bias)
-    first, second = layer.kernels()
-    # Products for each pixel of the output; a first convolution that does not stride along an axis
-    # makes as many pixels more.
-    unstrided = layer.stride[1] if layer.scheme == "spatial" else 1
-    pair = first.numel() * unstrided + second.numel()
-    weight = layer.merged_weight().detach()
-    if pair >= weight.numel():
-        padding = cast(str | tuple[int, int], layer.padding)
-        return _conv(weight, bias, layer.stride, padding, layer.dilation)
-    return nn.Sequential(
-        _conv(first.detach(), None, *layer.first_settings()),
-        _conv(layer.expansion().detach(), bias, *layer.second_settings()),
-    )
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out, fan_in = weight.shape
-    layer = nn.Linear(fan_in, out, bias=bias is not None, device="meta")
-    _fill(layer, weight, bias)
-    return layer
-
-
-def _conv(
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: str | tuple[int, int],
-    dilation: tuple[int, int],
-) -> nn.Conv2d:
-    out, fan_in, height, width = weight.shape
-    layer = nn.Conv2d(
-        fan_in,
-        out,
-        (height, width),
-        stride,
-        padding,
-        dilation,
-        bias=bias is not None,
-        device="meta",
-    )
-    _fill(layer, weight, bias)
-    return layer
-
-
-def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    # From the meta device: no initial values are drawn, and the random state stays as it is.
-    layer.weight = nn.Parameter(weight.contiguous().clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
 
 
 def _call_every_layer(model: nn.Module) -> None:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
+import svdalign as sva
 from svdalign.factors import FactoredLayer, SVDConv2d, SVDLinear, factorize
 
 
@@ -62,8 +64,8 @@ def test_replaces_layers_and_reports_each() -> None:
     assert list(report) == ["0", "3", "5", "7"]
     assert report["7"].rank is None
     assert report["7"].note == "classifier"
-    # Kernel (16, 3, 3, 3) as a (48, 9) matrix at a quarter of full rank 9, rounded up.
-    assert (report["0"].rank, report["0"].full_rank) == (3, 9)
+    # Kernel (16, 3, 3, 3) as a (16, 27) matrix at a quarter of full rank 16.
+    assert (report["0"].rank, report["0"].full_rank) == (4, 16)
     for name, row in report.items():
         layer = model.get_submodule(name)
         weights = sum(p.numel() for key, p in layer.named_parameters() if key != "bias")
@@ -124,19 +126,127 @@ def test_a_rank_above_break_even_stays_dense() -> None:
     assert rows(factorize(wide, 15))["0"].rank == 15
 
 
+class Scaled(nn.Conv2d):
+    """Not what its base computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("rank", [0.5, 0.9, 1.0])
+def test_a_fraction_is_capped_at_break_even(rank: float) -> None:
+    net = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    model = factorize(net, rank)
+    for name in ("0", "2"):  # rank 31 holds 31 * 129 = 3999 numbers of 4096, rank 32 4128
+        row = rows(model)[name]
+        assert (row.rank, row.note) == (31, "capped at break-even rank 31")
+        assert row.parameters == 31 * 129 < row.dense_parameters
+    assert "capped at break-even rank 31" in str(model.factorization)
+
+
+def test_where_no_rank_saves_anything_a_layer_stays_dense() -> None:
+    row = rows(factorize(nn.Sequential(nn.Linear(1, 64), nn.Linear(64, 64), nn.Linear(64, 1))))["0"]
+    assert (row.rank, row.note) == (None, "rank 1 is above break-even rank 0")
+
+
+def test_the_report_is_of_the_moment(tmp_path) -> None:
+    def learner():
+        model = factorize(net(), 0.5)
+        x = torch.randn(2, 3, 6, 6).double()
+        return sva.Learner(model, optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x)
+
+    trained, other = learner(), learner()
+    first = rows(trained.model)["5"]
+    sva.reduce_rank(trained.model, trained.optimizer, rank=2)
+    sva.save(trained, tmp_path / "run.safetensors")
+    sva.load(tmp_path / "run.safetensors", into=other)
+    for model in (trained.model, other.model, copy.deepcopy(other.model), sva.fuse(other.model)):
+        row = rows(model)["5"]
+        assert row.rank == 2 < first.rank
+        assert row.parameters == 2 * (32 + 24 * 36 + 1) < first.parameters
+        line = str(model.factorization).splitlines()[3]
+        assert line.split() == ["5", "Linear", "2", "32", f"{row.parameters:,}", "27,648"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("layer", [3, 5])
+def test_refuses_weights_that_are_not_finite(value: str, layer: int) -> None:
+    broken = net()
+    with torch.no_grad():
+        broken[layer].weight.view(-1)[1] = float(value)
+    with pytest.raises(
+        ValueError, match=rf"layer '{layer}'.*must be finite, got 1 NaN or infinite"
+    ):
+        factorize(broken)
+
+
+def test_refuses_weights_without_values() -> None:
+    with pytest.raises(ValueError, match=r"lazy modules.*'0' \(LazyLinear\).*run it on a batch"):
+        factorize(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"layer '0' cannot be factored.*meta device"):
+        factorize(nn.Sequential(nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, device="meta")))
+
+
+def _pruned(net: nn.Sequential) -> None:
+    prune.l1_unstructured(net[5], "weight", 0.5)
+
+
+def _spectral(net: nn.Sequential) -> None:
+    torch.nn.utils.spectral_norm(net[5])
+    net(torch.randn(2, 3, 6, 6).double())
+
+
+def _normed(net: nn.Sequential) -> None:
+    torch.nn.utils.weight_norm(net[5])
+
+
+def _cached(net: nn.Sequential) -> None:
+    net[5].cache = {"last": [net[5].weight * 2]}
+
+
+@pytest.mark.parametrize("change", [_pruned, _spectral, _normed, _cached])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
+def test_nets_with_computed_tensors_are_copied(change) -> None:
+    source = net()
+    change(source)
+    source.eval()
+    model = factorize(source, {"0": 1.0, "7": 1.0})
+    for copied in (model, sva.fuse(factorize(source)), sva.compact(model)):
+        assert copied is not source
+    x = torch.randn(2, 3, 6, 6).double()
+    for small in (model, sva.compact(model)):
+        torch.testing.assert_close(small(x), source(x), rtol=0, atol=1e-10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert source(x).abs().max() > 0
+
+
+def test_without_settings_it_fuses(recwarn) -> None:
+    fused = sva.fuse(factorize(net()))
+    assert not recwarn.list
+    assert isinstance(fused[0], sva.factors.FusedConv2d)
+
+
 @pytest.mark.parametrize(
     ("layer", "note"),
     [
         (nn.Conv2d(16, 16, 3, groups=16), "groups=16"),
         (nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
-        (torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3)), "subclass"),
+        (torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3)), "computed"),
+        (Scaled(16, 16, 3), r"a subclass (Scaled)"),
+        (nn.Conv2d(16, 16, 3, dtype=torch.complex64), "complex64"),
+        (nn.ConvTranspose2d(16, 16, 3, groups=2), "groups=2"),
     ],
 )
 def test_layers_that_cannot_be_factored_stay_dense_even_if_named(layer, note) -> None:
     model = factorize(nn.Sequential(layer, nn.Conv2d(16, 16, 3)), {"0": 2, "1": 2})
     assert note in rows(model)["0"].note
     assert not isinstance(model[0], FactoredLayer)
-    x = torch.randn(1, 16, 5, 5)
+    x = torch.randn(1, 16, 5, 5, dtype=layer.weight.dtype)
     torch.testing.assert_close(model[0](x), layer(x))
 
 
@@ -240,9 +350,9 @@ def test_refuses_what_is_no_module() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.ReLU(), nn.Embedding(3, 4)), r"no nn\.Linear or nn\.Conv2d"),
+        (nn.Sequential(nn.ReLU(), nn.Embedding(3, 4)), "none of .*Conv2d.*Linear"),
         (nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), "groups=4"),
-        (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), "break-even"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "rank 2 is above break-even rank 0"),
     ],
 )
 def test_refuses_a_net_without_a_layer_to_factor(model, reason) -> None:

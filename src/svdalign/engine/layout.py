@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..factors import SVDConv2d, SVDLinear
+from ..factors import FactoredLayer
+from ..factors.registry import factored_type
 
 __all__ = ["AS_IT_IS", "Layout", "layout_of"]
 
@@ -40,11 +41,17 @@ class Layout:
 
 AS_IT_IS = Layout()
 
-_CHANNELS_FIRST = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, SVDConv2d,
-)  # fmt: skip
-_CHANNELS_LAST = (nn.Linear, SVDLinear)
+_CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+
+def _channels_last(module: nn.Module) -> bool | None:
+    """Whether ``module`` is known for channels in the last axis of its output, or in the second."""
+    kind = type(module) if isinstance(module, FactoredLayer) else factored_type(module)
+    if kind is not None:
+        return kind.channels_last
+    if isinstance(module, _CHANNELS_FIRST):
+        return False
+    return True if type(module) is nn.LayerNorm else None
 
 
 def layout_of(
@@ -61,11 +68,8 @@ def layout_of(
     """
     channels_last: bool | None = None
     for other, module, other_shape in calls:
-        if other_shape == shape:
-            if isinstance(module, _CHANNELS_FIRST):
-                channels_last = False
-            elif isinstance(module, _CHANNELS_LAST) or type(module) is nn.LayerNorm:
-                channels_last = True
+        if other_shape == shape and (known := _channels_last(module)) is not None:
+            channels_last = known
         if other == path:
             break
     axes = list(range(len(shape)))

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from .._copying import copied
 from .._tracing import carry_hooks
-from .layers import (
-    SCHEMES,
-    FactoredLayer,
-    Scheme,
-    SVDConv2d,
-    SVDLinear,
-    absolute_rank,
-    break_even_rank,
-    kernel_matrix,
-)
+from .layers import SCHEMES, FactoredLayer, Scheme, absolute_rank, break_even_rank
+from .registry import dense_names, factored_type, own_matrices
 
 __all__ = ["Factorization", "LayerReport", "Rank", "factorize"]
 
@@ -31,8 +25,8 @@ Rank = (
 class LayerReport:
     """What became of one layer with a weight.
 
-    ``rank`` is None where it stayed dense; ``note`` then says why. ``parameters`` counts the weight
-    as it is now, ``dense_parameters`` as it was.
+    ``rank`` is None where it stayed dense; ``note`` then says why. It also says where a rank was
+    capped. ``parameters`` counts the weight as it is now, ``dense_parameters`` as it was.
     """
 
     name: str
@@ -46,9 +40,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Factorization:
-    """What :func:`factorize` did, a :class:`LayerReport` for each layer with a weight."""
+    """What :func:`factorize` did, a :class:`LayerReport` for each layer with a weight.
 
-    layers: tuple[LayerReport, ...]
+    Ranks and parameters are read off the model's layers each time, and so are those of the moment,
+    whatever has cut or loaded them since.
+    """
+
+    model: nn.Module = field(repr=False)
+    first: tuple[LayerReport, ...] = field(repr=False)
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        """The layers as they are now."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        return tuple(_updated(report, modules.get(report.name)) for report in self.first)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -66,32 +71,43 @@ class Factorization:
         )
 
 
+def _updated(report: LayerReport, layer: nn.Module | None) -> LayerReport:
+    if not isinstance(layer, FactoredLayer):
+        return report
+    return replace(report, rank=layer.rank, parameters=_numbers(layer))
+
+
 def factorize(
     net: nn.Module,
-    rank: Rank | Mapping[str, Rank] = 0.25,
-    scheme: Scheme = "spatial",
+    rank: Rank | Mapping[str, Rank] = 0.5,
+    scheme: Scheme = "channel",
     *,
     classifier: bool = False,
 ) -> nn.Module:
     """A copy of ``net`` whose linear and convolution layers are held as ``U diag(s) V^T``.
 
-    ``rank``: a float in (0, 1] is a fraction of each layer's full rank (rounded up), an int is an
-    absolute rank (cut to full rank), a mapping ``{layer name: rank or None}`` decides layer by
-    layer and leaves the others dense. ``scheme``: how a kernel becomes a matrix, see
-    :class:`SVDConv2d`. The factors come from the SVD of the layer's present weight, so that full
-    rank keeps the function to rounding and pretrained weights are kept as well as the rank allows.
-    Forward and backward hooks of a layer go over to its factored one.
+    ``rank``: a float in (0, 1] is a fraction of each layer's full rank (rounded up), but no more
+    than its break-even rank, at which the factors still hold fewer numbers than the weight; an int
+    is an absolute rank (cut to full rank); a mapping ``{layer name: rank or None}`` decides layer
+    by layer, without that cap, and leaves the others dense. ``scheme``: how a kernel becomes a
+    matrix, see :mod:`svdalign.factors.layers.convolution`. The factors come from the SVD of the
+    layer's present weight, so that full rank keeps the function to rounding and pretrained weights
+    are kept as well as the rank allows. Forward and backward hooks of a layer go over to its
+    factored one.
 
-    A layer whose factors would hold no fewer numbers than its weight, a grouped convolution, a
-    shared weight and the classifier (the last layer, if it is linear or a 1 x 1 convolution) stay
-    dense; ``classifier`` factors the last of these as well, and naming a layer in a mapping
+    Factored are ``nn.Linear``, convolutions, transposed ones too, of one to three axes, and the
+    ``Conv1D`` of Hugging Face's transformers. A layer whose factors would hold no fewer numbers
+    than its weight, a grouped convolution, a shared weight, one computed from other parameters (as
+    ``weight_norm`` does) and the classifier (the last layer, if it maps every position by itself)
+    stay dense; ``classifier`` factors the last of these as well, and naming a layer in a mapping
     overrides the first and the last. Every other module with a weight matrix of its own stays
     dense too, such as ``nn.MultiheadAttention``, which packs its projections into one. The
     returned module's ``factorization`` attribute (:class:`Factorization`) tells what was left
     dense and why.
 
     Raises TypeError or ValueError for a rank or scheme that is not allowed, a mapping that names no
-    layer, and a net without any layer that can be factored.
+    layer, a net without any layer that can be factored, and for a layer to be factored that has no
+    weight values yet (lazy, or on the meta device) or some that are NaN or infinite.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -101,54 +117,47 @@ def factorize(
         raise TypeError(f"classifier must be true or false, got {classifier!r}")
     for value in rank.values() if isinstance(rank, Mapping) else (rank,):
         _check_rank(value)
-    model = copy.deepcopy(net)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    _check_not_lazy(net)
+    model = copied(net)
+    layers = {name: m for name, m in model.named_modules() if factored_type(m)}
     if isinstance(rank, Mapping) and (unknown := sorted(set(rank) - set(layers))):
         raise ValueError(
             f"rank names {unknown}, which are not linear or convolution layers; "
             f"there are {list(layers)}"
         )
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     places: dict[int, list[str]] = {}  # one module may stand under several names
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
     left_dense = None if classifier else _classifier(layers)
     reports = []
     for name, layer in layers.items():
-        explicit = isinstance(rank, Mapping) and rank.get(name) is not None
+        kind = factored_type(layer)
+        assert kind is not None
+        explicit = isinstance(rank, Mapping)
         wanted = rank.get(name) if isinstance(rank, Mapping) else rank
-        matrix_shape = _matrix_shape(layer, scheme)
-        full = min(matrix_shape)
-        r = None if wanted is None else absolute_rank(wanted, full)
-        note = ""
+        m, n = kind.to_matrix(layer.weight.detach().to("meta"), scheme).shape
+        most = break_even_rank(m, n)
+        r = None if wanted is None else absolute_rank(wanted, min(m, n))
+        note, dense_parameters = "", layer.weight.numel()
         if r is None:
             note = "not asked for"
-        elif type(layer) not in (nn.Linear, nn.Conv2d):
-            note = f"a subclass ({type(layer).__name__}) may not be what its base computes"
-        elif isinstance(layer, nn.Conv2d) and layer.groups != 1:
-            note = f"grouped convolution (groups={layer.groups})"
-        elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-            note = f"padding_mode={layer.padding_mode!r}"
-        elif "weight" not in layer._parameters:
-            note = "its weight is computed from other parameters"
+        elif reason := kind.refusal(layer):
+            note, r = reason, None
         elif uses[id(layer.weight)] > 1:
-            note = "weight shared with another module"
+            note, r = "weight shared with another module", None
         elif name == left_dense and not explicit:
-            note = "classifier"
-        elif r > break_even_rank(*matrix_shape) and not explicit:
-            note = f"rank {r} is above break-even rank {break_even_rank(*matrix_shape)}"
-        dense_parameters = layer.weight.numel()
-        if note or r is None:
-            r, parameters = None, dense_parameters
-        else:
-            factored: FactoredLayer = (
-                SVDConv2d.from_dense(layer, r, scheme)
-                if isinstance(layer, nn.Conv2d)
-                else SVDLinear.from_dense(layer, r)
-            )
+            note, r = "classifier", None
+        elif r > most and not explicit:
+            if isinstance(wanted, float) and most:
+                note, r = f"capped at break-even rank {most}", most
+            else:
+                note, r = f"rank {r} is above break-even rank {most}", None
+        if r is not None:
+            try:
+                factored = kind.from_dense(layer, r, scheme)
+            except ValueError as error:
+                raise ValueError(f"net's layer {name!r} cannot be factored: {error}") from error
             factored.train(layer.training)
             _carry_requires_grad(layer, factored)
             carry_hooks(layer, factored)
@@ -157,18 +166,19 @@ def factorize(
                     model.set_submodule(place, factored)
             else:
                 model = factored
-            parameters = r * (sum(matrix_shape) + 1)
+        parameters = dense_parameters if r is None else _numbers(factored)
         reports.append(
-            LayerReport(name, type(layer).__name__, full, r, parameters, dense_parameters, note)
+            LayerReport(
+                name, type(layer).__name__, min(m, n), r, parameters, dense_parameters, note
+            )
         )
     others = list(_others(model, layers))
     if all(report.rank is None for report in reports):
         reasons = [f"{report.name or 'net'}: {report.note}" for report in (*reports, *others)]
         asking = "a mapping {layer name: rank} asks for a layer"
-        why = "; ".join([*reasons, asking if layers else "no nn.Linear or nn.Conv2d"])
+        why = "; ".join([*reasons, asking if layers else f"it has none of {dense_names()}"])
         raise ValueError(f"net has no layer that can be factored ({why})")
-    reports += others
-    model.factorization = Factorization(tuple(reports))  # type: ignore[assignment]
+    model.factorization = Factorization(model, (*reports, *others))  # type: ignore[assignment]
     return model
 
 
@@ -185,45 +195,52 @@ def _check_rank(rank: object) -> None:
         raise ValueError(f"rank must be {allowed}, got {rank!r}")
 
 
-def _matrix_shape(layer: nn.Linear | nn.Conv2d, scheme: Scheme) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    m, n = kernel_matrix(layer.weight.detach().to("meta"), scheme).shape
-    return m, n
+def _check_not_lazy(net: nn.Module) -> None:
+    lazy = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in net.named_modules()
+        if any(is_lazy(p) for p in (*module._parameters.values(), *module._buffers.values()))
+    ]
+    if lazy:
+        raise ValueError(
+            f"net has lazy modules without a shape yet, {', '.join(lazy)}: run it on a batch first"
+        )
 
 
-def _classifier(layers: Mapping[str, nn.Linear | nn.Conv2d]) -> str | None:
-    """The last layer in the order of definition, if it is linear or a 1 x 1 convolution and not the
+def _classifier(layers: Mapping[str, nn.Module]) -> str | None:
+    """The last layer in the order of definition, if it maps every position by itself and is not the
     only layer there is."""
-    name, layer = list(layers.items())[-1] if len(layers) > 1 else (None, None)
-    if isinstance(layer, nn.Conv2d):
-        return name if layer.kernel_size == (1, 1) else None
-    return name
+    if len(layers) < 2:
+        return None
+    name, layer = list(layers.items())[-1]
+    kind = factored_type(layer)
+    return name if kind is not None and kind.is_pointwise(layer) else None
 
 
 def _others(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
-    """What is said of modules that hold a weight matrix and are no linear or convolution layers."""
+    """What is said of modules that hold a weight matrix and are of no type that can be factored."""
     for name, module in model.named_modules():
-        if name in layers or isinstance(module, FactoredLayer):
-            continue
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
-        # Positions (1, T, d) and scales (C, 1, 1) are vectors and tables, not maps.
-        matrices = [p for p in matrices if p.shape[0] > 1 and p.shape[1] > 1]
-        if not matrices:
+        inside = any(name.startswith(f"{layer}.parametrizations.") for layer in layers)
+        matrices = own_matrices(module)
+        if name in layers or inside or isinstance(module, FactoredLayer) or not matrices:
             continue
         if isinstance(module, nn.MultiheadAttention):
             note = "packs its projections into one weight and does not call them as layers"
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             note = "an embedding looks up, it does not multiply"
         else:
-            note = "neither nn.Linear nor nn.Conv2d"
+            note = f"none of {dense_names()}"
         count = sum(p.numel() for p in matrices)
         full = max(min(len(p), p.numel() // len(p)) for p in matrices)
         yield LayerReport(name, type(module).__name__, full, None, count, count, note)
 
 
-def _carry_requires_grad(layer: nn.Linear | nn.Conv2d, factored: FactoredLayer) -> None:
+def _numbers(layer: FactoredLayer) -> int:
+    return sum(factor.numel() for factor in (layer.U, layer.s, layer.V))
+
+
+def _carry_requires_grad(layer: nn.Module, factored: FactoredLayer) -> None:
     for factor in (factored.U, factored.s, factored.V):
-        factor.requires_grad_(layer.weight.requires_grad)
-    if factored.bias is not None and layer.bias is not None:
-        factored.bias.requires_grad_(layer.bias.requires_grad)
+        factor.requires_grad_(layer.get_parameter("weight").requires_grad)
+    if factored.bias is not None:
+        factored.bias.requires_grad_(layer.get_parameter("bias").requires_grad)

@@ -16,7 +16,6 @@ A training step so holds ``r`` channels of full resolution where it held ``2 N``
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
@@ -28,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
 from .._autocast import outside_autocast, present_autocast
+from .._copying import copied
 from .._map_statistics import statistics
 from .._saved import Held, by_parts, empty, hold, made_of, parts_of
 from .._tracing import followers, substitute
@@ -84,7 +84,7 @@ def _why_not(model: nn.Module) -> str:
 
 def fuse_where_possible(model: nn.Module) -> nn.Module:
     """:func:`fuse` without a word where there is nothing to fuse."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     leaf = (SVDConv2d,)
     try:
         follows = followers(model, leaf)
@@ -141,6 +141,8 @@ class FusedConv2d(SVDConv2d):
     ``tail``; see the text of the module for training. Input (B, C, h, w).
     """
 
+    affine = False
+
     def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
         U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
         super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
@@ -167,6 +169,9 @@ class FusedConv2d(SVDConv2d):
         rest = nn.Sequential(*tail)
         weights = (second, bias, *rest.parameters())
         return cast(Tensor, _Recomputed.apply(self, rest, z, *weights))  # type: ignore[no-untyped-call]
+
+    def plain(self) -> nn.Module:
+        return nn.Sequential(super().plain(), *self.tail)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fused"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..factors import FactoredLayer, FusedConv2d
+from .._copying import with_own_weight
+from ..factors import FactoredLayer
+from ..factors.registry import factored_type, own_matrices
 from ..factors.stiefel import qr_retract
 from ._registry import register
 from .bp import BP
@@ -25,6 +27,10 @@ class FA(BP):
     """Backpropagation whose errors go back through fixed random weights of the forward weights'
     shape and scale. A factored layer gets random factors. It holds the whole graph, as BP does.
 
+    Linear layers and convolutions, factored or dense, send errors back so, transposed convolutions
+    too. Through other modules with weights (LSTM, attention) errors go back as in backpropagation,
+    and a UserWarning names them.
+
     Source: Lillicrap, Cownden, Tweed and Akerman, *Random synaptic feedback weights support error
     backpropagation for deep learning* (2016).
     """
@@ -33,31 +39,38 @@ class FA(BP):
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
         """A linear map of ``layer``'s shape, for errors to go back through."""
-        mirror = copy.deepcopy(layer)
+        mirror = with_own_weight(layer)
         _randomise(mirror, generator)
         return mirror
 
     def transport(self, model: nn.Module, generator: torch.Generator) -> nn.Module:
-        if fused := [name for name, m in model.named_modules() if isinstance(m, FusedConv2d)]:
-            raise ValueError(
-                f"rule {self.name!r} sends errors back through each layer by itself, but model has "
-                f"fused convolutions ({', '.join(fused)}): leave svdalign.fuse out"
+        mirrors: dict[str, nn.Module] = {}
+        not_mirrored: list[str] = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, FactoredLayer) and not layer.affine:
+                raise ValueError(
+                    f"rule {self.name!r} sends errors back through each layer by itself, but "
+                    f"{name!r} is fused with what follows it: leave svdalign.fuse out"
+                )
+            if isinstance(layer, FactoredLayer) or factored_type(layer):
+                mirrors[name] = self.mirror(layer, generator).requires_grad_(False)
+            elif _carries_errors(layer) and not any(name.startswith(f"{n}.") for n in mirrors):
+                not_mirrored.append(f"{name!r} ({type(layer).__name__})")
+        if not_mirrored:
+            warnings.warn(
+                f"rule {self.name!r} sends errors back as backpropagation does, through the "
+                f"forward weights, in {', '.join(not_mirrored)}: it has feedback weights for "
+                "linear layers and convolutions alone",
+                stacklevel=3,
             )
-        kinds = (FactoredLayer, nn.Linear, nn.Conv2d)
-        return nn.ModuleDict(
-            {
-                _key(name): self.mirror(layer, generator).requires_grad_(False)
-                for name, layer in model.named_modules()
-                if isinstance(layer, kinds)
-            }
-        )
+        return nn.ModuleDict({_key(name): mirror for name, mirror in mirrors.items()})
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
         handles = []
         for layer, mirror in mirrored(model, transport):
             handles.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(_Bridge(mirror)))
+            handles.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
         try:
             yield
         finally:
@@ -87,7 +100,12 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
             layer.set_factors(qr_retract(normal(layer.U)), layer.s, qr_retract(normal(layer.V)))
         else:
             weight = layer.get_parameter("weight")
-            weight.copy_(normal(weight) * weight.std())
+            weight.copy_(normal(weight) * weight.square().mean().sqrt())
+
+
+def _carries_errors(module: nn.Module) -> bool:
+    """Whether ``module`` may send errors back through weights of its own."""
+    return bool(own_matrices(module)) and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _detach_input(
@@ -110,25 +128,39 @@ class _Bridge:
     def __init__(self, mirror: nn.Module) -> None:
         self.mirror = mirror
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         x = layer.__dict__.pop("_fa_input")
-        return _Transport.apply(output, x, self.mirror) if x.requires_grad else output  # type: ignore[no-untyped-call]
+        if not x.requires_grad:
+            return output
+
+        def mirror(x: Tensor) -> Tensor:
+            if args:
+                return cast(Tensor, self.mirror(x, *args[1:], **kwargs))
+            return cast(Tensor, self.mirror(**{**kwargs, next(iter(kwargs)): x}))
+
+        dtype = next(self.mirror.parameters()).dtype
+        return cast(Tensor, _Transport.apply(output, x, mirror, dtype))  # type: ignore[no-untyped-call]
 
 
 class _Transport(torch.autograd.Function):
-    """``y`` forwards; backwards the error as it is to ``y``, and through ``mirror`` to ``x``."""
+    """``y`` forwards; backwards the error as it is to ``y``, and through ``mirror``, which computes
+    in ``dtype``, to ``x``."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, mirror: nn.Module) -> Tensor:
-        ctx.mirror, ctx.shape, ctx.dtype, ctx.device = mirror, x.shape, x.dtype, x.device
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, mirror: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        ctx.mirror, ctx.mirror_dtype = mirror, dtype
+        ctx.shape, ctx.dtype, ctx.device = x.shape, x.dtype, x.device
         return y.detach()  # as it is it would be a view, not to be changed in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             # The mirror is affine, so its vector-Jacobian product does not depend on where.
             # It keeps the weights' precision also where autocast has lowered the error's.
-            dtype = next(ctx.mirror.parameters()).dtype
-            x = torch.zeros(ctx.shape, dtype=dtype, device=ctx.device).requires_grad_()
-            (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad.to(dtype))
-        return grad, carried.to(ctx.dtype), None
+            x = torch.zeros(ctx.shape, dtype=ctx.mirror_dtype, device=ctx.device).requires_grad_()
+            (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad.to(ctx.mirror_dtype))
+        return grad, carried.to(ctx.dtype), None, None

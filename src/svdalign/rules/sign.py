@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -11,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._copying import with_own_weight
 from ..factors import FactoredLayer
 from ._registry import register
 from .fa import FA, mirrored
@@ -35,7 +35,7 @@ class SignSymmetric(FA):
         return weight.abs().mean()
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
-        return layer.dense() if isinstance(layer, FactoredLayer) else copy.deepcopy(layer)
+        return layer.dense() if isinstance(layer, FactoredLayer) else with_own_weight(layer)
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...factors import FactoredLayer, SVDConv2d
+from ...factors import FactoredLayer
 from ...factors.layers import absolute_rank
 from .latency import alternate
 
@@ -55,15 +55,10 @@ def factored_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
 def macs_break_even(layer: FactoredLayer, x: Sequence[int], y: Sequence[int]) -> int:
     """The largest rank at which ``layer`` takes no more MACs than its dense form; 0 if none does.
 
-    ``x`` and ``y`` are the shapes of its input and output. The factors ``U`` (m, r) and ``V``
-    (n, r) take r n products for each pixel between the two, r m for each pixel of the output, the
-    dense matrix m n. A pixel of the output is one of those between, save in the spatial scheme:
-    its first convolution keeps the input's width. Counted as in :func:`inference_macs`.
+    ``x`` and ``y`` are the shapes of its input and output. Counted as in :func:`inference_macs`.
     """
-    m, n = len(layer.U), len(layer.V)
-    spatial = isinstance(layer, SVDConv2d) and layer.scheme == "spatial"
-    between, out = (x[-1], y[-1]) if spatial else (1, 1)
-    return min(layer.full_rank, out * m * n // (between * n + out * m))
+    of_direction, of_dense = layer.macs(x, y)
+    return min(layer.full_rank, of_dense // of_direction)
 
 
 def time_ratios(

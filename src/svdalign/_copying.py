@@ -1,0 +1,40 @@
+"""Copies of modules whose weights are computed anew before each forward pass."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["copied", "with_own_weight"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copied(model: M) -> M:
+    """``copy.deepcopy(model)``, also where a module keeps a tensor that was computed from its
+    parameters, as pruning and the older weight and spectral norm do, and which ``copy`` refuses."""
+    tensors = (t for module in model.modules() for t in tree_leaves(vars(module)))
+    computed = {id(t): t for t in tensors if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, {key: t.detach().clone() for key, t in computed.items()})
+
+
+@torch.no_grad()
+def with_own_weight(layer: M) -> M:
+    """A copy of ``layer`` whose weight is a parameter, also where it is computed from others."""
+    plain = copied(layer)
+    if parametrize.is_parametrized(plain, "weight"):
+        # Not by ``remove_parametrizations``: the class that it would change is that of ``layer``.
+        plain.__class__ = parametrize.type_before_parametrizations(plain)
+        for name, _ in plain.get_submodule("parametrizations").named_children():
+            plain.register_parameter(name, nn.Parameter(getattr(layer, name).clone()))
+        del plain._modules["parametrizations"]
+    elif isinstance(weight := vars(plain).get("weight"), Tensor):
+        plain._forward_pre_hooks.clear()  # those that compute it
+        del plain.__dict__["weight"]
+        plain.weight = nn.Parameter(weight)
+    return plain

@@ -1,0 +1,32 @@
+"""Factored layers, a file for each dense type. Every file of this folder is imported, so that a new
+one takes part without being listed anywhere."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import (
+    SCHEMES,
+    FactoredLayer,
+    Scheme,
+    absolute_rank,
+    break_even_rank,
+    plain_layer,
+    svd_factors,
+)
+from .conv2d import SVDConv2d
+from .linear import SVDLinear
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "SCHEMES",
+    "FactoredLayer",
+    "SVDConv2d",
+    "SVDLinear",
+    "Scheme",
+    "absolute_rank",
+    "break_even_rank",
+    "plain_layer",
+    "svd_factors",
+]

@@ -1,0 +1,265 @@
+"""What every factored layer is: the weight lives as ``W = U diag(s) V^T``, and the dense ``W`` is
+never formed in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..registry import is_layer_of, register
+
+__all__ = [
+    "SCHEMES",
+    "FactoredLayer",
+    "Scheme",
+    "absolute_rank",
+    "break_even_rank",
+    "plain_layer",
+    "svd_factors",
+]
+
+Scheme = Literal["spatial", "channel"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+
+#: Dtypes in which torch multiplies matrices and differentiates the product.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``rank`` singular triplets of ``W`` (m, n), with ``||W||_F`` kept.
+
+    Returns ``U (m, r), s (r,), V (n, r)``. Cutting drops energy; rescaling ``s`` by one common
+    factor restores the norm, and with it the scale of the forward signal at initialisation.
+    Raises ValueError for a ``W`` that is complex, has no values or has some that are not finite.
+    """
+    if W.dtype not in DTYPES:
+        raise ValueError(f"W must be of a real floating dtype, one of {DTYPES}, got {W.dtype}")
+    if W.is_meta:
+        raise ValueError("W must have values, got a tensor on the meta device")
+    if not W.isfinite().all():
+        raise ValueError(f"W must be finite, got {int((~W.isfinite()).sum())} NaN or infinite")
+    # LAPACK in double: this happens once a layer, and full rank must give the function back.
+    A, sigma, Bt = torch.linalg.svd(W.detach().double(), full_matrices=False)
+    s = sigma[:rank]
+    kept, whole = torch.linalg.vector_norm(s), torch.linalg.vector_norm(sigma)
+    if kept > 0:
+        s = s * (whole / kept)
+    U, V = A[:, :rank], Bt[:rank].mT
+    return U.to(W.dtype).contiguous(), s.to(W.dtype), V.to(W.dtype).contiguous()
+
+
+class FactoredLayer(nn.Module):
+    """A linear map held as ``U diag(s) V^T`` plus bias.
+
+    ``U`` (m, r) and ``V`` (n, r) have orthonormal columns, ``s`` is (r,). What ``m`` and ``n``
+    stand for is the subclass's reshape of the framework's weight.
+
+    A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, which
+    registers it (:mod:`svdalign.factors.registry`), and defines :meth:`to_matrix`,
+    :meth:`from_matrix`, :meth:`forward`, :meth:`dense`, :meth:`pair` and ``channels_last``; where
+    they differ from those of a linear layer also :meth:`output_directions`, :meth:`macs`,
+    :meth:`is_pointwise` and :meth:`refusal`.
+    """
+
+    #: Whether channels are the last axis of the output; else the second.
+    channels_last: ClassVar[bool]
+    #: Whether the layer is affine in its input, so that an error can go back through another layer
+    #: of its shape.
+    affine: ClassVar[bool] = True
+
+    U: nn.Parameter
+    s: nn.Parameter
+    V: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init_subclass__(cls, dense: type[nn.Module] | str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if dense is not None:
+            register(dense, cls)
+
+    def __init__(
+        self,
+        U: Tensor,
+        s: Tensor,
+        V: Tensor,
+        bias: Tensor | None,
+        *,
+        like: nn.Module,
+        scheme: Scheme = "channel",
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self._take_settings(like)
+        self.set_factors(U, s, V)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
+        )
+
+    def _take_settings(self, like: nn.Module) -> None:
+        """Take over the settings, such as strides, of ``like``, a dense or factored layer."""
+
+    # --- from and to dense layers ---------------------------------------------------------------
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, rank: int, scheme: Scheme = "channel") -> Self:
+        """Factors of the weight of ``layer``, as the matrix that ``scheme`` makes of it, cut to
+        ``rank`` (see :func:`svd_factors`).
+
+        Raises ValueError for an unknown scheme, for a layer that :meth:`refusal` says cannot be
+        factored, and for a weight with entries that are not finite.
+        """
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+        if reason := cls.refusal(layer):
+            raise ValueError(f"{type(layer).__name__} cannot be factored: {reason}")
+        weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+        U, s, V = svd_factors(cls.to_matrix(weight, scheme), rank)
+        return cls(U, s, V, bias, like=layer, scheme=scheme)
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str:
+        """Why ``layer`` cannot be factored, or an empty string if it can."""
+        weight = layer._parameters.get("weight")
+        if parametrize.is_parametrized(layer, "weight") or weight is None:
+            return "its weight is computed from other parameters"
+        if not is_layer_of(layer, cls):
+            return f"a subclass ({type(layer).__name__}) may not be what its base computes"
+        if weight.dtype not in DTYPES:
+            return f"its weight is of dtype {weight.dtype}"
+        return ""
+
+    @classmethod
+    def is_pointwise(cls, layer: nn.Module) -> bool:
+        """Whether the dense ``layer`` maps every position by itself, as a classifier does."""
+        return True
+
+    @staticmethod
+    def to_matrix(weight: Tensor, scheme: Scheme) -> Tensor:
+        """The matrix (m, n) of a dense layer's ``weight``."""
+        raise NotImplementedError
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        """The dense layer's weight whose matrix is ``W`` (m, n): :meth:`to_matrix` undone."""
+        raise NotImplementedError
+
+    def dense(self) -> nn.Module:
+        """The dense layer of the same function, of the dense type."""
+        raise NotImplementedError
+
+    def single(self) -> nn.Module:
+        """The layer as a dense one of torch's own."""
+        return self.dense()
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """The layer as two dense ones of torch's own, ``s`` merged into the second."""
+        raise NotImplementedError
+
+    def plain(self) -> nn.Module:
+        """The layer made of modules of torch's own: :meth:`pair` in an ``nn.Sequential``, or
+        :meth:`single` where that takes no more multiply-accumulates."""
+        of_direction, of_dense = self.macs()
+        return nn.Sequential(*self.pair()) if self.rank * of_direction < of_dense else self.single()
+
+    def macs(self, x: Sequence[int] = (), y: Sequence[int] = ()) -> tuple[int, int]:
+        """Multiply-accumulates for each direction of the factors, and for the dense matrix.
+
+        They are in proportion to each other: of a sample of input shape ``x`` and output shape
+        ``y`` (batch axis included), or without these of a large map far from its borders.
+        """
+        m, n = len(self.U), len(self.V)
+        return m + n, m * n
+
+    # --- factors --------------------------------------------------------------------------------
+
+    def set_factors(self, U: Tensor, s: Tensor, V: Tensor) -> None:
+        """Replace the factors' values, of a new rank if ``s`` is of another length.
+
+        The ``Parameter`` objects stay the same ones, so optimizers and schedulers that hold them go
+        on; their gradients are dropped. Raises ValueError for factors that are not of shapes
+        (m, r), (r,), (n, r), for a rank below 1 or above min(m, n), and for another m or n.
+        """
+        r = s.numel()
+        if s.ndim != 1 or r < 1 or U.ndim != 2 or V.ndim != 2 or U.shape[1] != r or V.shape[1] != r:
+            raise ValueError(
+                "factors must have shapes (m, r), (r,), (n, r) with r >= 1, got "
+                f"U {tuple(U.shape)}, s {tuple(s.shape)}, V {tuple(V.shape)}"
+            )
+        if r > min(len(U), len(V)):
+            raise ValueError(f"rank {r} is more than min(m, n) = {min(len(U), len(V))}")
+        if "U" in self._parameters and (len(U), len(V)) != (len(self.U), len(self.V)):
+            raise ValueError(
+                f"factors must keep m = {len(self.U)} and n = {len(self.V)}, got "
+                f"U {tuple(U.shape)}, V {tuple(V.shape)}"
+            )
+        for name, value in (("U", U), ("s", s), ("V", V)):
+            value = value.detach().clone(memory_format=torch.contiguous_format)
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                parameter.grad = None
+                # A graph that is still alive holds autograd's accumulator for this parameter, which
+                # remembers the old shape. Only a change of dtype makes torch let go of it.
+                other = torch.float32 if value.dtype == torch.float64 else torch.float64
+                parameter.data = torch.empty(0, dtype=other, device=value.device)
+                parameter.data = value
+
+    @property
+    def rank(self) -> int:
+        """Current rank r."""
+        return self.s.numel()
+
+    @property
+    def full_rank(self) -> int:
+        """min(m, n): the rank at which nothing is lost."""
+        return min(self.U.shape[0], self.V.shape[0])
+
+    def matrix(self) -> Tensor:
+        """The dense matrix ``U diag(s) V^T``, (m, n). For export and tests, not for training."""
+        return (self.U * self.s) @ self.V.mT
+
+    def merged_weight(self) -> Tensor:
+        """The dense weight in the framework's own layout, formed anew from the factors."""
+        return self.from_matrix(self.matrix())
+
+    def output_directions(self) -> Tensor:
+        """Matrix (out, q) whose columns span the output channel directions this layer can reach."""
+        return self.U
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`merged_weight`, for code that reads a layer's weight instead of calling the layer
+        (a tied decoder, for one)."""
+        return self.merged_weight()
+
+
+def break_even_rank(m: int, n: int) -> int:
+    """The largest rank whose factors hold fewer numbers than the dense matrix: r (m+n+1) < m n."""
+    return math.ceil(m * n / (m + n + 1)) - 1
+
+
+def absolute_rank(rank: int | float, full: int) -> int:
+    """The rank that is meant: a whole number as it is, at most ``full``; a fraction in (0, 1] of
+    ``full`` rounded up."""
+    return min(full, rank) if isinstance(rank, int) else max(1, math.ceil(rank * full - 1e-9))
+
+
+def plain_layer(
+    weight: Tensor, bias: Tensor | None, make: Callable[..., nn.Module], /, *args: Any, **named: Any
+) -> nn.Module:
+    """``make(*args, **named)`` with copies of ``weight`` and ``bias`` as its parameters.
+
+    It is made on the meta device: no initial values are drawn, and the random state stays as it
+    is.
+    """
+    with torch.device("meta"):
+        layer = make(*args, **named)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            setattr(layer, name, nn.Parameter(value.detach().contiguous().clone()))
+    return layer
