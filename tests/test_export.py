@@ -165,6 +165,110 @@ def test_torchs_encoder(options: dict[str, bool], padded: bool, rank) -> None:
         torch.testing.assert_close(small(x, padding)[inside], model(x, padding)[inside], **EQUAL)
 
 
+# --- code that reads a layer instead of calling it ------------------------------------------------
+
+
+class Reading(nn.Module):
+    """Three layers, and a forward that reads the first in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"first": nn.Linear(16, 24)})
+        self.first, self.second = self.inner["first"], nn.Linear(24, 20)
+        self.last = nn.Linear(20, 16)
+
+    def rest(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.second(x)))
+
+
+class Dtype(Reading):
+    """As T5 and CLIP: in a forward that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.first.weight.dtype:
+            x = x.to(self.first.weight.dtype)
+        return self.rest(self.first(x)) if x.abs().sum() > 0 else x
+
+
+class Sizes(Reading):
+    def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+        h = this.first(x.reshape(-1, this.first.in_features))
+        return this.rest(h) if x.abs().sum() > 0 else h
+
+
+class Product(Reading):
+    """As Mamba: the weight in a product, in a method, in a forward that cannot be traced."""
+
+    def slow(self, x: Tensor) -> Tensor:
+        return (self.first.weight @ x.mT).mT + self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.slow(x)) if x.abs().sum() > 0 else x
+
+
+class Inside(Reading):
+    """In a function inside of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(sum(self.first.weight[:, i] * x[:, i, None] for i in range(16)))
+
+
+def _untied(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight)
+
+
+class Helper(Reading):
+    """In a function of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(_untied(self.first, x))
+
+
+class Decoder(Reading):
+    """An autoencoder whose weights decode as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(self.first(x)), self.first.weight.t()) + self.rest(self.first(x))
+
+
+@pytest.mark.parametrize("net", [Dtype, Sizes, Product, Inside, Helper, Decoder])
+def test_a_layer_that_code_reads_stays_one_layer(net: type[Reading]) -> None:
+    model = factorize(net(), 3, classifier=True)
+    assert isinstance(model.first, SVDLinear)
+    small, x = compact(model), torch.randn(5, 16)
+    torch.testing.assert_close(small(x), model(x), **EQUAL)
+    assert type(small.first) is nn.Linear
+    assert small.inner["first"] is small.first
+    assert (
+        type(small.second) is type(small.last) is nn.Sequential
+    )  # the others are as small as ever
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution that is told how large its output is to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x), output_size=x.shape)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_a_transposed_convolution_that_is_told_a_size(scheme: str) -> None:
+    net = Upsampled().double()
+    model = factorize(net, {"up": 1.0}, scheme)
+    cut = factorize(net, {"up": 2}, scheme)
+    for size in ((7, 8), (8, 7), (10, 10)):
+        x = torch.randn(2, 8, *size).double()
+        assert model(x).shape == x.shape
+        torch.testing.assert_close(model(x), net(x), rtol=0, atol=1e-10)
+        torch.testing.assert_close(compact(cut)(x), cut(x), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"output_size must be between \[7, 7\] and \[8, 8\].*got"):
+        model.up(torch.randn(2, 8, 4, 4).double(), output_size=(9, 8))
+
+
 def test_training_mode_of_the_model_is_left() -> None:
     model = factorize(nn.Sequential(nn.Linear(9, 9), nn.Dropout(), nn.Linear(9, 2)), 0.3)
     model.train()

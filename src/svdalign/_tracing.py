@@ -106,14 +106,15 @@ def _attributes_read(module: nn.Module, path: str) -> Iterator[str]:
         if name in seen or not hasattr(function, "__code__"):
             continue
         seen.add(name)
-        for chain in _chains(function.__code__):
+        code = function.__code__
+        for chain in _chains(code, code.co_varnames[0] if code.co_varnames else "self"):
             names.append(chain[0])  # a method that the code calls
             if len(chain) > 1 and chain[-1] != "forward":
                 yield prefix + ".".join(chain[:-1])
 
 
-def _chains(code: CodeType) -> Iterator[list[str]]:
-    """``["a", "weight"]`` for each ``self.a.weight`` that ``code`` loads, and its beginnings."""
+def _chains(code: CodeType, this: str) -> Iterator[list[str]]:
+    """``["a", "weight"]`` for each ``this.a.weight`` that ``code`` loads, and its beginnings."""
     chain: list[str] | None = None
     for instruction in dis.get_instructions(code):
         name = instruction.argval
@@ -122,12 +123,12 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
             yield chain
         elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             last = name[-1] if isinstance(name, tuple) else name
-            chain = [] if last == "self" else None
+            chain = [] if last == this else None
         else:
             chain = None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _chains(constant)
+            yield from _chains(constant, this)
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

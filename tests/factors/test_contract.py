@@ -3,6 +3,7 @@ that the library does with factored layers can be done with it."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -389,3 +390,81 @@ def test_refuses_an_unknown_scheme() -> None:
 def test_break_even_rank_is_the_last_that_saves(m: int, n: int) -> None:
     r = break_even_rank(m, n)
     assert r == max(k for k in range(m * n + 1) if k * (m + n + 1) < m * n)
+
+
+# --- the merged weight is read, not written -------------------------------------------------------
+
+
+def _augmented(w: Tensor) -> None:
+    w *= 2
+
+
+WRITES = {
+    "clamp_": lambda w: w.clamp_(-0.1, 0.1),
+    "data": lambda w: w.data.clamp_(-0.1, 0.1),
+    "view": lambda w: w.detach().transpose(0, 1)[1:].mul_(2),
+    "item": lambda w: w.__setitem__(0, 1.0),
+    "augmented": _augmented,
+    "out": lambda w: torch.mul(torch.ones_like(w), 2, out=w),
+    "init": lambda w: nn.init.kaiming_normal_(w),
+    "init of a view": lambda w: nn.init.constant_(w[0], 1.0),
+    "foreach": lambda w: torch._foreach_mul_([w], 2.0),
+    "chunk": lambda w: w.chunk(2)[1].zero_(),
+    "set data": lambda w: setattr(w, "data", torch.zeros_like(w)),
+    "set grad": lambda w: setattr(w, "grad", torch.zeros_like(w)),
+    "freeze": lambda w: setattr(w, "requires_grad", False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_writing_to_the_merged_weight_is_refused(write, mode) -> None:
+    layer = example((CONV2D, "channel")).factored()
+    before = layer.matrix().detach()
+    with mode(), pytest.raises(RuntimeError, match=r"cannot be written to.*factors U, s and V"):
+        write(layer.weight)
+    assert torch.equal(layer.matrix(), before)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2, 2), nn.Parameter(torch.zeros(2, 2)), None])
+def test_assigning_the_weight_is_refused(value) -> None:
+    layer = example((CONV2D, "channel")).factored()
+    with pytest.raises(AttributeError, match=r"cannot be written to.*factors U, s and V"):
+        layer.weight = value
+
+
+def test_what_is_computed_from_the_merged_weight_is_an_ordinary_tensor() -> None:
+    layer = example((CONV2D, "channel")).factored()
+    W = layer.merged_weight().detach()
+    assert type(layer.weight + 1) is type(layer.weight.detach().clone()) is Tensor
+    other = torch.zeros_like(W)
+    other.copy_(layer.weight.detach())
+    assert torch.equal(other, W)
+    assert torch.equal(copy.deepcopy(layer.weight.detach()), W)
+    assert type(nn.Parameter(layer.weight.detach().clone())) is nn.Parameter
+    assert layer.weight.shape == W.shape
+    assert layer.weight.dtype == W.dtype
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(torch.tanh(self.a(x)), self.a.weight.t())
+
+
+def test_gradients_reach_the_factors_through_the_merged_weight() -> None:
+    model, x = sva.factorize(Tied().double(), {"a": 3}), torch.randn(4, 6).double()
+    names = [name for name, _ in model.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in model.parameters())
+
+    def function(*values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, values)
+    by_autograd = torch.autograd.grad(function(*values).sum(), values)
+    by_func = torch.func.grad(lambda values: function(*values).sum())(values)
+    for a, b in zip(by_autograd, by_func, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..registry import is_layer_of, register
+from ._read_only import MESSAGE, read_only
 
 __all__ = [
     "SCHEMES",
@@ -234,8 +235,16 @@ class FactoredLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """:meth:`merged_weight`, for code that reads a layer's weight instead of calling the layer
-        (a tied decoder, for one)."""
-        return self.merged_weight()
+        (a tied decoder, for one). Gradients reach the factors through it.
+
+        It cannot be written to: assigning raises AttributeError, changing it in place RuntimeError.
+        """
+        return read_only(self.merged_weight())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(MESSAGE)
+        super().__setattr__(name, value)
 
 
 def break_even_rank(m: int, n: int) -> int:
