@@ -13,10 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import svdalign as sva
 from svdalign import Learner
-from svdalign.factors import FactoredLayer, SVDConv2d, factorize, reduce_rank
-from svdalign.factors import rank as rank_module
-from svdalign.factors.rank import energy_rank, match_ranks, rediagonalize, spectrum
+from svdalign.factors import FactoredLayer, SVDConv2d, _cut, factorize, reduce_rank
+from svdalign.factors.rank import match_ranks
+from svdalign.factors.rediagonalize import (
+    energy_rank,
+    rediagonalize,
+    rediagonalized,
+    spectrum,
+)
 
 M, N, R = 11, 9, 6
 
@@ -251,7 +257,7 @@ ELEMENTWISE = {
 def turned_and_carried(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Re-diagonalise the layer at full rank."""
     layer = layer_of(model)
-    rank_module._replace(
+    _cut.cut_layer(
         layer,
         rediagonalize(layer.U, layer.s, layer.V),
         torch.arange(layer.rank),
@@ -382,7 +388,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
 def test_unknown_optimizer_is_reset_for_the_cut_layers_and_says_so_once(make, monkeypatch):
-    monkeypatch.setattr(rank_module, "_said", set())
+    monkeypatch.setattr(_cut, "_said", set())
     model = model_of(orthonormal())
     optimizer = make(list(model.parameters()))
     train(model, optimizer, range(3))
@@ -410,7 +416,7 @@ def test_subclass_with_state_of_its_own_is_not_trusted(monkeypatch):
                 for p in group["params"]:
                     self.state[p].setdefault("slow", p.detach().clone())
 
-    monkeypatch.setattr(rank_module, "_said", set())
+    monkeypatch.setattr(_cut, "_said", set())
     model = model_of(orthonormal())
     optimizer = Lookahead(model.parameters(), 0.1, momentum=0.9)
     train(model, optimizer, range(1))
@@ -459,7 +465,7 @@ def test_single_precision_orthonormality_at_rounding_is_recognised():
         )
         model = factorize(nn.Linear(n, m), {"": r})
         model.set_factors(U, torch.rand(r, generator=g) + 0.5, V)
-        assert rank_module._turned(model) is None
+        assert rediagonalized(model) is None
 
 
 def test_spectrum_is_that_of_the_matrix():
@@ -499,11 +505,11 @@ def test_bad_arguments_are_named(arguments, error, match):
         reduce_rank(model_of(orthonormal()), **arguments)
 
 
-def test_a_learner_is_neither_a_model_nor_an_optimizer():
+def test_what_is_no_model_and_no_optimizer_is_refused():
     model = model_of(orthonormal())
     learner = Learner(model, "bp", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=batch(0)[0])
-    with pytest.raises(TypeError, match=r"optimizer must be .*learner\.optimizer.*got Learner"):
-        reduce_rank(model, learner, energy=0.5)
+    with pytest.raises(TypeError, match=r"optimizer must be .*learner\.optimizer.*got dict"):
+        reduce_rank(model, [learner, {}], energy=0.5)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Learner"):
         reduce_rank(learner, learner.optimizer, energy=0.5)
 
@@ -591,3 +597,64 @@ def test_a_budget_out_of_reach_is_refused_and_nothing_is_cut():
     with pytest.raises(ValueError, match=r"parameters=0.3 asks for 24 .* take 30"):
         reduce_rank(model, parameters=0.3)
     assert tuple(layer.rank for layer in model) == (4, 4)
+
+
+# --- a learner's optimizer ----------------------------------------------------------------------
+
+
+def learner(make=lambda p: torch.optim.Adam(p, 0.01), seed: int = 0) -> sva.Learner:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
+    model = factorize(net, {"0": 6, "2": 5})
+    return sva.Learner(model, optimizer=make, example=torch.randn(4, 9))
+
+
+def steps(one: sva.Learner) -> None:
+    x, y = torch.randn(4, 9, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 0])
+    for _ in range(2):
+        one.step(x, y)
+
+
+def test_a_learner_stands_for_its_optimizer() -> None:
+    ours, theirs = learner(), learner()
+    for one, given in ((ours, ours), (theirs, theirs.optimizer)):
+        steps(one)
+        reduce_rank(one.model, given, rank=2)
+        steps(one)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_learner_of_another_model_is_refused() -> None:
+    one, other = learner(), learner()
+    with pytest.raises(ValueError, match="optimizer must be a learner of model, got a learner of"):
+        reduce_rank(one.model, other, rank=2)
+    assert one.model[0].rank == 6
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum", "amsgrad", "rmsprop"])
+def test_a_step_after_a_cut_without_the_optimizer_says_so(name: str) -> None:
+    one = learner(ELEMENTWISE[name])
+    steps(one)
+    reduce_rank(one.model, energy=0.5)
+    before = copy.deepcopy(one.model.state_dict())
+    with pytest.raises(RuntimeError, match=r"ranks were cut and the optimizer's state was not.*"):
+        steps(one)
+    for key, value in one.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    one.optimizer.state.clear()
+    steps(one)
+
+
+@pytest.mark.parametrize("make", [*OTHERS.values(), lambda p: torch.optim.SGD(p, 0.1)])
+def test_optimizers_that_can_go_on_do(make, monkeypatch) -> None:
+    if isinstance(make([nn.Parameter(torch.zeros(2, 2))]), torch.optim.LBFGS):
+        pytest.skip("a learner gives it no closure")
+    monkeypatch.setattr(_cut, "_said", set())
+    one = learner(make)
+    steps(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that its state was reset
+        reduce_rank(one.model, one, rank=2)
+    steps(one)
+    assert one.model[0].rank == 2

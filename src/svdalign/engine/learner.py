@@ -166,6 +166,7 @@ class Learner:
             for module in (*model.modules(), *self.feedback.modules())
             if isinstance(module, FactoredLayer | StructuredFeedback)
         ]
+        self._ranks = {m: m.rank for m in self._on_the_manifold if isinstance(m, FactoredLayer)}
         self.transport = self.rule.transport(model, generator)
         self._index = {unit.name: str(i) for i, unit in enumerate(self.plan.units)}
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -228,8 +229,23 @@ class Learner:
     def update(self) -> None:
         """The second half of :meth:`step`: the optimizer's step on the present gradients, and the
         retraction. Between :meth:`backward` and this is the place to clip gradients."""
+        self._check_ranks()
         self.optimizer.step()
         self.after_update()
+
+    def _check_ranks(self) -> None:
+        """Refuse to step an optimizer whose state is of ranks that the model no longer has."""
+        for layer, before in self._ranks.items():
+            for p in (layer.U, layer.s, layer.V) if layer.rank != before else ():
+                stale = (*p.shape[:-1], before)
+                state = self.optimizer.state.get(p, {}).values()
+                if any(isinstance(value, Tensor) and value.shape == stale for value in state):
+                    raise RuntimeError(
+                        f"model's ranks were cut and the optimizer's state was not: a factor of "
+                        f"shape {tuple(p.shape)} has state of shape {stale}; cut both by "
+                        "reduce_rank(model, learner, ...), or clear learner.optimizer.state"
+                    )
+            self._ranks[layer] = layer.rank
 
     def after_update(self) -> None:
         """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""

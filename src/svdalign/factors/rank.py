@@ -1,67 +1,27 @@
-"""Rank that shrinks while training: exact re-diagonalisation, truncation, optimizer state carried.
-
-**Re-diagonalisation.** With QR decompositions ``U = Q_U R_U``, ``V = Q_V R_V`` and the SVD of the
-small core ``R_U diag(s) R_V^T = A diag(s') B^T``, the factors ``U' = Q_U A``, ``s'``,
-``V' = Q_V B`` are the SVD of the same matrix ``W``. Where ``U`` and ``V`` are orthonormal to
-rounding, as a retraction leaves them, ``U diag(s) V^T`` is that SVD already, up to the order and
-the signs of its columns: nothing is turned, and cutting means dropping columns.
-
-**Gradients.** Let ``G = dL/dW``, ``P = R_U^T A`` and ``Q = R_V^T B`` (r, r). Then
-``dL/dU' = G V' diag(s') = (G V diag(s)) P = dL/dU P`` and ``dL/dV' = dL/dV Q`` exactly, whatever
-the factors, and ``s' = (P o Q)^T s`` with ``o`` the elementwise product. Sums of gradients
-(momentum) are carried by the same maps; ``dL/ds' = (P o Q)^T dL/ds`` holds exactly where ``P`` and
-``Q`` are signed permutations, and otherwise leaves out what only the off-diagonal of ``U^T G V``
-knows.
-
-**Next step.** From orthonormal ``U``, ``V`` the change is a permutation of columns with signs, so
-every elementwise optimizer (SGD with any momentum, Adam and its kin) takes the step it would have
-taken. From other factors the gradient step of (U, s, V) itself depends on the factorisation: that
-of ``U`` moves ``W`` by ``-lr G V diag(s)^2 V^T`` before, by ``-lr G V' diag(s')^2 V'^T`` after, and
-these differ by as much as ``U^T U`` differs from the identity. No treatment of the state can undo
-that.
-
-**Second moments** become ``v'_k = sum_i P_ik^2 v_i``: exact for signed permutations. In general the
-true second moment of ``g P`` lies between 0 and ``r`` times this (Cauchy-Schwarz), and is this
-where the columns of ``g`` are uncorrelated. For orthonormal ``P`` each row keeps its sum.
-"""
+"""Rank that shrinks while training: how far each layer is cut."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._cut import cut_layer
 from .layers import FactoredLayer, absolute_rank
-from .stiefel import orthogonality_error
+from .rediagonalize import energy_rank, rediagonalized, spectrum
 
-__all__ = [
-    "RankCut",
-    "Rediagonalized",
-    "energy_rank",
-    "match_ranks",
-    "parameter_budget",
-    "rediagonalize",
-    "reduce_rank",
-    "spectrum",
-]
+__all__ = ["RankCut", "match_ranks", "parameter_budget", "reduce_rank"]
 
-# State that is linear in past gradients, and state that sums their squares.
-LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
-SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-CARRIED: tuple[type[Optimizer], ...] = (
-    torch.optim.SGD,
-    torch.optim.Adam,  # AdamW is one
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-)
+
+class Trainer(Protocol):
+    """What has the optimizer of a model, as a learner does."""
+
+    @property
+    def optimizer(self) -> Optimizer: ...
 
 
 @dataclass(frozen=True)
@@ -79,45 +39,9 @@ class RankCut:
     dropped: float
 
 
-class Rediagonalized(NamedTuple):
-    """The SVD ``U diag(s) V^T`` of a product, in double precision, and the maps ``P``, ``Q`` (r, r)
-    that carry gradients from the old factors to these."""
-
-    U: Tensor
-    s: Tensor
-    V: Tensor
-    P: Tensor
-    Q: Tensor
-
-
-def rediagonalize(U: Tensor, s: Tensor, V: Tensor) -> Rediagonalized:
-    """Exact SVD of ``U diag(s) V^T``, ``U`` (m, r), ``s`` (r,), ``V`` (n, r), without forming it.
-
-    Singular values come out non-negative and falling. The maps are those of the module's text.
-    """
-    Q_U, R_U = torch.linalg.qr(U.detach().double())
-    Q_V, R_V = torch.linalg.qr(V.detach().double())
-    A, sigma, Bt = torch.linalg.svd((R_U * s.detach().double()) @ R_V.mT)
-    return Rediagonalized(Q_U @ A, sigma, Q_V @ Bt.mT, R_U.mT @ A, R_V.mT @ Bt.mT)
-
-
-def energy_rank(s: Tensor, energy: float) -> int:
-    """The smallest number of entries of ``s`` (r,) with ``energy`` of all their squares' sum."""
-    squares = s.detach().double().square().sort(descending=True).values
-    sums = squares.cumsum(0)
-    # An ulp of the sum is no energy: it must not cost a direction, nor at energy=1 keep a null one.
-    enough = sums >= sums[-1] * energy * (1 - 4 * torch.finfo(torch.float64).eps)
-    return int(enough.int().argmax()) + 1
-
-
-def spectrum(layer: FactoredLayer) -> Tensor:
-    """Singular values of the layer's matrix, (r,), falling, in double precision."""
-    return rediagonalize(layer.U, layer.s, layer.V).s
-
-
 def reduce_rank(
     model: nn.Module,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    optimizer: Optimizer | Trainer | Iterable[Optimizer | Trainer] | None = None,
     *,
     energy: float | None = None,
     rank: int | float | Mapping[str, int | float] | None = None,
@@ -137,10 +61,11 @@ def reduce_rank(
     ``||W - W'||_F^2`` is the energy of what is dropped, the least for any matrix of that rank;
     what is kept is not rescaled.
 
-    ``optimizer``: of the model's parameters, or several. Its state is carried with the basis and
-    cut (see the module's text); of a kind not known here the state of the layers that are cut is
-    reset, with a warning. Parameters stay the same objects, ``step`` counts and pending gradients
-    go on, and a layer that is not cut is not touched at all.
+    ``optimizer``: of the model's parameters, or the learner that has it, or several of them; an
+    optimizer that has stepped and is left out cannot go on. Its state is carried with the basis and
+    cut (see :mod:`svdalign.factors.rediagonalize`); of a kind not known here the state of the
+    layers that are cut is reset, with a warning. Parameters stay the same objects, ``step`` counts
+    and pending gradients go on, and a layer that is not cut is not touched at all.
 
     Returns a :class:`RankCut` for each factored layer, cut or not. Raises ValueError or TypeError
     that name the argument, ValueError that names the layer for factors that are not finite; nothing
@@ -148,7 +73,7 @@ def reduce_rank(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    optimizers = _optimizers(optimizer)
+    optimizers = _optimizers(model, optimizer)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     _check(layers, energy, rank, parameters, ratio, min_rank)
     for name, layer in layers.items():
@@ -163,7 +88,7 @@ def reduce_rank(
     cuts = []
     for name, layer in layers.items():
         r = layer.rank
-        turned = _turned(layer)
+        turned = rediagonalized(layer)
         s = turned.s if turned is not None else layer.s.detach().double()
         if energy is not None:
             wanted = energy_rank(s, energy)
@@ -175,7 +100,7 @@ def reduce_rank(
         keep = s.abs().argsort(descending=True, stable=True)[:after].sort().values
         whole, kept = s.square().sum().item(), s[keep].square().sum().item()
         if after < r:
-            _replace(layer, turned, keep, optimizers)
+            cut_layer(layer, turned, keep, optimizers)
         share = kept / whole if whole else 1.0
         cuts.append(RankCut(name, r, after, layer.full_rank, share, max(whole - kept, 0.0)))
     return tuple(cuts)
@@ -241,95 +166,23 @@ def match_ranks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 layer.set_factors(U, layer.s.new_empty(r), V)
 
 
-def _turned(layer: FactoredLayer) -> Rediagonalized | None:
-    """The layer's SVD, or None where its factors are that already, to rounding."""
-    error = max(orthogonality_error(X.detach().double()).item() for X in (layer.U, layer.V))
-    if error <= 32 * torch.finfo(layer.U.dtype).eps * math.sqrt(layer.rank):
-        return None
-    return rediagonalize(layer.U, layer.s, layer.V)
-
-
-def _replace(
-    layer: FactoredLayer,
-    turned: Rediagonalized | None,
-    keep: Tensor,
-    optimizers: tuple[Optimizer, ...],
-) -> None:
-    """Give the layer the columns ``keep`` of its SVD, gradients and optimizer state with them."""
-    before: dict[Tensor, torch.Size] = {p: p.shape for p in (layer.U, layer.s, layer.V)}
-    factors: tuple[Tensor, ...] = (layer.U, layer.s, layer.V)
-    maps: dict[Tensor, Tensor] | None = None
-    if turned is not None:
-        factors = (turned.U, turned.s, turned.V)
-        maps = {layer.U: turned.P, layer.s: turned.P * turned.Q, layer.V: turned.Q}
-    gradients = {p: p.grad for p in before}
-    U, s, V = (_columns(X, keep).to(layer.U.dtype) for X in factors)
-    layer.set_factors(U, s, V)
-
-    def carried(value: Tensor, p: Tensor, squared: bool = False) -> Tensor:
-        if maps is None:
-            return _columns(value, keep)
-        C = maps[p].square() if squared else maps[p]
-        return _columns(value.double() @ C, keep).to(value.dtype)
-
-    for p, gradient in gradients.items():
-        if gradient is not None:
-            p.grad = carried(gradient, p)
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            _reset_lbfgs(optimizer, before)
-            continue
-        for p, shape in before.items():
-            state = optimizer.state.get(p)
-            if not state:
-                continue
-            tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-            known = isinstance(optimizer, CARRIED) and tensors.keys() <= LINEAR | SQUARED
-            if known and all(v.shape == shape for v in tensors.values()):
-                for key, value in tensors.items():
-                    state[key] = carried(value, p, squared=key in SQUARED)
-            else:
-                del optimizer.state[p]
-                _say_reset(optimizer)
-
-
-def _columns(X: Tensor, keep: Tensor) -> Tensor:
-    return X.detach().index_select(-1, keep)
-
-
-def _reset_lbfgs(optimizer: torch.optim.LBFGS, cut: Mapping[Tensor, torch.Size]) -> None:
-    # Its history is one flat vector over all parameters, and it remembers that vector's length.
-    if any(p is q for group in optimizer.param_groups for p in group["params"] for q in cut):
-        optimizer.state.clear()
-        optimizer._numel_cache = None
-        _say_reset(optimizer)
-
-
-def _say_reset(optimizer: Optimizer) -> None:
-    name = type(optimizer).__name__
-    if name not in _said:
-        _said.add(name)
-        warnings.warn(
-            f"state of {name} cannot be carried through a change of rank: it was reset for the "
-            "layers that were cut",
-            stacklevel=4,
-        )
-
-
-_said: set[str] = set()
-
-
-def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
-    if given is None or isinstance(given, Optimizer):
-        return () if given is None else (given,)
-    several = tuple(given) if isinstance(given, Iterable) else (given,)
-    for optimizer in several:
+def _optimizers(
+    model: nn.Module, given: Optimizer | Trainer | Iterable[Optimizer | Trainer] | None
+) -> tuple[Optimizer, ...]:
+    if given is None:
+        return ()
+    found = []
+    for one in given if isinstance(given, Iterable) else (given,):
+        optimizer = getattr(one, "optimizer", one)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                "optimizer must be a torch.optim.Optimizer, as learner.optimizer is, or several, "
-                f"got {type(optimizer).__name__}"
+                "optimizer must be a torch.optim.Optimizer, as learner.optimizer is, a learner, or "
+                f"several of them, got {type(one).__name__}"
             )
-    return several
+        if getattr(one, "model", model) is not model:
+            raise ValueError("optimizer must be a learner of model, got a learner of another one")
+        found.append(optimizer)
+    return tuple(found)
 
 
 def _check(

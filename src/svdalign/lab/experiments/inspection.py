@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ... import storage
-from ...factors.rank import energy_rank, rediagonalize
+from ...factors.rediagonalize import energy_rank, rediagonalize
 from ...factors.stiefel import orthogonality_error
 from ..reports.plots import curves
 from ..training.record import Record, write_json

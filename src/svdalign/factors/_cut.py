@@ -1,0 +1,97 @@
+"""Cutting one factored layer, its gradients and its optimizer's state with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .layers import FactoredLayer
+from .rediagonalize import Rediagonalized
+
+__all__ = ["cut_layer"]
+
+# State that is linear in past gradients, and state that sums their squares.
+LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+CARRIED: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,  # AdamW is one
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
+
+
+def cut_layer(
+    layer: FactoredLayer,
+    turned: Rediagonalized | None,
+    keep: Tensor,
+    optimizers: tuple[Optimizer, ...],
+) -> None:
+    """Give the layer the columns ``keep`` of its SVD, gradients and optimizer state with them."""
+    before: dict[Tensor, torch.Size] = {p: p.shape for p in (layer.U, layer.s, layer.V)}
+    factors: tuple[Tensor, ...] = (layer.U, layer.s, layer.V)
+    maps: dict[Tensor, Tensor] | None = None
+    if turned is not None:
+        factors = (turned.U, turned.s, turned.V)
+        maps = {layer.U: turned.P, layer.s: turned.P * turned.Q, layer.V: turned.Q}
+    gradients = {p: p.grad for p in before}
+    U, s, V = (_columns(X, keep).to(layer.U.dtype) for X in factors)
+    layer.set_factors(U, s, V)
+
+    def carried(value: Tensor, p: Tensor, squared: bool = False) -> Tensor:
+        if maps is None:
+            return _columns(value, keep)
+        C = maps[p].square() if squared else maps[p]
+        return _columns(value.double() @ C, keep).to(value.dtype)
+
+    for p, gradient in gradients.items():
+        if gradient is not None:
+            p.grad = carried(gradient, p)
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            _reset_lbfgs(optimizer, before)
+            continue
+        for p, shape in before.items():
+            state = optimizer.state.get(p)
+            if not state:
+                continue
+            tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
+            known = isinstance(optimizer, CARRIED) and tensors.keys() <= LINEAR | SQUARED
+            if known and all(v.shape == shape for v in tensors.values()):
+                for key, value in tensors.items():
+                    state[key] = carried(value, p, squared=key in SQUARED)
+            else:
+                del optimizer.state[p]
+                _say_reset(optimizer)
+
+
+def _columns(X: Tensor, keep: Tensor) -> Tensor:
+    return X.detach().index_select(-1, keep)
+
+
+def _reset_lbfgs(optimizer: torch.optim.LBFGS, cut: Mapping[Tensor, torch.Size]) -> None:
+    # Its history is one flat vector over all parameters, and it remembers that vector's length.
+    if any(p is q for group in optimizer.param_groups for p in group["params"] for q in cut):
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+        _say_reset(optimizer)
+
+
+def _say_reset(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if name not in _said:
+        _said.add(name)
+        warnings.warn(
+            f"state of {name} cannot be carried through a change of rank: it was reset for the "
+            "layers that were cut",
+            stacklevel=4,
+        )
+
+
+_said: set[str] = set()
