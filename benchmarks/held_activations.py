@@ -42,7 +42,7 @@ def network(depth: int) -> nn.Module:
         for _ in range(depth)
     ]
     net = nn.Sequential(*units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
-    return sva.factorize(net, RANK)
+    return sva.factorize(net, RANK, "spatial")
 
 
 def measure(rule: str, horizon: int | None, depth: int) -> int:

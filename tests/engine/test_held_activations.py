@@ -29,7 +29,7 @@ def convnet(depth: int) -> nn.Module:
         for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     ]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
-    return sva.factorize(nn.Sequential(*layers, *head), 8)
+    return sva.factorize(nn.Sequential(*layers, *head), 8, "spatial")
 
 
 class Residual(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...engine import Learner
 from ...factors import FactoredLayer, RankCut, reduce_rank
-from ...factors.rank import parameter_budget, spectrum
+from ...factors.rank import parameter_budget
+from ...factors.rediagonalize import spectrum
 from ...storage import ranks
 from ..costs import parameter_count
 from ..data import ImageData, batches, num_batches
