@@ -303,7 +303,7 @@ class _Angles:
     steps and layers that go downhill on several; and how far its factors are off orthonormal."""
 
     def __init__(
-        self, config: RunConfig, data: ImageData, size: int = 128, batches: int = 8
+        self, config: RunConfig, data: ImageData, size: int = 128, batches: int = 4
     ) -> None:
         total = len(data.train)
         size = min(size, total)
