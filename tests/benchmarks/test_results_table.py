@@ -127,10 +127,7 @@ def test_whole_data_sets_need_a_search_of_every_method_on_every_network(
         {"method": m, "label": label, "accuracy": 0.5, "accuracy_std": 0.1, "parameters": 10}
         for m, label in (("bp-dense", "BP"), ("ssa", "SSA"))
     ]
-    peaks = [
-        {"label": label, "memory": {"peak": 4}}
-        for label in ("BP", "SSA", "BP, checkpointed")
-    ]
+    peaks = [{"label": label, "memory": {"peak": 4}} for label in ("BP", "SSA", "BP, checkpointed")]
     write(tmp_path, whole_net={"summary": rows, "config": {}}, profile_whole_net={"methods": peaks})
     tables = script.Results(tmp_path, tmp_path)
     write(tmp_path, tune_net={"accuracy": {"bp-dense": AT_THE_EDGE, "ssa": INSIDE}})
