@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import svdalign as sva
 from svdalign.lab import models
+from svdalign.lab.experiments.profile import Profile, ProfileConfig
 
 
 def natural(n: int, size: int) -> torch.Tensor:
@@ -75,3 +78,12 @@ def test_units(units: str | int | list[str], number: int) -> None:
         example=torch.randn(2, 3, 32, 32),
     )
     assert len(learner.units) == number
+
+
+def test_costs_are_worked_out_without_images(tmp_path: Path) -> None:
+    config = ProfileConfig(
+        model="airbench", width=0.25, batch_size=4, methods=["bp-dense", "ssa-local"], estimate=True
+    )
+    found = {row["method"]: row for row in Profile(config, tmp_path).run()["methods"]}
+    peaks = {method: row["memory"]["peak"] for method, row in found.items()}
+    assert 0 < peaks["ssa-local"] < peaks["bp-dense"]

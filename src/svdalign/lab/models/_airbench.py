@@ -35,7 +35,10 @@ class Whitening(nn.Module):
         self.register_buffer("weight", _kernels(pixels, in_channels, kernel_size))
 
     def fit(self, images: Tensor, *, eps: float = 5e-4) -> None:
-        """Whiten patches of ``images`` (N, C, H, W); ``eps`` is added to the eigenvalues."""
+        """Whiten patches of ``images`` (N, C, H, W); ``eps`` is added to the eigenvalues. Images
+        without values, on the meta device, leave it as it is."""
+        if images.is_meta:
+            return
         _, channels, kernel_size, _ = self.weight.shape
         patches = F.unfold(images.double(), kernel_size)  # (N, C k k, places)
         patches = patches.transpose(0, 1).flatten(1)
