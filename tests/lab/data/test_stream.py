@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,6 +154,19 @@ def test_worker_processes_change_nothing(streamed: data.ImageData, workers: int)
     for start in (0, 5):
         assert same(run(many, start=start, **options), run(streamed.train, start=start, **options))
     assert torch.get_rng_state().equal(state)
+
+
+def test_worker_processes_do_not_die_of_signals_to_the_group(streamed: data.ImageData) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach them too; the run ends in its own time."""
+    many = replace(streamed.train, workers=1)
+    epoch = many.fetch(Epoch(4, 0, 15, shuffle=True))
+    batches = [next(epoch)]
+    workers = [child for child in multiprocessing.active_children() if child.pid]
+    assert workers
+    for worker, number in itertools.product(workers, (signal.SIGINT, signal.SIGTERM)):
+        os.kill(worker.pid or 0, number)
+    batches += epoch
+    assert same(batches, run(streamed.train, end=15, shuffle=True))
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -138,6 +139,7 @@ class Stream(Images):
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
             "generator": torch.Generator(),  # the global one has no part in it
+            "worker_init_fn": _ignore_signals,
         }
         if isinstance(self.source, Shards):
             if self.workers:  # a number that divides the groups
@@ -342,6 +344,12 @@ def _ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
         waiting = images, numbers, batch[2]
     if waiting is not None:
         yield waiting
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group is for the main process, which needs its workers to end well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _process() -> tuple[int, int]:
