@@ -6,8 +6,8 @@ Makes JPEG files as an image folder, Parquet files and tar files. For each of th
 :data:`JOBS`, a fresh process runs one epoch of random windows in batches of 64. It notes its own
 peak resident memory and that of its largest worker process, as Linux has them; what they share
 counts in each. Speed is per second of wall clock, and per second of the processors' time, which
-other load on the machine leaves alone. The last job's files are of 500 x 375
-pixels, ImageNet's mean.
+other load on the machine leaves alone. The last job's files are of 500 x 375 pixels, as ImageNet's
+are on average.
 """
 
 from __future__ import annotations
@@ -158,9 +158,9 @@ def main() -> int:
         job["mean_file_bytes"] = round(sum(map(len, blobs)) / len(blobs))
         rows.append(job | json.loads(done.stdout))
         print(rows[-1], flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    setting = {"batch": BATCH, "workers": options.workers}
-    write_json(options.out, {**setting, "rows": rows, **provenance("cpu")})
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        setting = {"batch": BATCH, "workers": options.workers}
+        write_json(options.out, {**setting, "rows": rows, **provenance("cpu")})
     return 0
 
 

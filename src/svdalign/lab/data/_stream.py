@@ -30,7 +30,7 @@ _TRIES = 10
 # depends on no number of worker processes: it divides the groups among them.
 _GROUPS = 8
 _READERS = 4  # of a group, each in a part of its own of the epoch
-_RUN = 256  # samples that a reader takes at once; a group's runs are permuted among themselves
+_RUN = 64  # samples that a reader takes at once; a group's runs are permuted among themselves
 
 _Decoded = tuple[npt.NDArray[np.uint8], int] | str  # pixels and their number, or what is wrong
 _Batch = tuple[Tensor, Tensor, list[str]]
@@ -135,6 +135,7 @@ class Stream(Images):
 
     def _decoded(self, epoch: Epoch) -> Iterable[_Batch]:
         """Batches from the worker processes, in memory that a GPU copies from if it is for one."""
+        rank, ranks = _process()
         options: dict[str, Any] = {
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
@@ -144,20 +145,19 @@ class Stream(Images):
         if isinstance(self.source, Shards):
             if self.workers:  # a number that divides the groups
                 options["num_workers"] = min(_GROUPS, 1 << (self.workers.bit_length() - 1))
-            return DataLoader(
-                _ShardBatches(self.source, self.size, len(self), epoch), batch_size=None, **options
-            )
+            first = rank * len(self)
+            shards = _ShardBatches(self.source, self.size, first, len(self), epoch)
+            return DataLoader(shards, batch_size=None, **options)
         order = np.arange(len(self.labels))
         if epoch.shuffle:
             order = torch.randperm(len(order), generator=generator(epoch.seed, epoch.epoch)).numpy()
-        rank, ranks = _process()
         own, size = order[rank::ranks][: len(self)], epoch.batch_size
         return DataLoader(
             _Decoder(self.source, self.size, epoch),
-            batch_sampler=[
+            batch_sampler=(
                 own[batch * size : (batch + 1) * size].tolist()
                 for batch in range(epoch.start, epoch.end)
-            ],
+            ),
             collate_fn=partial(_collate, shape=self.shape),
             **options,
         )
@@ -197,11 +197,12 @@ class _ShardBatches(IterableDataset[_Batch]):
     The shards, in a random order, are one long row of samples, and each group has a part of it.
 
     Attributes:
-        count: samples of this process's share of the epoch.
+        first, count: this process's share of the epoch, in samples.
     """
 
     source: Shards
     size: int
+    first: int
     count: int
     epoch: Epoch
 
@@ -225,7 +226,7 @@ class _ShardBatches(IterableDataset[_Batch]):
             own = range(other, batches, _GROUPS)
             short = batches * size - self.count if own and own[-1] == batches - 1 else 0
             parts.append(parts[-1] + len(own) * size - short)
-        begin = _process()[0] * self.count + parts[-2]
+        begin = self.first + parts[-2]
         borders = np.linspace(begin, begin + parts[-1] - parts[-2], _READERS + 1).astype(int)
         window, done = divmod(start * size, _RUN * _READERS)
         readers = [
@@ -237,7 +238,9 @@ class _ShardBatches(IterableDataset[_Batch]):
                 key = self.epoch.seed, self.epoch.epoch, begin, window
                 order = np.random.default_rng(key).permutation(len(samples))
                 samples = [samples[i] for i in order]
-            for index, blob in samples[done:]:
+            samples = samples[done:][::-1]
+            while samples:  # each is let go of once it is decoded
+                index, blob = samples.pop()
                 image = partial(_open, blob)
                 yield _decode(self.source, index, image, self.size, self.epoch)
             window, done = window + 1, 0
