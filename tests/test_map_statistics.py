@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdalign._map_statistics import raster, raster_and_spread, spread
-from svdalign._saved import CHUNK
+from svdalign._map_statistics import grid_means, grid_means_and_spread, spread
+from svdalign._lazy import CHUNK
 from svdalign.lab.costs import LiveTensors
 
 
@@ -30,7 +30,7 @@ def test_values_and_gradients_are_torchs(
     if channels_last:
         h = h.to(memory_format=torch.channels_last)
     h.requires_grad_()
-    found = raster_and_spread(h, size, h.dtype)
+    found = grid_means_and_spread(h, size, h.dtype)
     wanted = (F.adaptive_avg_pool2d(h, size), h.std((2, 3), correction=0))
     weights = [torch.randn_like(t) for t in wanted]
     for ours, torchs in zip(found, wanted, strict=True):
@@ -40,7 +40,7 @@ def test_values_and_gradients_are_torchs(
         for outputs in (found, wanted)
     ]
     torch.testing.assert_close(*grads)
-    torch.testing.assert_close(raster(h, size, h.dtype), found[0])
+    torch.testing.assert_close(grid_means(h, size, h.dtype), found[0])
     torch.testing.assert_close(spread(h), found[1])
     if channels_last:
         assert grads[0].is_contiguous(memory_format=torch.channels_last)
@@ -49,8 +49,8 @@ def test_values_and_gradients_are_torchs(
 @pytest.mark.parametrize("which", [0, 1])
 def test_either_reading_can_be_used_alone(which: int) -> None:
     h = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    alone = (raster(h, (2, 2), h.dtype), spread(h))[which]
-    both = raster_and_spread(h, (2, 2), h.dtype)[which]
+    alone = (grid_means(h, (2, 2), h.dtype), spread(h))[which]
+    both = grid_means_and_spread(h, (2, 2), h.dtype)[which]
     grads = [torch.autograd.grad(t.square().sum(), h)[0] for t in (alone, both)]
     torch.testing.assert_close(*grads)
 
@@ -60,7 +60,7 @@ def test_parts_of_any_size_give_the_same(monkeypatch) -> None:
     found = []
     for chunk in (1, 70, 10**9):
         monkeypatch.setitem(CHUNK, "cpu", chunk)
-        pooled, deviation = raster_and_spread(h, (2, 3), h.dtype)
+        pooled, deviation = grid_means_and_spread(h, (2, 3), h.dtype)
         loss = pooled.square().sum() + deviation.square().sum()
         found.append((pooled, deviation, torch.autograd.grad(loss, h)[0]))
     for other in found[1:]:
@@ -77,7 +77,7 @@ def test_a_constant_channel_has_no_gradient() -> None:
 
 def test_half_precision_is_read_in_single_and_taught_in_its_own() -> None:
     h = torch.randn(2, 3, 4, 4).to(torch.bfloat16).requires_grad_()
-    pooled, deviation = raster_and_spread(h, (2, 2), torch.float32)
+    pooled, deviation = grid_means_and_spread(h, (2, 2), torch.float32)
     assert (pooled.dtype, deviation.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(deviation, h.detach().float().std((2, 3), correction=0))
     (pooled.sum() + deviation.sum()).backward()
@@ -95,7 +95,7 @@ def test_a_mean_far_from_zero_does_not_turn_the_gradient_in_half_precision(
     weights = torch.rand(4, 3)
     exact = h.detach().double().requires_grad_()
     (exact.std((2, 3), correction=0) * weights).sum().backward()
-    pooled, deviation = raster_and_spread(h, (2, 2), torch.float32)
+    pooled, deviation = grid_means_and_spread(h, (2, 2), torch.float32)
     ours = (deviation * weights).sum()
     if both:  # means over a raster, weighted to add to the gradient no more than it is itself
         ours = ours + 1e-2 * pooled.sum()
@@ -109,7 +109,7 @@ def test_a_mean_far_from_zero_does_not_turn_the_gradient_in_half_precision(
 def test_half_precision_takes_no_more_than_a_part_beside_the_map(monkeypatch) -> None:
     h = torch.randn(32, 8, 16, 16).to(torch.bfloat16).requires_grad_()
     monkeypatch.setitem(CHUNK, "cpu", 8 * 16 * 16)  # a sample at a time
-    for read in (spread, lambda h: sum(t.sum() for t in raster_and_spread(h, (2, 2), h.dtype))):
+    for read in (spread, lambda h: sum(t.sum() for t in grid_means_and_spread(h, (2, 2), h.dtype))):
         loss = read(h).sum()
         with LiveTensors([h]) as live:
             torch.autograd.grad(loss, h)

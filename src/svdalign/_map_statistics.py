@@ -1,13 +1,14 @@
-"""What is read off a map (B, C, h, w): its means over a raster, and the spread of its channels.
+"""Statistics of a map (B, C, h, w): its means over a grid, and the spread of its channels.
 
-Both in one function and in closed form: the gradient in the map is made once, some samples at a
-time, in the map's own precision and memory format. Autograd would hold and make several maps of its
-size, and of twice its bytes under autocast, which decide the peak of a unit that holds little else.
+Both are read in one visit, and their gradient in the map is in closed form, made once, some samples
+at a time, in the map's own precision and memory format. Autograd would save and make several maps
+of its size, and of twice its bytes under autocast.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,93 +16,128 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._saved import Held, by_parts, hold, parts_of
+from ._lazy import Recipe, by_parts_or_lazy, parts_of, recipe_of
 
-__all__ = ["raster", "raster_and_spread", "spread"]
+__all__ = ["accumulation_dtype", "grid_means", "grid_means_and_spread", "spread"]
 
 
-def raster(h: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def grid_means(h: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Adaptive average pooling in ``dtype``, (B, C, *size)."""
-    return cast(Tensor, _Readings.apply(h, size, dtype, None)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Statistics.apply(h, size, dtype, None)[0])  # type: ignore[no-untyped-call]
 
 
 def spread(h: Tensor) -> Tensor:
     """Standard deviation of each channel, dividing by the number of values; (B, C), in at least
     single precision. Its gradient where a channel is constant is 0. (On CPU ``torch.std`` takes
-    twenty times as long.)"""
-    return cast(Tensor, _Readings.apply(h, None, None, statistics(h.dtype))[1])  # type: ignore[no-untyped-call]
+    ten times as long.)"""
+    dtype = accumulation_dtype(h.dtype)
+    return cast(Tensor, _Statistics.apply(h, None, None, dtype)[1])  # type: ignore[no-untyped-call]
 
 
-def raster_and_spread(
+def grid_means_and_spread(
     h: Tensor, size: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """:func:`raster` and :func:`spread` with one gradient."""
-    found: tuple[Tensor, Tensor] = _Readings.apply(h, size, dtype, statistics(h.dtype))  # type: ignore[no-untyped-call]
+    """:func:`grid_means` and :func:`spread` with one gradient."""
+    found: tuple[Tensor, Tensor] = _Statistics.apply(h, size, dtype, accumulation_dtype(h.dtype))  # type: ignore[no-untyped-call]
     return found
 
 
-def statistics(dtype: torch.dtype) -> torch.dtype:
-    """The precision of statistics of maps of ``dtype``, whatever autocast hands on."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision for sums over maps of ``dtype``: at least single."""
     return torch.promote_types(dtype, torch.float32)
 
 
-class _Readings(torch.autograd.Function):
+class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         h: Tensor,
         size: tuple[int, int] | None,
-        raster_dtype: torch.dtype | None,
+        grid_dtype: torch.dtype | None,
         spread_dtype: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        # Of a part in half precision copies are made in single precision.
-        copies = 1 if h.dtype == statistics(h.dtype) else 4
-        held, parts = hold(h), parts_of(h, copies * h.shape[1])
-        ctx.held, ctx.parts = held.without_tensors(), parts
-        raster = found = mean = None
-        if size is not None:
-            raster = by_parts(
-                lambda rows: F.adaptive_avg_pool2d(h[rows].to(raster_dtype), size), parts
-            )
-        if spread_dtype is not None:
-            mean = h.mean((2, 3), keepdim=True, dtype=spread_dtype)
-            found = by_parts(
-                lambda rows: (h[rows] - mean[rows]).square_().mean((2, 3), keepdim=True).sqrt_(),
-                parts,
-            )
-        ctx.save_for_backward(mean, found, *held.tensors)
-        return raster, None if found is None else found.squeeze((2, 3))
+        recipe = recipe_of(h)
+        if recipe.samples is None:
+            recipe = replace(recipe, parts=parts_of(h))
+        dtypes = [dtype for dtype in (grid_dtype, spread_dtype) if dtype is not None]
+        dtype = max(dtypes, key=lambda d: torch.finfo(d).bits)
+        cells = _cells(recipe.shape, size)
+        grids, means, spreads = list[Tensor](), list[Tensor](), list[Tensor]()
+        for rows in recipe.parts:
+            part = recipe.read(rows, recipe.tensors).to(dtype)
+            mean: Tensor | None = None
+            if size is not None:
+                if size == (1, 1):
+                    grid = mean = part.mean((2, 3), keepdim=True)
+                elif cells is not None:  # the mean of the means of equal cells is that of all
+                    grid = F.avg_pool2d(part, cells)
+                    mean = grid.mean((2, 3), keepdim=True)
+                else:
+                    grid = F.adaptive_avg_pool2d(part, size)
+                grids.append(grid.to(grid_dtype))
+            if spread_dtype is not None:
+                mean = part.mean((2, 3), keepdim=True) if mean is None else mean
+                means.append(mean)
+                spreads.append((part - mean).square_().mean((2, 3), keepdim=True).sqrt_())
+            del part  # before the next is made
+        ctx.recipe, ctx.cells = recipe.without_tensors(), cells
+        together = [torch.cat(found) if found else None for found in (grids, means, spreads)]
+        pooled, means_, deviations = together
+        ctx.save_for_backward(means_, deviations, *recipe.tensors)
+        return pooled, None if deviations is None else deviations.squeeze((2, 3))
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_raster: Tensor | None, d_spread: Tensor | None
+        ctx: Any, d_grid: Tensor | None, d_spread: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:
-        mean, found, *tensors = ctx.saved_tensors
-        held: Held = ctx.held
-        if d_raster is not None:
-            d_raster = d_raster.to(held.dtype).contiguous(memory_format=held.format)
-        if d_spread is not None:  # (h - mean) slope, or start + h slope
-            positions = math.prod(held.shape) // mean.numel()
-            slope = d_spread[:, :, None, None] / (positions * found)
-            slope = slope.masked_fill(found == 0, 0.0)
+        mean, deviation, *tensors = ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        if d_grid is None and d_spread is None:
+            return None, None, None, None
+        # The gradient in h is slope h + start: a slope for each channel, a start for each channel
+        # or cell of the grid.
+        slope = start = None
+        cells: tuple[int, int] | None = (recipe.shape[2], recipe.shape[3])
+        if d_spread is not None:
+            slope = d_spread[:, :, None, None] / (math.prod(recipe.shape[2:]) * deviation)
+            slope = slope.masked_fill(deviation == 0, 0.0)
             start = -mean * slope
+        if d_grid is not None and (cells := ctx.cells) is not None:
+            by_cell = d_grid / math.prod(cells)
+            start = by_cell if start is None else start + by_cell
 
         def run(rows: slice) -> Tensor:
-            part: Tensor | None = None
-            if d_raster is not None:
-                like = held.like(rows, tensors)
-                part = torch.ops.aten._adaptive_avg_pool2d_backward(d_raster[rows], like)
-                if d_spread is None:
-                    return part
-            h = held.of(rows, tensors)
-            if h.dtype != slope.dtype:  # half precision: not to be rounded before it is all there
-                taught = h.to(slope.dtype).sub_(mean[rows]).mul_(slope[rows]).to(h.dtype)
-                return taught if part is None else part.add_(taught)
-            if part is None:
-                return torch.addcmul(start[rows], h, slope[rows])
-            return part.addcmul_(h, slope[rows]).add_(start[rows])
+            first = None if start is None else start[rows]
+            if cells is None:
+                assert d_grid is not None
+                like = recipe.empty(rows).to(d_grid.dtype)
+                full = torch.ops.aten._adaptive_avg_pool2d_backward(d_grid[rows], like)
+                first = full if first is None else full.add_(first)
+            assert first is not None
+            first = first[:, :, :, None, :, None]  # as _in_cells has it
+            if slope is None:
+                out = recipe.empty(rows)
+                _in_cells(out, cells).copy_(first)
+                return out
+            h = recipe.read(rows, tensors).to(slope.dtype)
+            out = torch.addcmul(first, _in_cells(h, cells), slope[rows][..., None, None])
+            return out.view(h.shape).to(recipe.dtype)
 
-        nothing = d_raster is None and d_spread is None
-        return None if nothing else by_parts(run, ctx.parts), None, None, None
+        return by_parts_or_lazy(run, recipe, ctx.next_functions[0][0]), None, None, None
+
+
+def _cells(shape: tuple[int, ...], size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width of the cells of a grid of ``size``; None where they are not all equal."""
+    if size is None or any(n % cells for n, cells in zip(shape[2:], size, strict=True)):
+        return None
+    return shape[2] // size[0], shape[3] // size[1]
+
+
+def _in_cells(h: Tensor, cells: tuple[int, int] | None) -> Tensor:
+    """A map (B, C, h, w) as (B, C, rows of cells, rows in one, columns of cells, columns in one);
+    a cell is a position by default. A view."""
+    (B, C, height, width), (rows, columns) = h.shape, cells or (1, 1)
+    return h.view(B, C, height // rows, rows, width // columns, columns)
+

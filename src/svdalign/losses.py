@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._map_statistics import spread, statistics
+from ._map_statistics import accumulation_dtype, spread
 
 __all__ = [
     "channel_statistics",
@@ -46,7 +46,7 @@ def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
     N, q = output.shape
     if q >= N:
         return output.new_zeros(())
-    basis = torch.linalg.qr(output.to(statistics(output.dtype))).Q
+    basis = torch.linalg.qr(output.to(accumulation_dtype(output.dtype))).Q
     feedback = feedback.to(basis.dtype)
     Q = torch.linalg.qr(feedback).Q if feedback.shape[1] <= N else _leading_basis(feedback)
     received: Tensor = (basis.mT @ Q).square().sum() / Q.shape[1]
@@ -71,8 +71,8 @@ def channel_statistics(h: Tensor) -> Tensor:
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
         return spread(h)
     if h.ndim == 3:
-        return h.mean(1, dtype=statistics(h.dtype))
-    return h.flatten(1).to(statistics(h.dtype))
+        return h.mean(1, dtype=accumulation_dtype(h.dtype))
+    return h.flatten(1).to(accumulation_dtype(h.dtype))
 
 
 def similarity_matrix(x: Tensor) -> Tensor:

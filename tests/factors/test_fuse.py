@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
-from svdalign._saved import CHUNK
+from svdalign._lazy import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
 from svdalign.lab import models
 from svdalign.lab.costs import LiveTensors, storage_bytes

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._autocast import outside_autocast
+from .._lazy import LazyTensor, reads_by_parts
 from .forward import first_tensor, forward
 from .units import Plan, Unit
 
@@ -182,6 +183,8 @@ def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
 def _own(grad: Tensor, known: set[int]) -> Tensor:
     """``grad``, or a copy if it shares its memory with itself or another: to be added to in place.
     ``known``: storages that are taken."""
+    if isinstance(grad, LazyTensor):
+        return grad
     dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
     pointer = grad.untyped_storage().data_ptr()
     if dense and pointer not in known:
@@ -190,6 +193,12 @@ def _own(grad: Tensor, known: set[int]) -> Tensor:
     return grad.clone(memory_format=torch.contiguous_format)
 
 
+def _add(signal: Tensor, other: Tensor) -> Tensor:
+    """Their sum; in the memory of ``signal`` if it has any."""
+    return signal + other if isinstance(signal, LazyTensor) else signal.add_(other)
+
+
+@reads_by_parts
 class _Entry(torch.autograd.Function):
     """``h`` as it is, with an edge to take its gradient at. A leaf would hold ``h`` for that."""
 
@@ -202,6 +211,7 @@ class _Entry(torch.autograd.Function):
         return None, None
 
 
+@reads_by_parts
 class _Port(torch.autograd.Function):
     """``h`` as it is, and a 0-dim head. ``signals`` join the gradient of what is made of ``h``;
     where nothing is, the head's gradient, whatever it is, brings them in.
@@ -215,13 +225,13 @@ class _Port(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, signals: list[Tensor]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.signals = signals
-        return h.detach(), h.new_zeros(())
+        return h.detach(), torch.zeros((), dtype=h.dtype, device=h.device)
 
     @staticmethod
     def backward(ctx: Any, total: Tensor | None, head: Tensor | None) -> tuple[Tensor | None, None]:
         while ctx.signals:
             signal = ctx.signals.pop()
-            total = signal if total is None else signal.add_(total)
+            total = signal if total is None else _add(signal, total)
         return total, None
 
 

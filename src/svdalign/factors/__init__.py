@@ -1,7 +1,8 @@
 """Weights held as ``U diag(s) V^T``: layers, the manifold they live on, and how to get there."""
 
 from .factorize import Factorization, LayerReport, factorize
-from .fuse import FusedConv2d, fuse
+from .fuse import fuse
+from .fused import FusedConv2d
 from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
 from .rank import RankCut, reduce_rank
 

@@ -44,13 +44,28 @@ def qr_retract(X: Tensor) -> Tensor:
     """Q of the QR decomposition of ``X`` with the diagonal of R made positive, ``(..., m, r)``.
 
     The sign convention makes the result unique and continuous: a matrix with orthonormal columns
-    is returned as it is.
+    is returned as it is. On the CPU it is found through the Cholesky factor of ``X^T X`` where that
+    is accurate, as it is near the manifold: products, in a third of the time.
     """
     _check_tall(X)
+    if X.is_cpu and (Q := _cholesky_q(X)) is not None:
+        return Q
     Q, R = torch.linalg.qr(X)
     signs: Tensor = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
     result: Tensor = Q * signs.unsqueeze(-2)
     return result
+
+
+def _cholesky_q(X: Tensor) -> Tensor | None:
+    """Q of the QR decomposition of ``X`` as ``X L^-T``, ``L`` the Cholesky factor of ``X^T X``; None
+    where that loses digits. Deciding reads a value, which would stall a device other than the CPU.
+    """
+    L, failed = torch.linalg.cholesky_ex(X.mT @ X)
+    Q = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
+    # What Householder's QR keeps to. Where X is nearly of lower rank the error is larger, or NaN.
+    bound = 4 * torch.finfo(X.dtype).eps * X.shape[-1] ** 0.5
+    accurate = (orthogonality_error(Q) <= bound).logical_and_(failed == 0).all()
+    return Q.contiguous() if accurate else None
 
 
 @_in_single_precision
@@ -72,14 +87,20 @@ def newton_schulz_retract(X: Tensor, steps: int = 2) -> Tensor:
     """The polar factor by Newton-Schulz iteration ``X <- X (3I - X^T X) / 2``: products only.
 
     Converges quadratically from ``||X^T X - I||_2 < 1``, where an error of ``eps`` becomes
-    ``3/4 eps^2`` per step. That is where a small update leaves an orthonormal matrix; from
-    farther away use :func:`polar_retract`.
+    ``3/4 eps^2`` per step. That is where a small update leaves an orthonormal matrix. From
+    ``||X^T X - I||_2 >= 2`` the iteration would diverge: there, and somewhat before, ``X`` is first
+    divided by a bound of its norm, which leaves the polar factor what it is. A few steps then come
+    closer to it, not all the way: for large updates use :func:`polar_retract`.
     """
     _check_tall(X)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    E = _gram_defect(X)
+    bound = torch.linalg.matrix_norm(E @ E, keepdim=True).sqrt()  # of the spectral norm of E
+    scale = torch.where(bound > 1.7, (1.0 + bound).rsqrt(), 1.0).to(X.dtype)
+    X = X * scale
     for _ in range(steps):
-        X = 1.5 * X - 0.5 * X @ (X.mT @ X)
+        X = X - 0.5 * X @ _gram_defect(X)
     return X
 
 
@@ -96,10 +117,15 @@ def tangent_project(X: Tensor, G: Tensor) -> Tensor:
 def orthogonality_error(X: Tensor) -> Tensor:
     """``||X^T X - I||_F``, shape ``(...)``. Zero exactly on the manifold."""
     _check_tall(X)
-    gram = X.mT @ X
-    eye = torch.eye(gram.shape[-1], dtype=X.dtype, device=X.device)
-    error: Tensor = torch.linalg.matrix_norm(gram - eye)
+    error: Tensor = torch.linalg.matrix_norm(_gram_defect(X))
     return error
+
+
+def _gram_defect(X: Tensor) -> Tensor:
+    """``X^T X - I``, shape (..., r, r)."""
+    gram = X.mT @ X
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return gram
 
 
 RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {

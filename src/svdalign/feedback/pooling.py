@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._map_statistics import raster
+from .._map_statistics import grid_means
 
 __all__ = ["grid_size", "pool", "pooled_size"]
 
@@ -44,7 +44,8 @@ def pool(
             return h.permute(0, 2, 3, 1).to(dtype)
         if grid is not None:
             size = grid_size(h.shape if like is None else like, grid, output_shape)
-            h = h.mean((2, 3), dtype=dtype) if size is None else raster(h, size, dtype)
+            assert size is not None
+            h = grid_means(h, size, dtype)
         return h.flatten(1).to(dtype)
     if h.ndim == 3:
         per_token = len(output_shape) == 3 and output_shape[1] == h.shape[1]
@@ -55,12 +56,10 @@ def pool(
 def grid_size(
     shape: Sequence[int], grid: int | None, output_shape: Sequence[int]
 ) -> tuple[int, int] | None:
-    """The grid that features of ``shape`` are averaged onto; None where they are not, or onto a
-    single cell: that is a mean over both axes, many times faster than adaptive pooling."""
+    """The grid that features of ``shape`` are averaged onto; None where they are not."""
     if len(shape) != 4 or len(output_shape) == 4 or grid is None:
         return None
-    size = (min(grid, shape[2]), min(grid, shape[3]))
-    return None if size == (1, 1) else size
+    return min(grid, shape[2]), min(grid, shape[3])
 
 
 def pooled_size(shape: tuple[int, ...], grid: int | None, output_shape: tuple[int, ...]) -> int:

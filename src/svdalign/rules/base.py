@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._map_statistics import raster_and_spread
+from .._map_statistics import grid_means_and_spread
 from ..factors import FactoredLayer
 from ..feedback import Feedback, grid_size, pool, pooled_size
 from ..losses import (
@@ -63,9 +63,9 @@ class UnitSpec:
         """:meth:`pool`, and what similarity compares, :func:`losses.channel_statistics` (B, d): of
         a map with one gradient for both."""
         size = grid_size(self.features_shape, grid, self.output_shape)
-        if size is None:
+        if size is None or h.shape[2] * h.shape[3] == 1:
             return self.pool(h, grid), channel_statistics(h)
-        pooled, spread = raster_and_spread(h, size, self.dtype)
+        pooled, spread = grid_means_and_spread(h, size, self.dtype)
         return pooled.flatten(1), spread
 
     def pooled_size(self, grid: int | None) -> int:

@@ -1,0 +1,250 @@
+"""Tensors that are computed when they are read, some samples at a time.
+
+A map of N channels that is expanded from one of r channels need not be written: whoever needs it
+computes the samples it is working on from the smaller map. The same goes for gradients of such a
+map. A :class:`LazyTensor` stands for such a tensor. Code that knows about it reads some samples at
+a time (:func:`read`); any other operation gets the whole tensor, computed for it, so that the
+result is always right.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ._autocast import outside_autocast
+
+__all__ = [
+    "LazyTensor",
+    "Recipe",
+    "by_parts",
+    "by_parts_or_lazy",
+    "empty",
+    "memory_format",
+    "parts_of",
+    "read",
+    "reads_by_parts",
+    "recipe_of",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compute samples of a tensor of ``shape`` (B, ...) from smaller ``tensors``.
+
+    ``samples(rows, *tensors)`` computes the samples ``rows``; None where ``tensors`` is the tensor
+    itself. ``parts``: the samples to compute at a time. ``cheap``: computing them costs far less
+    than a convolution. ``latest``: the samples computed last, as
+    long as somebody uses them, so that two readers of the same part share it.
+    """
+
+    tensors: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    format: torch.memory_format
+    parts: list[slice]
+    samples: Callable[..., Tensor] | None = None
+    cheap: bool = True
+    latest: dict[tuple[int, int], weakref.ref[Tensor]] = field(default_factory=dict)
+
+    def read(self, rows: slice, tensors: Sequence[Tensor]) -> Tensor:
+        """The samples ``rows``, not to be changed, from ``tensors`` as autograd gives them back."""
+        if self.samples is None:
+            return tensors[0][rows]
+        key = (rows.start, rows.stop)
+        known = self.latest[key]() if key in self.latest else None
+        if known is not None:
+            return known
+        with outside_autocast():
+            made = self.samples(rows, *tensors)
+        self.latest.clear()
+        self.latest[key] = weakref.ref(made)
+        return made
+
+    def without_tensors(self) -> Recipe:
+        """All but ``tensors``, for a context that has autograd save them."""
+        return replace(self, tensors=())
+
+    def empty(self, rows: slice) -> Tensor:
+        """A new tensor like the samples ``rows``, without values."""
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return torch.empty(
+            shape, dtype=self.dtype, device=self.device, memory_format=self.format
+        )
+
+
+class LazyTensor(Tensor):
+    """A tensor (B, ...) that follows a :class:`Recipe` and has no memory of its own.
+
+    An operation that does not know it gets the whole tensor, which is then kept. Sums with tensors
+    of the same shape are lazy again.
+    """
+
+    recipe: Recipe
+    whole: Tensor | None
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, recipe: Recipe) -> LazyTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, recipe.shape, _strides(recipe.shape, recipe.format),
+            dtype=recipe.dtype, device=recipe.device, storage_size=0,
+        )  # fmt: skip
+        made.recipe, made.whole = recipe, None
+        return made
+
+    def compute(self) -> Tensor:
+        """The whole tensor."""
+        if self.whole is None:
+            recipe = self.recipe
+            self.whole = by_parts(lambda rows: recipe.read(rows, recipe.tensors), recipe.parts)
+            if len(recipe.parts) == 1:  # which somebody else may be reading
+                self.whole = self.whole.clone()
+        return self.whole
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ALIASES and args[0].whole is None and list(args[1:]) in ([], [[*args[0].shape]]):
+            return cls(args[0].recipe)
+        if func in _SUMS and not kwargs and _alike(*args):
+            if func is torch.ops.aten.add.Tensor:
+                return _sum(*args)
+            if not isinstance(args[0], LazyTensor):
+                return _add_to(*args)
+        args, kwargs = tree_map_only(LazyTensor, LazyTensor.compute, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _strides(shape: tuple[int, ...], format: torch.memory_format) -> tuple[int, ...]:
+    """Of a tensor of ``shape`` (B, C, ...), contiguous or channels last."""
+    order = list(range(len(shape)))
+    if format == torch.channels_last:
+        order = [0, 2, 3, 1]
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+#: Give the same tensor again (a view, if it is of the same shape, as autograd makes them).
+_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default)
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _sum(a: Tensor, b: Tensor) -> LazyTensor:
+    recipe = recipe_of(a if isinstance(a, LazyTensor) else b)
+    return LazyTensor(
+        replace(
+            recipe,
+            tensors=(),
+            samples=lambda rows: read(a, rows) + read(b, rows),
+            cheap=recipe_of(a).cheap and recipe_of(b).cheap,
+            latest={},
+        )
+    )
+
+
+def _add_to(a: Tensor, b: LazyTensor) -> Tensor:
+    for rows in recipe_of(b).parts:
+        a[rows].add_(read(b, rows))
+    return a
+
+
+def recipe_of(t: Tensor) -> Recipe:
+    """How to have ``t`` (B, ...) again: what a backward pass that needs it has to save."""
+    if isinstance(t, LazyTensor):
+        if t.whole is None:
+            return t.recipe
+        t = t.whole
+    return Recipe((t,), tuple(t.shape), t.dtype, t.device, memory_format(t), [slice(0, len(t))])
+
+
+def read(t: Tensor, rows: slice) -> Tensor:
+    """The samples ``rows`` of ``t``, not to be changed."""
+    recipe = recipe_of(t)
+    return recipe.read(rows, recipe.tensors)
+
+
+def reads_by_parts(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Mark a function whose backward pass takes lazy gradients, see :func:`by_parts_or_lazy`."""
+    function.takes_lazy = True  # type: ignore[attr-defined]
+    return function
+
+
+def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) -> Tensor:
+    """A gradient like the tensor ``like``, of which ``run`` makes some samples, for ``node`` of an
+    autograd graph: lazy if that reads it by parts."""
+    if getattr(getattr(node, "_forward_cls", None), "takes_lazy", False):
+        return LazyTensor(replace(like, tensors=(), samples=run, latest={}))
+    return by_parts(run, like.parts)
+
+
+# --- some samples at a time ---------------------------------------------------------------------
+
+
+#: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
+#: of one), and elsewhere what keeps it busy.
+CHUNK = {"cpu": 1 << 18, "meta": 1 << 18}
+ELSEWHERE = 1 << 24
+
+PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
+
+
+def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
+    """The samples of a map ``h`` (B, C, h, w), some at a time; ``channels``: how many the widest
+    map has that is made of it, C by default."""
+    each = (h.shape[1] if channels is None else channels) * math.prod(h.shape[2:])
+    fitting = CHUNK.get(h.device.type, ELSEWHERE) // max(1, each)
+    size = max(1, fitting, math.ceil(len(h) / PARTS))
+    return [slice(i, min(i + size, len(h))) for i in range(0, max(1, len(h)), size)]
+
+
+def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
+    """What ``run`` makes of each of ``parts``, in one tensor."""
+    whole: Tensor | None = None
+    for rows in parts:
+        part = run(rows)
+        if len(parts) == 1:
+            return part
+        if whole is None:
+            whole = empty((parts[-1].stop, *part.shape[1:]), like=part)
+        whole[rows] = part
+    assert whole is not None
+    return whole
+
+
+def empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
+    """Of ``like``'s kind and memory format."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
+    )
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Channels last, or contiguous."""
+    last = t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

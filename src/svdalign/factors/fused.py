@@ -1,0 +1,111 @@
+"""A factored convolution fused with the batch norm, activation and pooling that follow it.
+
+In the channel scheme a convolution ends in ``y = W z + b``, ``z`` (B, r, h, w) a map of only ``r``
+channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
+
+- The batch statistics that a norm takes of ``y`` are those of ``z`` seen through ``W``: mean
+  ``W mean(z) + b``, variance ``diag(W cov(z) W^T)``. The norm becomes a change of ``W`` and ``b``,
+  and the map that it would read, of ``N`` channels, need not exist.
+- What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it can be
+  computed for some samples at a time, and again where it is needed (:mod:`._kernels`). Only ``z``
+  is saved for the backward pass, and where a ReLU's output is pooled, that and the places of the
+  maxima.
+
+A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._autocast import outside_autocast
+from .._map_statistics import accumulation_dtype
+from ._kernels import expand, moments, reduce
+from .layers import SVDConv2d
+
+__all__ = ["FusedConv2d"]
+
+
+class FusedConv2d(SVDConv2d):
+    """``layer``, a factored convolution, and ``tail``, the modules that follow it.
+
+    Takes over the parameters of ``layer``. In evaluation it is nothing but ``layer`` and then
+    ``tail``; see the text of the module for training. Input (B, C, h, w).
+
+    ``read_by_parts``: a fused convolution alone reads the output, which is then not written.
+    """
+
+    affine = False
+
+    def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
+        U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
+        super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
+        for name in ("U", "s", "V", "bias"):  # the very objects: frozen ones stay frozen
+            self.register_parameter(name, layer._parameters[name])
+        self.tail = nn.Sequential(*tail)
+        self.read_by_parts = False
+        self.training = layer.training  # and what is in the tail keeps its own mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return cast(Tensor, self.tail(super().forward(x)))
+        z, second, tail = reduce(self, x), self.expansion(), list(self.tail)
+        bias: Tensor | None = self.bias
+        if isinstance(norm := tail[0], nn.BatchNorm2d):
+            kernel, bias = _norm(norm, z, second[:, :, 0, 0], bias)
+            second, tail = kernel[:, :, None, None], tail[1:]
+        return expand(self, z, second, bias, tail)
+
+    def plain(self) -> nn.Module:
+        return nn.Sequential(super().plain(), *self.tail)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, fused"
+
+
+def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight (N, r) and bias (N,) whose ``W z + b`` is ``norm`` of that of ``W`` and ``bias``.
+    Found in at least single precision, returned in that of ``W``.
+
+    Takes notice of the batch in the running statistics as ``norm`` would.
+    """
+    dtype, W = W.dtype, W.to(accumulation_dtype(W.dtype))
+    shift = W.new_zeros(len(W)) if bias is None else bias
+    if norm.training or norm.running_mean is None:
+        count = z.numel() // z.shape[1]
+        if count <= 1:
+            raise ValueError(
+                "batch norm needs more than one value per channel in training, "
+                f"got a map of shape {tuple(z.shape)}"
+            )
+        with outside_autocast():  # variances do not bear rounding
+            mean_z, cov_z = moments(z)
+            centre = W @ mean_z
+            variance = ((W @ cov_z) * W).sum(1).clamp_min(0.0)
+        if norm.training and norm.running_mean is not None:
+            _take_notice(norm, (centre + shift).detach(), variance.detach(), count)
+        offset = centre + 0.0 * shift  # a bias before a norm has no effect, but a gradient: zero
+    else:
+        assert norm.running_var is not None
+        offset, variance = norm.running_mean - shift, norm.running_var.to(W.dtype)
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    start = 0.0 if norm.bias is None else norm.bias
+    return (W * scale[:, None]).to(dtype), (start - scale * offset).to(dtype)
+
+
+@torch.no_grad()
+def _take_notice(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked += 1
+    share: float | Tensor = (
+        1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    )
+    norm.running_mean += share * (mean - norm.running_mean)
+    norm.running_var += share * (variance * (count / (count - 1)) - norm.running_var)
