@@ -166,7 +166,9 @@ def measure(
 
 def table(costs: Mapping[str, Mapping[str, float]]) -> str:
     """Costs of the methods of one network as text."""
-    lines = [f"  {'method':24s} {'MiB':>7s} {'ms':>8s} {'/ BP':>6s} {'/ SVD-BP':>9s} {'rounds':>7s}"]
+    lines = [
+        f"  {'method':24s} {'MiB':>7s} {'ms':>8s} {'/ BP':>6s} {'/ SVD-BP':>9s} {'rounds':>7s}"
+    ]
     for method, cost in costs.items():
         ratios = [cost.get(f"cpu_ratio_to_{r}", float("nan")) for r in ("bp-dense", "bp")]
         lines.append(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,9 +76,7 @@ class Recipe:
     def empty(self, rows: slice) -> Tensor:
         """A new tensor like the samples ``rows``, without values."""
         shape = (rows.stop - rows.start, *self.shape[1:])
-        return torch.empty(
-            shape, dtype=self.dtype, device=self.device, memory_format=self.format
-        )
+        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.format)
 
 
 class LazyTensor(Tensor):
@@ -90,7 +88,7 @@ class LazyTensor(Tensor):
 
     recipe: Recipe
     whole: Tensor | None
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, recipe: Recipe) -> LazyTensor:
@@ -111,15 +109,15 @@ class LazyTensor(Tensor):
         return self.whole
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
-        types: Sequence[type],
+        types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ALIASES and args[0].whole is None and list(args[1:]) in ([], [[*args[0].shape]]):
+        if func in _ALIASES and args[0].whole is None and args[1:] in ((), ([*args[0].shape],)):
             return cls(args[0].recipe)
         if func in _SUMS and not kwargs and _alike(*args):
             if func is torch.ops.aten.add.Tensor:
@@ -146,7 +144,11 @@ def _strides(shape: tuple[int, ...], format: torch.memory_format) -> tuple[int, 
 
 
 #: Give the same tensor again (a view, if it is of the same shape, as autograd makes them).
-_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.view.default)
+_ALIASES = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.view.default,
+)
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 

@@ -140,4 +140,3 @@ def _in_cells(h: Tensor, cells: tuple[int, int] | None) -> Tensor:
     a cell is a position by default. A view."""
     (B, C, height, width), (rows, columns) = h.shape, cells or (1, 1)
     return h.view(B, C, height // rows, rows, width // columns, columns)
-

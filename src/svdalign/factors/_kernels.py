@@ -189,9 +189,8 @@ class _ExpandReLU(torch.autograd.Function):
             places.append(place.sub_(ctx.corners).to(ctx.narrow))
             return y.relu_()  # after pooling: the same, and a quarter of the work
 
-        out = None if pool is not None else _lazy_if_smaller(layer, z, second, bias, parts)
-        if out is None:
-            out = by_parts(run, parts)
+        lazy = None if pool is not None else _lazy_if_smaller(layer, z, second, bias, parts)
+        out = by_parts(run, parts) if lazy is None else lazy
         recipe = recipe_of(out)
         ctx.recipe = recipe.without_tensors()
         ctx.save_for_backward(z, second, torch.cat(places) if places else None, *recipe.tensors)
@@ -236,7 +235,8 @@ def _read_once(ctx: Any) -> bool:
     """Whether the gradient in ``z`` is lazy and read once: by the weights of the first convolution,
     whose input needs no gradient. Computing it again for that is cheaper than to hold it."""
     node = ctx.next_functions[0][0]
-    return isinstance(node, _Reduce._backward_cls) and node.next_functions[0][0] is None
+    first = getattr(node, "_forward_cls", None) is _Reduce
+    return first and node.next_functions[0][0] is None
 
 
 def _lazy_if_smaller(
@@ -251,7 +251,8 @@ def _lazy_if_smaller(
         )
     ]
     shape = (len(z), len(second), *size)
-    if not layer.read_by_parts or z.numel() >= math.prod(shape):
+    smaller = z.numel() < math.prod(shape)
+    if not (layer.read_by_parts and smaller) or torch.compiler.is_compiling():
         return None
 
     def samples(rows: slice, z: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -57,9 +57,8 @@ def qr_retract(X: Tensor) -> Tensor:
 
 
 def _cholesky_q(X: Tensor) -> Tensor | None:
-    """Q of the QR decomposition of ``X`` as ``X L^-T``, ``L`` the Cholesky factor of ``X^T X``; None
-    where that loses digits. Deciding reads a value, which would stall a device other than the CPU.
-    """
+    """Q of the QR decomposition of ``X`` as ``X L^-T``, ``L`` the Cholesky factor of ``X^T X``;
+    None where that loses digits. Deciding reads a value, which would stall another device."""
     L, failed = torch.linalg.cholesky_ex(X.mT @ X)
     Q = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
     # What Householder's QR keeps to. Where X is nearly of lower rank the error is larger, or NaN.

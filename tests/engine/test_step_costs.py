@@ -1,0 +1,139 @@
+"""What a step costs, in counts that do not depend on the machine: bytes, operations, stalls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import svdalign as sva
+from svdalign._lazy import CHUNK
+from svdalign.lab import models
+from svdalign.lab.costs import pretending, step_memory
+
+B, N, SIDE, RANK = 16, 32, 16, 4
+METHODS = [("ssa", 0), ("ssa", 1), ("ssa", 2), ("dfa", 0), ("bp", None)]
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations and notes the largest tensor that one of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += 1
+        sizes = (t.untyped_storage().nbytes() for t in tree_iter(result) if isinstance(t, Tensor))
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+def chain() -> nn.Module:
+    """Fused units of N channels at full resolution; the last one is pooled, to be read whole."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers += [nn.Conv2d(N if i else 3, N, 3, padding=1, bias=False), nn.BatchNorm2d(N)]
+        layers += [nn.ReLU()]
+    net = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(N * SIDE * SIDE // 4, 4))
+    return sva.fuse(sva.factorize(net, {f"{3 * i}": RANK for i in range(4)}, "channel"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("rule", "horizon"), [m for m in METHODS if m[0] != "dfa"])
+def test_no_map_of_full_width_is_ever_made(
+    rule: str, horizon: int | None, channels_last: bool, monkeypatch
+) -> None:
+    """Neither an output of N channels nor its gradient, forwards or backwards."""
+    monkeypatch.setitem(CHUNK, "cpu", 1)
+    model, x = chain(), torch.randn(B, 3, SIDE, SIDE)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+    learner = sva.Learner(model, rule, horizon=horizon, units="layer", optimizer=sgd, example=x)
+    with Operations() as seen:
+        learner.step(x, torch.arange(B) % 4)
+    full = B * N * SIDE * SIDE * 4
+    matrices = max(p.nbytes for p in (*model.parameters(), *learner.feedback.parameters()))
+    assert seen.largest <= max(full // 4, matrices)  # a quarter: the pooled output
+    assert seen.largest < full // 2
+
+
+def peak(net: str, rule: str, horizon: int | None, rank: float | None, **options: Any) -> int:
+    """Bytes alive at the peak of a step at batch 128, worked out."""
+    with pretending():
+        model = models.build(net, num_classes=10, image_size=32)
+        if rank is not None:
+            model = sva.fuse(sva.factorize(model, rank, "channel"))
+        model = model.to(memory_format=torch.channels_last)
+        x = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
+        y = torch.zeros(128, dtype=torch.int64)
+        learner = sva.Learner(
+            model, rule, horizon=horizon, example=x[:2], **options,
+            optimizer=lambda p: torch.optim.AdamW(p, 1e-3),
+        )  # fmt: skip
+        learner.step(x, y)
+        memory = step_memory(
+            lambda: learner.step(x, y), [model, learner.feedback], learner.optimizer, [x, y]
+        )
+    return memory.peak
+
+
+def test_peaks_of_vgg13_are_what_the_documentation_says() -> None:
+    dense, factored = peak("vgg13", "bp", None, None), peak("vgg13", "bp", None, 0.25)
+    local = [peak("vgg13", "ssa", horizon, 0.25) for horizon in (0, 1, 2)]
+    assert local[0] <= 65 * 2**20
+    assert local[0] < 0.16 * dense
+    assert local[0] < 0.7 * factored
+    assert local[1] < 0.9 * factored
+    assert local[2] < factored < 0.25 * dense
+
+
+def test_a_step_makes_a_bounded_number_of_operations() -> None:
+    """What small networks spend their time on."""
+
+    def operations(rule: str, horizon: int | None, rank: float | None) -> int:
+        model = models.build("smallconv", num_classes=10, image_size=16)
+        if rank is not None:
+            model = sva.fuse(sva.factorize(model, rank, "channel"))
+        x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+        learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
+        learner.step(x, y)
+        with Operations() as seen:
+            learner.step(x, y)
+        return seen.count
+
+    assert operations("bp", None, 0.5) < 3.5 * operations("bp", None, None)
+    assert operations("ssa", 0, 0.5) < 2.5 * operations("bp", None, 0.5)
+
+
+@pytest.mark.parametrize("net", ["smallconv", "resnet20"])
+@pytest.mark.parametrize(("rule", "horizon"), METHODS)
+def test_a_step_reads_no_value_back(net: str, rule: str, horizon: int | None) -> None:
+    """On the meta device, where there are no values, whatever waits for one raises an error: what
+    would stall a GPU."""
+    model = sva.factorize(models.build(net, num_classes=3, image_size=8, width=0.5), 0.5, "channel")
+    model = sva.fuse(model).to("meta")
+    x, y = torch.randn(6, 3, 8, 8, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
+    learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
+    with pretending():  # the checks of the first batch may read values
+        learner.step(x, y)
+    learner.step(x, y)
+    with pytest.raises(RuntimeError, match="meta"):
+        x.sum().item()
