@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from .._copying import copied
 from .._tracing import followers, substitute
+from ._choice import choose_kernels
 from .fused import FusedConv2d
 from .layers import SVDConv2d
 
@@ -23,7 +25,9 @@ PER_SAMPLE = (
 )  # fmt: skip
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(
+    model: nn.Module, example: Tensor | None = None, *, memory: int | None = None
+) -> nn.Module:
     """A copy of ``model`` in which factored convolutions take in what alone follows them.
 
     That is a batch norm (in the channel scheme), then activations, pooling and group norms, as far
@@ -36,6 +40,13 @@ def fuse(model: nn.Module) -> nn.Module:
     of layers end where they do without fusing. A unit that is to end amid what was taken in (a
     block whose pooling stands outside it) ends after it.
 
+    ``example``: a batch of inputs as it comes in training. With it each fused convolution is timed
+    on the maps that it gets, once for each shape, and computes with its fastest kernel, which is
+    the same function: see :class:`FusedConv2d`. On small maps and at high ranks that saves time and
+    holds more; ``memory`` bounds the bytes that the layers together may hold beyond what they hold
+    fused, None is any number. Which kernel is the fastest depends on the machine, so a run that is
+    to be repeated bit by bit is fused without ``example``, or sets each layer's ``kernel``.
+
     To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
     like ``model``, and a UserWarning says why. Raises ValueError for a model whose ``forward``
     cannot be traced (control flow that depends on the data).
@@ -43,6 +54,18 @@ def fuse(model: nn.Module) -> nn.Module:
     fused = fuse_where_possible(model)
     if not any(isinstance(module, FusedConv2d) for module in fused.modules()):
         warnings.warn(f"nothing was fused: {_why_not(fused)}", stacklevel=2)
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+        raise TypeError(f"memory must be a whole number of bytes or None, got {memory!r}")
+    if memory is not None and (example is None or memory < 0):
+        raise ValueError(
+            f"memory must be at least 0 and goes with an example, got {memory} and "
+            f"{'no example' if example is None else 'an example'}"
+        )
+    if example is not None:
+        trial = copy.deepcopy(fused)  # whose statistics the pass may change
+        kernels = choose_kernels(trial, lambda: trial(example), memory)
+        for name, kernel in kernels.items():
+            cast(FusedConv2d, fused.get_submodule(name)).kernel = kernel
     return fused
 
 

@@ -16,9 +16,10 @@ A training step so holds ``r`` channels of full resolution where it held ``2 N``
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import outside_autocast
@@ -26,7 +27,10 @@ from .._map_statistics import accumulation_dtype
 from ._kernels import expand, moments, reduce
 from .layers import SVDConv2d
 
-__all__ = ["FusedConv2d"]
+__all__ = ["KERNELS", "FusedConv2d", "Kernel"]
+
+Kernel = Literal["fused", "factored", "merged"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
 class FusedConv2d(SVDConv2d):
@@ -36,6 +40,9 @@ class FusedConv2d(SVDConv2d):
     ``tail``; see the text of the module for training. Input (B, C, h, w).
 
     ``read_by_parts``: a fused convolution alone reads the output, which is then not written.
+    ``kernel``: how a training step computes, always the same function: ``"fused"`` holds the least;
+    ``"factored"`` is ``layer`` and then ``tail``; ``"merged"`` forms ``W = U diag(s) V^T`` once a
+    step and runs the dense convolution, which is the fastest on small maps and at high ranks.
     """
 
     affine = False
@@ -47,10 +54,16 @@ class FusedConv2d(SVDConv2d):
             self.register_parameter(name, layer._parameters[name])
         self.tail = nn.Sequential(*tail)
         self.read_by_parts = False
+        self.kernel: Kernel = "fused"
         self.training = layer.training  # and what is in the tail keeps its own mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if self.kernel == "merged" and self.training:
+            y = F.conv2d(
+                x, self.merged_weight(), self.bias, self.stride, self.padding, self.dilation
+            )
+            return cast(Tensor, self.tail(y))
+        if self.kernel == "factored" or not self.training:
             return cast(Tensor, self.tail(super().forward(x)))
         z, second, tail = reduce(self, x), self.expansion(), list(self.tail)
         bias: Tensor | None = self.bias
@@ -63,7 +76,7 @@ class FusedConv2d(SVDConv2d):
         return nn.Sequential(super().plain(), *self.tail)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, fused"
+        return f"{super().extra_repr()}, kernel={self.kernel}"
 
 
 def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
