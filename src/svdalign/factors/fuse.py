@@ -62,7 +62,7 @@ def fuse(
             f"{'no example' if example is None else 'an example'}"
         )
     if example is not None:
-        trial = copy.deepcopy(fused)  # whose statistics the pass may change
+        trial = copied(fused)  # whose statistics the pass may change
         kernels = choose_kernels(trial, lambda: trial(example), memory)
         for name, kernel in kernels.items():
             cast(FusedConv2d, fused.get_submodule(name)).kernel = kernel

@@ -53,7 +53,7 @@ def qr_retract(X: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(X)
     signs: Tensor = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
     result: Tensor = Q * signs.unsqueeze(-2)
-    return result
+    return result.contiguous()
 
 
 def _cholesky_q(X: Tensor) -> Tensor | None:
