@@ -411,11 +411,14 @@ def _owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | N
     by_index = {str(i): rank for i, rank in enumerate(place)}
     for name, _ in (*learner.feedback.named_parameters(), *learner.feedback.named_buffers()):
         owners[f"feedback.{name}"] = by_index[name.partition(".")[0]]
-    for path, indices in _calls(learner, x).items():
-        ranks = {place[i] for i in indices}
-        for name, _ in model.get_submodule(path).named_buffers(f"model.{path}".rstrip("."), False):
-            # A module that is at work in several processes keeps its buffers in all of them.
-            owners[name] = min(ranks) if len(ranks) == 1 else None
+    calls = _calls(learner, x)
+    for name, _ in model.named_buffers():
+        path = name
+        while path and path not in calls:  # a module that is not called is at work in its parent
+            path = path.rpartition(".")[0]
+        ranks = {place[i] for i in calls[path]}
+        # What is at work in several processes keeps its buffers in all of them.
+        owners[f"model.{name}"] = min(ranks) if len(ranks) == 1 else None
     return owners
 
 

@@ -59,7 +59,7 @@ def same(a: Any, b: Any, path: str = "") -> None:
         assert a == b, path
 
 
-@pytest.mark.parametrize(("kind", "size"), [("chain", 2), ("chain", 3), ("residual", 2)])
+@pytest.mark.parametrize(("kind", "size"), [("chain", 3), ("fused", 2), ("residual", 2)])
 def test_units_on_several_processes_learn_as_on_one(tmp_path: Path, kind: str, size: int) -> None:
     succeed("layers", tmp_path, size, kind, 0)
     one = worker.learner(kind)

@@ -60,7 +60,7 @@ def residual() -> nn.Module:
     return Residual().double()
 
 
-NETS = {"chain": net, "residual": residual}
+NETS = {"chain": net, "fused": net, "residual": residual}
 
 
 def batches(n: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -76,10 +76,12 @@ def batches(n: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
 
 def learner(kind: str, horizon: int = 0, **options: Any) -> sva.Learner:
     model = sva.factorize(NETS[kind](), rank=0.4, scheme="channel")
+    if kind == "fused":
+        model = sva.fuse(model)
     return sva.Learner(
         model,
         SSA(horizon=horizon, grid=2),
-        units="layer" if kind == "chain" else "block",
+        units="block" if kind == "residual" else "layer",
         optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
         example=batches(1)[0][0],
         **options,
