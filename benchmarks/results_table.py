@@ -302,7 +302,7 @@ def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]
 BENCH = {
     "bp-dense": ("BP", "bp-dense-sgd"),
     "bp": ("SVD-BP", "bp-adamw"),
-    "ssa": ("SSA", "ssa-local-adamw"),
+    "ssa-two": ("SSA, two units", "ssa-two-adamw"),
     "dfa": ("DFA", "dfa-adamw"),
 }  #: files airbench/NAME-SEED.json: label, and the search of the rate, airbench/search-...
 
@@ -349,6 +349,40 @@ def airbench(results: Results) -> str:
     )
 
 
+LEVERS = {
+    "bp": "SVD-BP",
+    "blocks": "blocks, the classifier a unit of its own",
+    "alpha0": "the same without similarity",
+    "horizon1": "the same at horizon 1",
+    "widen256": "the same, read through convolutions of 256 channels",
+    "joined": "blocks, the classifier in the last",
+    "joined-alpha0": "the same without similarity",
+    "first": "two units: the first block, all that follows",
+    "first-alpha0": "the same without similarity",
+    "units2": "two units: two blocks, all that follows",
+}  #: files airbench/lever-NAME.json
+
+
+def airbench_levers(results: Results) -> str:
+    """What local learning loses, and where, on the small job of the search."""
+    rows, made = [], []
+    for name, label in LEVERS.items():
+        try:
+            run = results[f"airbench/lever-{name}"]
+        except KeyError:
+            continue
+        last = run["history"][-1]
+        row = [label, *(f"{100 * last[key]:.1f}" for key in ("test_accuracy", "train_accuracy"))]
+        rows.append([*row, f"{run['train_seconds']:.0f}"])
+        made.append(run)
+    config = made[0]["config"]
+    headings = ["units", "held-out, %", "training, %", "seconds"]
+    return (
+        f"{markdown(headings, rows)}\n\n{config['optimizer']} at {config['lr']:g} for all, "
+        f"horizon 0 unless it says otherwise, one seed. {source(*made)}"
+    )
+
+
 def airbench_search(results: Results) -> str:
     """Every rate that was tried for the bench."""
     rows, made = [], []
@@ -361,10 +395,12 @@ def airbench_search(results: Results) -> str:
                 f"**{100 * reached:.1f}**" if float(rate) == best_rate else f"{100 * reached:.1f}"
                 for rate, reached in accuracies.items()
             ]
-            optimizer = content["settings"].get(method, content["job"])["optimizer"]
+            settings = content["settings"].get(method, {})
+            optimizer = {**content["job"], **settings}["optimizer"]
+            own = {key: settings[key] for key in ("units", "options") if key in settings}
             rows.append(
                 [
-                    content["labels"][method],
+                    content["labels"][method] + (f" ({named_settings(own)})" if own else ""),
                     optimizer,
                     f"{best_rate:g}",
                     " / ".join(tried),
@@ -448,6 +484,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "image_folder": image_folder,
     "airbench": airbench,
     "airbench_search": airbench_search,
+    "airbench_levers": airbench_levers,
 }
 
 

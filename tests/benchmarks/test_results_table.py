@@ -156,6 +156,12 @@ def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: P
         "| D | sgd | 0.01 | 50.0 / **70.0** / 60.0 | 0.005 / 0.01 / 0.02 |"
         in script.airbench_search(tables)
     )
+    learned = {"test_accuracy": 0.6, "train_accuracy": 0.5}
+    lever = {"history": [learned], "train_seconds": 27.4, "config": {"optimizer": "sgd", "lr": 1}}
+    write(tmp_path / "airbench", **{"lever-blocks": lever})
+    assert "| blocks, the classifier a unit of its own | 60.0 | 50.0 | 27 |" in (
+        script.airbench_levers(tables)
+    )
     table = script.airbench(tables)
     assert "| BP | 93.5 ± 0.7 | 94.5 ± 0.7 | 2 | 1.00 | 10 | sgd, 1 | 0.01 |" in table
     assert "| SVD-BP | 92.0 | 93.0 | 1 | 0.50 | 10 | sgd, 1 | 0.01 |" in table
