@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .training.record import Record
+    from .training.interrupt import Interrupt
 
 __all__ = ["main"]
 
@@ -80,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prefix = f"svdalign {name}" if name in COMMANDS else "svdalign"
         print(f"{prefix}: error: {_in_flags(str(error), fields)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, say; what was written before is whole
+        print(f"svdalign {name}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"svdalign {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -104,45 +107,32 @@ def _declare_train(parser: _Parser) -> None:
 
 @command("train", "one rule on one network and data set", _declare_train)
 def _train(options: dict[str, Any]) -> int:
-    from .reports import run_page
-    from .training.build import build_learner, load_data, prepare_machine
-    from .training.checkpoint import load_checkpoint
-    from .training.config import RunConfig, evaluated_on, from_dict
+    from .runner import Run, Sweep
+    from .training.checkpoint import resumed
+    from .training.config import RunConfig, evaluated_on
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
-    from .training.record import Record, new_folder
-    from .training.run import train
-    from .training.trainer import Trainer
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
-    resume = options.pop("resume")
+    resume, given = options.pop("resume"), options.pop("given")
     with _usage_errors():
-        config = RunConfig(**options)
-        if resume is not None:
-            if folder is not None or overwrite or config != RunConfig():
-                raise ValueError("--resume takes all options from its folder; give no others")
-            config = from_dict(RunConfig, Record(resume).config())
-            if (Record(resume).results() or {}).get("status") == "finished":
-                raise ValueError(f"the run in {resume} is finished")
-        elif folder is not None:
-            _check_free(Record(folder), overwrite)
-        prepare_machine(config)
-        data = load_data(config)
-        trainer = Trainer(config, data, build_learner(config, data))
-        record = Record(resume or folder or new_folder("runs", "train"))
-        # A run that was killed before its first checkpoint has only its config: it starts over.
-        if resume is not None and record.checkpoint_path.exists():
-            load_checkpoint(trainer, record.checkpoint_path)
+        if resume is None:
+            config = RunConfig(**options)
+        elif folder is not None or overwrite:
+            raise ValueError("--resume goes on in its own folder; give no --out or --overwrite")
+        else:
+            config = resumed(resume, {name: options[name] for name in given})
+        run = Run("", config, f"Rule {config.rule}", config.rule)
+        at = folder if resume is None else resume
+        sweep = Sweep(at, [run], overwrite=overwrite, longer=resume is not None)
+        if not sweep.pending:
+            ended = "give it more --epochs" if resume else "give another --out, or --overwrite"
+            raise ValueError(f"run folder {at} holds the results of a run that has ended; {ended}")
+        sweep.check()
     console = _console()
     with Interrupt() as interrupt, progress_for(console) as progress:
-        results = train(
-            trainer,
-            record,
-            progress=progress,
-            stop=lambda: interrupt.requested,
-            resume=resume is not None,
-        )
-    record.report_path.write_text(run_page(results, f"Rule {config.rule}"), encoding="utf-8")
+        results = sweep.run(progress=progress, stop=lambda: interrupt.requested)[run.name]
+    record = sweep.top
     so_far = results["status"] == "interrupted"
     if results["accuracy"] is not None:
         images = evaluated_on(config.validation)
@@ -151,7 +141,7 @@ def _train(options: dict[str, Any]) -> int:
     _say(console, f"report: {record.report_path}")
     if so_far:
         _say(console, f"go on with svdalign train --resume {record.folder}")
-    return _exit_code(results["status"])
+    return _exit_code(results["status"], interrupt)
 
 
 def _declare_compare(parser: _Parser) -> None:
@@ -182,7 +172,7 @@ def _compare(options: dict[str, Any]) -> int:
     if results["status"] == "interrupted":
         same = f"the same command{' without --overwrite' * overwrite}"
         _say(console, f"go on with {same} and --out {comparison.folder}")
-    return _exit_code(results["status"])
+    return _exit_code(results["status"], interrupt)
 
 
 def _declare_export(parser: _Parser) -> None:
@@ -317,7 +307,7 @@ def _reproduce(options: dict[str, Any]) -> int:
     finished = all(results["status"] == "finished" for results in found.values())
     if not finished:
         _say(console, f"go on with the same command{' without --overwrite' * overwrite}")
-    return _exit_code("finished" if finished else "interrupted")
+    return _exit_code("finished" if finished else "interrupted", interrupt)
 
 
 def _declare_data(parser: _Parser) -> None:
@@ -406,6 +396,9 @@ class _Parser(ArgumentParser):
             options = self.parse_args(self._join_lists(words)).as_dict()
         except ArgumentError as error:
             raise ValueError(self._explain(str(error))) from None
+        if "resume" in options:  # which takes few others
+            given = self.parse_args(self._join_lists(words), defaults=False).as_dict()
+            options["given"] = set(given) - {"config", "out", "overwrite", "resume"}
         options.pop("config", None)
         return options
 
@@ -488,17 +481,8 @@ def _parse(name: str, words: list[str]) -> dict[str, Any]:
 # --- what all commands share --------------------------------------------------------------------
 
 
-def _check_free(record: Record, overwrite: bool) -> None:
-    record.check()
-    if not overwrite and record.results() is not None:
-        raise ValueError(
-            f"run folder {record.folder} holds the results of a run; give another --out, "
-            "or --overwrite"
-        )
-
-
-def _exit_code(status: str) -> int:
-    return {"finished": 0, "interrupted": INTERRUPTED}.get(status, 1)
+def _exit_code(status: str, interrupt: Interrupt) -> int:
+    return {"finished": 0, "interrupted": interrupt.exit_code}.get(status, 1)
 
 
 def _console() -> Console:
@@ -537,5 +521,7 @@ def _overview() -> str:
             *lines,
             "",
             "svdalign COMMAND --help shows its options; --version, the version.",
+            "Exit codes: 0 done, 1 diverged or not written, 2 a mistake in the command, 130 or 143",
+            "interrupted by Ctrl-C or SIGTERM: the same command goes on.",
         ]
     )

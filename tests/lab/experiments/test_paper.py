@@ -229,19 +229,6 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path) -> None:
         Reproduction(["ranks"], ReproduceConfig(), tmp_path / "project")
 
 
-@pytest.mark.usefixtures("_tiny")
-def test_folders_from_before_they_were_marked_go_on(tmp_path: Path) -> None:
-    reproduce(["ranks"], tmp_path)
-    (tmp_path / "config.yaml").unlink()
-    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
-    for path in tmp_path.iterdir():
-        if path.name != "runs":  # killed before its first results
-            path.unlink()
-    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
-    reproduce(["ranks"], tmp_path)
-    assert Reproduction(["ranks"], ReproduceConfig(), tmp_path).pending == 0
-
-
 def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown experiment fig9; there are all, fig2"):
         Reproduction(["fig9"], ReproduceConfig(), tmp_path)
@@ -296,7 +283,7 @@ def test_data_that_are_not_there_are_missed_before_anything_runs(tmp_path: Path)
 def test_every_run_of_an_experiment_is_told_by_its_name(name: str, tmp_path: Path) -> None:
     """Progress shows the label and the seed."""
     runs = list(Reproduction([name], ReproduceConfig(), tmp_path)._runs_of(name))
-    assert len({(run.label, run.key[2]) for run in runs}) == len(runs)
+    assert len({run.shown for run in runs}) == len(runs)
 
 
 def test_a_label_says_setting_method_and_point() -> None:

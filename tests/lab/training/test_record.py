@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from svdalign.lab.training.interrupt import Interrupt
-from svdalign.lab.training.record import Record, new_folder, provenance, write_json
+from svdalign.lab.training.record import (
+    LOCK,
+    InUseError,
+    Record,
+    new_folder,
+    provenance,
+    write_json,
+)
 
 
 def test_a_folder_of_ours_may_be_used_again(tmp_path: Path) -> None:
@@ -85,13 +92,29 @@ def test_broken_results_are_no_results(tmp_path: Path) -> None:
     assert record.results() is None
 
 
-def test_the_first_interrupt_asks_and_the_second_insists() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_asks_and_the_second_insists(number: int, code: int) -> None:
+    before = [signal.getsignal(s) for s in Interrupt.SIGNALS]
     with Interrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert interrupt.requested
+        assert interrupt.exit_code == code
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(s) for s in Interrupt.SIGNALS] == before
+
+
+def test_a_locked_folder_is_in_use_until_its_owner_ends(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run")
+    with record.locked():
+        with pytest.raises(InUseError, match=f"in use by process {os.getpid()};"):
+            record.check_free()
+        record.check()  # a lock alone makes no folder somebody else's
+    record.check_free()
+    assert list(record.folder.iterdir()) == []
+    (record.folder / LOCK).write_text("123456")  # what a process that was killed leaves
+    record.check_free()
 
 
 @pytest.mark.parametrize(

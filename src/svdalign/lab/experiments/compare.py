@@ -12,21 +12,19 @@ from typing import Any
 
 from .. import methods
 from ..methods import DEFAULT, HELP
-from ..reports import comparison_page, run_page
-from ..training.build import build_learner, load_data, prepare_machine
+from ..reports import comparison_page
+from ..runner import Run, Sweep
 from ..training.config import (
     JobConfig,
     RunConfig,
     check_settings,
-    from_dict,
     method_config,
     option,
     to_yaml,
 )
-from ..training.progress import Progress, Silent
-from ..training.record import Record, new_folder, provenance, read_json
-from ..training.run import describe, train
-from ..training.trainer import Trainer
+from ..training.progress import Progress
+from ..training.record import provenance
+from ..training.run import describe
 from . import costs
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
@@ -74,8 +72,8 @@ class Comparison:
     """A comparison in a folder: ``METHOD-seedN`` for each run, ``results.json``, ``report.html``.
 
     Creating one checks everything that can be wrong before training starts, and raises ValueError
-    then. Runs that the folder holds finished, with the same config, are not run again;
-    ``overwrite`` starts over.
+    then. Runs that the folder holds finished, with the same config, are not run again, unfinished
+    ones go on; ``overwrite`` starts over.
     """
 
     def __init__(
@@ -84,32 +82,28 @@ class Comparison:
         self.config = config
         self._costs: dict[str, Any] = {}
         self._costs_of: dict[str, Any] = {}
-        self._runs = list(config.runs())
-        prepare_machine(config)
-        if folder is not None:
-            self._open(Path(folder), overwrite)
-        self.data = load_data(config)
-        for name in config.rules:
-            build_learner(config.run(name, 0), self.data)
-        if folder is None:
-            self._open(new_folder("runs", "compare"), overwrite)
+        self._fresh = overwrite
+        self._runs = {f"{name}-seed{run.seed}": (name, run) for name, run in config.runs()}
+        self._sweep = Sweep(folder, self._listed(), kind="compare", overwrite=overwrite)
+        self._sweep.check()
+        self._first = next(iter(config.runs()))[1]
+        self.data = self._sweep.data(self._first)
 
     @property
     def folder(self) -> Path:
         """Where everything is written."""
-        return self._record.folder
+        return self._sweep.folder
 
     @property
     def pending(self) -> int:
         """How many runs are still to be done."""
-        return len(self._runs) - len(self._done)
+        return self._sweep.pending
 
     def measure_costs(self) -> None:
         """Costs of each method, unless the folder has them for these very methods."""
-        first = dict(reversed(self._runs))
-        configs = {name: first[name] for name in self.config.rules}
+        configs = {name: self.config.run(name, self._first.seed) for name in self.config.rules}
         self._costs_of = {name: _plain(config) for name, config in configs.items()}
-        stored = (None if self._fresh else read_json(self._record.results_path)) or {}
+        stored = (None if self._fresh else self._sweep.top.results()) or {}
         if stored.get("costs_of") == self._costs_of:
             self._costs = stored["costs"]
             return
@@ -120,56 +114,27 @@ class Comparison:
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
         """Do what is pending; return what ``results.json`` holds. ``stop`` as in :func:`train`."""
-        self._record.start(to_yaml(self.config))
-        results = dict(self._done)
-        for name, config in self._runs:
-            if (name, config.seed) in results:
-                continue
-            if stop():
-                break
-            trainer = Trainer(config, self.data, build_learner(config, self.data))
-            record = self._run_record(name, config)
+        top = self._sweep.top
+        with top.locked():
+            top.start(to_yaml(self.config))
+            content = self._content(self._sweep.run(progress=progress, stop=stop))
+            top.write_results(content)
+            top.report_path.write_text(comparison_page(content), encoding="utf-8")
+        return content
+
+    def _listed(self) -> Iterator[Run]:
+        for key, (name, config) in self._runs.items():
             label = methods.get(name).label
-            result = train(
-                trainer,
-                record,
-                name=f"{label}, seed {config.seed}" if self.config.seeds != 1 else label,
-                progress=progress or Silent(),
-                stop=stop,
-            )
-            record.report_path.write_text(run_page(result, label), encoding="utf-8")
-            results[name, config.seed] = result
-        return self._write(results)
+            shown = f"{label}, seed {config.seed}" if self.config.seeds != 1 else label
+            yield Run(key, config, label, shown)
 
-    def _open(self, folder: Path, overwrite: bool) -> None:
-        self._record = Record(folder, "compare")
-        self._record.check()
-        self._fresh = overwrite
-        self._done: dict[tuple[str, int], dict[str, Any]] = {}
-        for name, config in self._runs:
-            record = self._run_record(name, config)
-            record.check()
-            result = None if overwrite else record.results()
-            if result is None or result["status"] == "interrupted":
-                continue
-            # As they read today: a field that came since has had its default.
-            there = _plain(from_dict(RunConfig, result["config"]))
-            record.check_config(there, _plain(config))
-            self._done[name, config.seed] = result
-
-    def _run_record(self, name: str, config: RunConfig) -> Record:
-        return Record(self.folder / f"{name}-seed{config.seed}")
-
-    def _write(self, results: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-        complete = len(results) == len(self._runs) and all(
-            result["status"] != "interrupted" for result in results.values()
-        )
+    def _content(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         runs = [
-            {"method": name, **{key: result[key] for key in _RUN_KEYS}}
-            for (name, _), result in results.items()
+            {"method": self._runs[name][0], **{key: result[key] for key in _RUN_KEYS}}
+            for name, result in results.items()
         ]
-        content = {
-            "status": "finished" if complete else "interrupted",
+        return {
+            "status": "interrupted" if self.pending else "finished",
             "config": dataclasses.asdict(self.config),
             "data": describe(self.data),
             "summary": summarise(self.config.rules, runs, self._costs),
@@ -178,9 +143,6 @@ class Comparison:
             "costs_of": self._costs_of,
             **provenance(self.config.device),
         }
-        self._record.write_results(content)
-        self._record.report_path.write_text(comparison_page(content), encoding="utf-8")
-        return content
 
 
 _RUN_KEYS = (

@@ -134,6 +134,7 @@ class Profile:
         if folder is not None:
             record = Record(folder, "profile")
             record.check()
+            record.check_free()
             if not overwrite and record.results() is not None:
                 raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
         self._estimates = {name: self._estimate(name) for name in config.methods}
@@ -146,7 +147,14 @@ class Profile:
 
     def run(self) -> dict[str, Any]:
         """Measure, or estimate, every method; return what ``results.json`` holds."""
-        self._record.start(to_yaml(self.config))
+        with self._record.locked():
+            self._record.start(to_yaml(self.config))
+            content = self._measured()
+            self._record.write_results(content)
+            self._record.report_path.write_text(profile_page(content), encoding="utf-8")
+        return content
+
+    def _measured(self) -> dict[str, Any]:
         rows = []
         for name, row in self._estimates.items():
             if not self.config.estimate:
@@ -156,16 +164,13 @@ class Profile:
             rows.append(row)
         if not self.config.estimate:
             self._add_times(rows)
-        content = {
+        return {
             "status": "finished",
             "config": dataclasses.asdict(self.config),
             "methods": rows,
             "break_even": self._break_even(),
             **provenance(self.config.device),
         }
-        self._record.write_results(content)
-        self._record.report_path.write_text(profile_page(content), encoding="utf-8")
-        return content
 
     def _estimate(self, name: str) -> dict[str, Any]:
         with pretending():  # in single precision: there is no autocast without numbers

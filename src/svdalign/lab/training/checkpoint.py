@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ... import storage
 from .build import build_learner, load_data, prepare_machine
-from .config import RunConfig, differences, from_dict
-from .record import Record
+from .config import RunConfig, from_dict
+from .record import MOVABLE, Record, check_resumable
 from .trainer import Trainer
 
-__all__ = ["load_checkpoint", "load_run", "save_checkpoint"]
+__all__ = ["load_checkpoint", "load_run", "resumed", "save_checkpoint"]
 
 
 def load_run(folder: str | Path) -> Trainer:
@@ -30,6 +32,23 @@ def load_run(folder: str | Path) -> Trainer:
     return trainer
 
 
+def resumed(folder: str | Path, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with which the run in ``folder`` goes on: its own, with ``changes``.
+
+    Raises ValueError where there is no run, or for changes that would make it another run.
+    """
+    there = from_dict(RunConfig, Record(folder).config())
+    if wrong := sorted(set(changes) - MOVABLE - {"epochs"}):
+        raise ValueError(
+            f"--resume goes on with the run's own options; only {', '.join(sorted(MOVABLE))} and "
+            f"epochs can be given beside it, got {', '.join(wrong)}"
+        )
+    here = dataclasses.replace(there, **changes)
+    if here.epochs < there.epochs:
+        raise ValueError(f"epochs may only grow: the run takes {there.epochs}, got {here.epochs}")
+    return here
+
+
 def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
     """Write ``trainer`` to ``path``, all or nothing; :func:`svdalign.load` reads it too."""
     extra = {"config": dataclasses.asdict(trainer.config), "trainer": trainer.state_dict()}
@@ -46,9 +65,9 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
     extra = state["extra"]
     if not isinstance(extra, dict) or {"config", "trainer"} - extra.keys():
         raise ValueError(f"{path} is a checkpoint of a learner, not of a training run")
-    saved = dataclasses.asdict(from_dict(RunConfig, extra["config"]))
-    mine = dataclasses.asdict(trainer.config)
-    if changed := differences(saved, mine):
-        raise ValueError(f"{path} belongs to a run with another config ({changed})")
+    try:
+        check_resumable(from_dict(RunConfig, extra["config"]), trainer.config)
+    except ValueError as error:
+        raise ValueError(f"{path} belongs to a run with another config: {error}") from None
     storage.restore(trainer.learner, state, path)
     trainer.load_state_dict(extra["trainer"])

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request, so that what was measured so far can be written."""
+"""Ctrl-C and SIGTERM as a request, so that a run can write its checkpoint and what it measured."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ __all__ = ["Interrupt"]
 
 
 class Interrupt:
-    """While entered, the first SIGINT sets ``requested``; a second one interrupts at once.
+    """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one acts at once.
 
-    Outside the main thread, where Python delivers no signals, it never becomes true.
+    ``exit_code`` is what shells report for a process that the signal ended: 130 or 143. Outside
+    the main thread, where Python delivers no signals, nothing is ever requested.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self.exit_code = 128 + signal.SIGINT
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            self._previous = {s: signal.signal(s, self._request) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        self.exit_code = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,9 @@
-"""The folder a run leaves behind, and what it says about where its numbers come from."""
+"""Who may write into a folder, what a run leaves there, and where its numbers come from."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -9,18 +11,43 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from ...storage import replace_file
-from .config import differences
+from .config import MachineConfig, RunConfig, differences, from_dict
 
-__all__ = ["Record", "check_writable", "new_folder", "provenance", "read_json", "write_json"]
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "InUseError",
+    "Record",
+    "check_resumable",
+    "check_writable",
+    "new_folder",
+    "provenance",
+    "read_json",
+    "write_json",
+]
+
+#: What may differ between a run and the command that goes on with it: where it runs, and where its
+#: data lie now. ``epochs`` may grow, where ``--resume`` says so.
+MOVABLE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir"}
+
+
+LOCK = ".lock"
+
+
+class InUseError(OSError):
+    """Another process writes into the folder."""
 
 
 class Record:
@@ -29,7 +56,8 @@ class Record:
 
     The first line of its config says that it is ours and of what ``kind``: ``"train"``,
     ``"compare"``, ``"profile"`` or ``"reproduce"``. Opening one writes nothing; :meth:`start` makes
-    it.
+    it. :meth:`state` is the one place that decides what a command may do with a folder that is
+    there, and :meth:`locked` keeps other processes out while it does it.
     """
 
     FILES = (
@@ -68,18 +96,76 @@ class Record:
         """ValueError unless the folder is new, empty, or holds a run of this kind, and can be
         written in."""
         check_writable(self.folder)
-        if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        if any(path.name != LOCK for path in there) and not self._is_ours():
             raise ValueError(
                 f"folder {self.folder} is not empty and was not made by {self._mark[2:].strip()}"
             )
 
-    def check_config(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        """ValueError unless ``there``, the config of the run in the folder, is ``here``."""
-        if changed := differences(there, here):
+    def state(
+        self, config: RunConfig, *, overwrite: bool = False, longer: bool = False
+    ) -> Literal["new", "resume", "done"]:
+        """What there is to do for the run ``config`` in this folder: start it, go on from its
+        checkpoint, or nothing, because it is finished or has diverged. ``longer``: the run that is
+        there may go on for more epochs than it was to take.
+
+        Raises ValueError for a folder of something else, or one that holds another run, unless it
+        is to be overwritten.
+        """
+        self.check()
+        if overwrite or not self.config_path.exists():
+            return "new"
+        there = from_dict(RunConfig, self.config())
+        more = longer and config.epochs > there.epochs
+        own = dataclasses.replace(there, epochs=config.epochs) if more else there
+        if changed := _changes(own, config):
             raise ValueError(
                 f"{self.folder} holds a run with another config ({changed}); give another --out, "
-                "or --overwrite"
+                f"--resume {self.folder} to go on with that run, or --overwrite to replace it"
             )
+        status = (self.results() or {}).get("status", "interrupted")
+        if status == "diverged" or (status == "finished" and not more):
+            return "done"
+        # A run that was killed before its first checkpoint has only its config: it starts again.
+        return "resume" if self.checkpoint_path.exists() else "new"
+
+    def check_free(self) -> None:
+        """:class:`InUseError` if another process has locked the folder."""
+        if self.folder.is_dir():
+            with self.locked():
+                pass
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While active, no other process can lock the folder; :class:`InUseError` if one has.
+
+        The operating system lifts the lock of a process that ends, however it does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOCK
+        with contextlib.ExitStack() as stack:
+            while True:
+                file = stack.enter_context(path.open("a+", encoding="utf-8"))
+                try:
+                    if fcntl is not None:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise InUseError(
+                        f"{self.folder} is in use by process {file.read().strip() or 'unknown'}; "
+                        "wait until it ends, or give another --out"
+                    ) from None
+                # Its last owner may have removed the file since it was opened: then once more.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        break
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def start(self, config_yaml: str) -> None:
         """Make the folder hold this config and no results yet. Only files of ours are removed."""
@@ -107,8 +193,10 @@ class Record:
             raise ValueError(f"{self.config_path} holds no options")
         return content
 
-    def restart(self, history: Iterable[dict[str, Any]]) -> None:
-        """Make the folder of a run that goes on hold ``history``, and no results yet."""
+    def restart(self, history: Iterable[dict[str, Any]], config_yaml: str) -> None:
+        """Make the folder of a run that goes on hold ``history`` and its config, and no results
+        yet."""
+        self.write_config(config_yaml)
         for path in (self.results_path, self.report_path):
             path.unlink(missing_ok=True)
         lines = "".join(_line(row) for row in history)
@@ -140,6 +228,25 @@ class Record:
                 return file.readline() == self._mark
         except (OSError, UnicodeDecodeError):
             return False
+
+
+def check_resumable(there: RunConfig, here: RunConfig) -> None:
+    """ValueError unless a run with the config ``there`` may go on as ``here``."""
+    longer = dataclasses.replace(there, epochs=max(there.epochs, here.epochs))
+    if changed := _changes(longer, here):
+        raise ValueError(
+            f"a run goes on with its own options ({changed}); only {', '.join(sorted(MOVABLE))} "
+            "may change, and epochs may grow"
+        )
+
+
+def _changes(there: RunConfig, here: RunConfig) -> str:
+    """How two runs differ, other than by where they run."""
+    first, second = (
+        {k: v for k, v in dataclasses.asdict(config).items() if k not in MOVABLE}
+        for config in (there, here)
+    )
+    return differences(first, second)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..costs import inference_macs, parameter_count
 from ..data import ImageData
 from .build import example_batch
 from .checkpoint import save_checkpoint
-from .config import to_yaml
+from .config import RunConfig, to_yaml
 from .progress import Progress
 from .record import Record, provenance
 from .trainer import Trainer
@@ -41,9 +41,9 @@ def train(
     """
     started = time.time()
     if resume:
-        record.restart(trainer.history)
+        record.restart(trainer.history, to_yaml(_absolute(trainer.config)))
     else:
-        record.start(to_yaml(trainer.config))
+        record.start(to_yaml(_absolute(trainer.config)))
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
     saved = time.monotonic()
 
@@ -59,7 +59,7 @@ def train(
     def on_epoch(row: dict[str, Any]) -> None:
         record.append_metrics(row)
         record.write_unreadable(trainer.data.unreadable)
-        if math.isfinite(row["loss"]):  # keep the last good one of a run that diverges
+        if not trainer.diverged:  # whose last good checkpoint is kept
             save()
 
     status = trainer.run(
@@ -75,6 +75,12 @@ def train(
     results = _summary(trainer, status, time.time() - started)
     record.write_results(results)
     return results
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """With a path to the data that holds in every folder."""
+    where = config.data_dir and str(Path(config.data_dir).absolute())
+    return dataclasses.replace(config, data_dir=where)
 
 
 def describe(data: ImageData) -> dict[str, Any]:

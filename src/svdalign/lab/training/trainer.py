@@ -26,6 +26,8 @@ from .schedule import learning_rate_factor
 
 __all__ = ["Running", "Trainer", "spectra"]
 
+DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
+
 _STATE = (
     "epoch",
     "batch",
@@ -105,7 +107,8 @@ class Trainer:
     @property
     def images_per_second(self) -> float:
         """Training speed over the epoch so far."""
-        return self.batch * self.config.batch_size / self.epoch_seconds if self.batch else 0.0
+        size = min(self.config.batch_size, len(self.data.train))
+        return self.batch * size / self.epoch_seconds if self.batch else 0.0
 
     def running(self) -> Running:
         """Training loss and accuracy of the epoch so far. Waits for the device."""
@@ -125,7 +128,8 @@ class Trainer:
         """Train to the end; after every step ``on_step`` is told and ``stop`` asked.
 
         Returns ``"finished"``, ``"interrupted"`` if ``stop`` said so, or ``"diverged"`` if an
-        epoch's mean loss or the weights that it left were not finite.
+        epoch left weights that are not finite, or if its mean loss is not finite or more than
+        ``DIVERGED`` times that of a guess.
         """
         progress = progress or Silent()
         progress.start(name, self)
@@ -188,9 +192,10 @@ class Trainer:
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
         weights = self.learner.model.parameters()
-        finite = math.isfinite(running.loss) and all(bool(p.isfinite().all()) for p in weights)
-        self.diverged = not finite
-        kept = self._cut_ranks(self.epoch + 1) if finite else {}
+        finite = all(bool(p.isfinite().all()) for p in weights)
+        guess = math.log(max(self.data.num_classes, 2))  # loss of an answer that says nothing
+        self.diverged = not (finite and running.loss <= DIVERGED * guess)
+        kept = {} if self.diverged else self._cut_ranks(self.epoch + 1)
         model, config = self.learner.model, self.config
         test_loss, test_accuracy = evaluate(model, self.data, config)
         row = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,22 +17,18 @@ from ....engine import Learner
 from ....factors import FactoredLayer
 from ....factors.stiefel import orthogonality_error
 from ...data import ImageData, sizes
-from ...training.build import build_learner, example_batch, load_data, prepare_machine
-from ...training.checkpoint import load_checkpoint
+from ...runner import Run, Sweep
+from ...training.build import example_batch, prepare_machine
 from ...training.config import (
-    DataConfig,
     JobConfig,
     MachineConfig,
     RunConfig,
-    from_dict,
     method_config,
     option,
     to_yaml,
 )
-from ...training.progress import Progress, Silent
+from ...training.progress import Progress
 from ...training.record import Record, provenance, read_json, write_json
-from ...training.run import train
-from ...training.trainer import Trainer
 from ..profile import Profile
 from .draw import experiment_figures, index_page
 from .specs import EXPERIMENTS, Experiment, Variant
@@ -56,16 +51,6 @@ class ReproduceConfig(MachineConfig):
         super().__post_init__()
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """``key``: (experiment's group, variant, seed); experiments of one group share it."""
-
-    key: tuple[str, str, int]
-    label: str
-    config: RunConfig
-    angles: bool
 
 
 class Reproduction:
@@ -92,58 +77,57 @@ class Reproduction:
             )
         self.names = list(EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
         self.config = config
-        self.folder = Path(folder or f"runs/reproduce-{config.scale}")
         self._overwrite = overwrite
-        self._top = Record(self.folder, "reproduce")
-        if not self._is_unmarked():
-            self._top.check()
-        self._data: dict[str, ImageData] = {}
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
-        self._runs = {run.key: run for name in self.names for run in self._runs_of(name)}
-        self._done: dict[tuple[str, str, int], dict[str, Any]] = {}
-        for run in self._runs.values():
-            prepare_machine(run.config)
-            self._look_up(run)
+        runs = {run.name: run for name in self.names for run in self._runs_of(name)}
+        folder = folder or f"runs/reproduce-{config.scale}"
+        self._sweep = Sweep(folder, runs.values(), kind="reproduce", overwrite=overwrite)
+        prepare_machine(JobConfig(**self._machine))
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self._sweep.folder
 
     @property
     def pending(self) -> int:
         """How many training runs are still to be done."""
-        return len(self._runs) - len(self._done)
+        return self._sweep.pending
 
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, dict[str, Any]]:
         """Do what is pending; return by experiment what its ``NAME.json`` holds."""
-        self._top.write_config(to_yaml(self.config))
-        for name in self.names:
-            for run in self._runs_of(name):
-                if run.key not in self._done and not stop():
-                    self._train(run, progress or Silent(), stop)
-            self._write(name, stop)
+        with self._sweep.top.locked():
+            self._sweep.top.write_config(to_yaml(self.config))
+            for name in self.names:
+                done = self._sweep.run(self._runs_of(name), progress=progress, stop=stop)
+                self._write(name, done, stop)
         return {name: self._results(name) or {} for name in self.names}
 
-    def _is_unmarked(self) -> bool:
-        """Whether the folder is a reproduction from before such folders were marked: it has the
-        results of an experiment, or nothing yet but runs of some."""
-        if self._top.config_path.exists() or not self.folder.is_dir():
-            return False
-        if any((self._results(name) or {}).get("experiment") == name for name in EXPERIMENTS):
-            return True
-        runs = self.folder / "runs"
-        return list(self.folder.iterdir()) == [runs] and all(
-            run.name.startswith(tuple(f"{e.group or name}-" for name, e in EXPERIMENTS.items()))
-            for run in runs.iterdir()
-        )
+    @property
+    def _machine(self) -> dict[str, Any]:
+        return {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
 
     # --- runs -----------------------------------------------------------------------------------
 
-    def _runs_of(self, name: str) -> Iterator[_Run]:
+    def _runs_of(self, name: str) -> Iterator[Run]:
+        """Experiments of one group share their runs."""
         experiment, scale = EXPERIMENTS[name], self.config.scale
+        group = experiment.group or name
         for seed in range(self.config.seeds or experiment.seeds[scale]):
             for key, variant in self._variants(experiment).items():
-                config = self._run_config(experiment, variant, seed)
-                group = experiment.group or name
-                yield _Run((group, key, seed), variant.label(experiment), config, experiment.angles)
+                label = variant.label(experiment)
+                yield Run(
+                    self._name(experiment.group or name, key, seed),
+                    self._run_config(experiment, variant, seed),
+                    label,
+                    f"{group}, {label}, seed {seed}",
+                    measure=_Angles if experiment.angles else None,
+                )
+
+    def _name(self, group: str, variant: str, seed: int) -> str:
+        return f"runs/{group}-{variant}-seed{seed}"
 
     def _variants(self, experiment: Experiment) -> dict[str, Variant]:
         smoke, folder = self.config.scale == "smoke", self.config.image_folder
@@ -155,8 +139,7 @@ class Reproduction:
         }
 
     def _run_config(self, experiment: Experiment, variant: Variant, seed: int) -> RunConfig:
-        machine = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
-        fields = {**experiment.job[self.config.scale], **variant.changes, **machine}
+        fields = {**experiment.job[self.config.scale], **variant.changes, **self._machine}
         if fields.get("data", "embedded") != "embedded":
             folder = fields["data"] == "folder"
             fields["data_dir"] = self.config.image_folder if folder else self.config.data_dir
@@ -177,57 +160,11 @@ class Reproduction:
             self._sizes[data, data_dir] = sizes(data, data_dir)
         return list(zip(("train_limit", "test_limit"), self._sizes[data, data_dir], strict=True))
 
-    def _record(self, run: _Run) -> Record:
-        group, variant, seed = run.key
-        return Record(self.folder / "runs" / f"{group}-{variant}-seed{seed}")
-
-    def _look_up(self, run: _Run) -> None:
-        """Note the run as done if it is; ValueError if its folder holds another one."""
-        record = self._record(run)
-        record.check()
-        if self._overwrite or not record.config_path.exists():
-            return
-        results = record.results()
-        finished = results is not None and results["status"] != "interrupted"
-        # What is finished may have run elsewhere; a checkpoint goes on as the run it is of.
-        free = _ELSEWHERE if finished else set()
-        there, here = (
-            {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-            for config in (from_dict(RunConfig, record.config()), run.config)
-        )
-        record.check_config(there, here)
-        if results is not None and finished:
-            self._done[run.key] = results
-
-    def _train(self, run: _Run, progress: Progress, stop: Callable[[], bool]) -> None:
-        data, record = self._load(run.config), self._record(run)
-        measure = _Angles(run.config, data) if run.angles else None
-        trainer = Trainer(run.config, data, build_learner(run.config, data), measure=measure)
-        resume = record.checkpoint_path.exists() and not self._overwrite
-        if resume:
-            load_checkpoint(trainer, record.checkpoint_path)
-        group, _, seed = run.key
-        self._done[run.key] = train(
-            trainer,
-            record,
-            name=f"{group}, {run.label}, seed {seed}",
-            progress=progress,
-            stop=stop,
-            resume=resume,
-        )
-
-    def _load(self, config: RunConfig) -> ImageData:
-        """The data of a run; the last two sets are kept."""
-        key = json.dumps([getattr(config, f.name) for f in dataclasses.fields(DataConfig)])
-        if key not in self._data:
-            if len(self._data) > 1:
-                del self._data[next(iter(self._data))]
-            self._data[key] = load_data(config)
-        return self._data[key]
-
     # --- what is written ------------------------------------------------------------------------
 
-    def _write(self, name: str, stop: Callable[[], bool]) -> None:
+    def _write(
+        self, name: str, done: Mapping[str, dict[str, Any]], stop: Callable[[], bool]
+    ) -> None:
         experiment = EXPERIMENTS[name]
         content: dict[str, Any] = {
             "experiment": name,
@@ -241,7 +178,7 @@ class Reproduction:
         if experiment.costs:
             content |= self._profiles(name, experiment.costs[self.config.scale], stop)
         else:
-            content |= self._measured(name)
+            content |= self._measured(name, done)
         write_json(self._path(name), {**content, **provenance(self.config.device)})
         for i, figure in enumerate(experiment_figures(content)):
             figure.plot.save(self.folder / f"{name}-{i + 1}")
@@ -254,16 +191,14 @@ class Reproduction:
     def _results(self, name: str) -> dict[str, Any] | None:
         return read_json(self._path(name))
 
-    def _measured(self, name: str) -> dict[str, Any]:
-        runs = list(self._runs_of(name))
-        done = {run.key: self._done[run.key] for run in runs if run.key in self._done}
-        complete = len(done) == len(runs) and all(
-            result["status"] != "interrupted" for result in done.values()
-        )
-        rows = []
-        for key, variant in self._variants(EXPERIMENTS[name]).items():
-            mine = [result for (_, which, _), result in done.items() if which == key]
-            finished = [result for result in mine if result["status"] != "interrupted"]
+    def _measured(self, name: str, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        experiment = EXPERIMENTS[name]
+        seeds = range(self.config.seeds or experiment.seeds[self.config.scale])
+        complete, rows = True, []
+        for key, variant in self._variants(experiment).items():
+            names = [self._name(experiment.group or name, key, seed) for seed in seeds]
+            finished = [done[n] for n in names if n in done and done[n]["status"] != "interrupted"]
+            complete = complete and len(finished) == len(names)
             rows.append(
                 {
                     "variant": key,
@@ -280,11 +215,10 @@ class Reproduction:
         return {"status": "finished" if complete else "interrupted", "rows": rows}
 
     def _profiles(self, name: str, configs: Any, stop: Callable[[], bool]) -> dict[str, Any]:
-        machine = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
         profiles: dict[str, Any] = {}
         for i, (label, config) in enumerate(configs.items()):
             folder = self.folder / "runs" / f"{name}-{i + 1}"
-            wanted = dataclasses.replace(config, **machine)
+            wanted = dataclasses.replace(config, **self._machine)
             results = None if self._overwrite else Record(folder, "profile").results()
             if results is None or results["config"] != dataclasses.asdict(wanted):
                 if stop():
@@ -293,9 +227,6 @@ class Reproduction:
             profiles[label] = results["methods"]
         status = "finished" if len(profiles) == len(configs) else "interrupted"
         return {"status": status, "profiles": profiles}
-
-
-_ELSEWHERE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir"}
 
 
 class _Angles:

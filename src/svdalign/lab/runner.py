@@ -1,0 +1,177 @@
+"""Training runs in folders: the one way in which every command and every sweep trains.
+
+A sweep is a list of runs and a folder. What is finished is not run again, what was interrupted or
+killed goes on from its checkpoint, and nothing is replaced unless it is asked for
+(:meth:`svdalign.lab.training.Record.state`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine import Learner
+from .data import ImageData
+from .reports import run_page
+from .training.build import build_learner, load_data, prepare_machine
+from .training.checkpoint import load_checkpoint
+from .training.config import DataConfig, RunConfig
+from .training.progress import Progress, Silent
+from .training.record import Record, new_folder
+from .training.run import train
+from .training.trainer import Trainer
+
+__all__ = ["Run", "Sweep"]
+
+_NONE = {"status": "interrupted"}
+Measure = Callable[[Learner], dict[str, Any]]
+
+
+def _trainer(config: RunConfig, data: ImageData) -> Trainer:
+    return Trainer(config, data, build_learner(config, data))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    ``name``: its folder within the sweep's, "" for that itself. ``label``: the title of its report.
+    ``shown``: its name in the display of progress, ``label`` unless given. ``make``: builds its
+    trainer. ``measure``: makes, from config and data, what measures the learner after each epoch.
+    """
+
+    name: str
+    config: RunConfig
+    label: str
+    shown: str = ""
+    make: Callable[[RunConfig, ImageData], Trainer] = _trainer
+    measure: Callable[[RunConfig, ImageData], Measure] | None = None
+
+
+class Sweep:
+    """Runs in a folder. Creating one only reads the folder.
+
+    ``folder``: None for a new one, ``runs/KIND-NNN``, made when it is first needed. ``kind``: of
+    the sweep as a whole, whose own files :attr:`top` stands for; "train" where it is one run.
+    ``results``: by name of the run, what it has measured. ``overwrite``: start all of them over.
+    ``longer``: runs that are there may go on for more epochs than they were to take.
+    Raises ValueError for a folder that holds something else, for another run where one of these
+    belongs, and for a run that another process is busy with.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        runs: Iterable[Run],
+        *,
+        kind: str = "train",
+        overwrite: bool = False,
+        longer: bool = False,
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._kind = kind
+        self.runs = list(runs)
+        self.results: dict[str, dict[str, Any]] = {}
+        self._overwrite = overwrite
+        self._longer = longer
+        self._data: dict[str, ImageData] = {}
+        if folder is None:
+            return
+        self.top.check()
+        self.top.check_free()
+        for run in self.runs:
+            record = self.record(run)
+            record.check_free()
+            if record.state(run.config, overwrite=overwrite, longer=longer) == "done":
+                self.results[run.name] = record.results() or {}
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        if self._folder is None:
+            self._folder = new_folder("runs", self._kind)
+        return self._folder
+
+    @property
+    def top(self) -> Record:
+        """The sweep's own files."""
+        return Record(self.folder, self._kind)
+
+    @property
+    def pending(self) -> int:
+        """How many runs are not finished."""
+        return sum(self._is_pending(run) for run in self.runs)
+
+    def record(self, run: Run) -> Record:
+        """The folder of one run."""
+        return Record(self.folder / run.name)
+
+    def check(self) -> None:
+        """Build what the runs need, to find all mistakes before any training; raises ValueError.
+        One run stands for all that differ from it by the seed alone."""
+        seen: list[RunConfig] = []
+        for run in self.runs:
+            alike = dataclasses.replace(run.config, seed=0)
+            if self._is_pending(run) and alike not in seen:
+                seen.append(alike)
+                prepare_machine(run.config)
+                run.make(run.config, self.data(run.config))
+
+    def data(self, config: RunConfig) -> ImageData:
+        """The data of a run; the last two sets are kept."""
+        names = [*(f.name for f in dataclasses.fields(DataConfig)), "device"]
+        key = json.dumps([getattr(config, name) for name in names])
+        if key not in self._data:
+            if len(self._data) > 1:
+                del self._data[next(iter(self._data))]
+            self._data[key] = load_data(config)
+        return self._data[key]
+
+    def run(
+        self,
+        runs: Iterable[Run] | None = None,
+        *,
+        progress: Progress | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, dict[str, Any]]:
+        """Do what is pending of ``runs`` (all of them), until ``stop`` says so; return their
+        results by name, as far as there are any."""
+        runs = self.runs if runs is None else list(runs)
+        for run in runs:
+            if self._is_pending(run):
+                if stop():
+                    break
+                self.results[run.name] = self._train(run, progress or Silent(), stop)
+        return {run.name: self.results[run.name] for run in runs if run.name in self.results}
+
+    def _is_pending(self, run: Run) -> bool:
+        return bool(self.results.get(run.name, _NONE)["status"] == "interrupted")
+
+    def _train(self, run: Run, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
+        record, config = self.record(run), run.config
+        prepare_machine(config)
+        data = self.data(config)
+        with record.locked():  # from here on nobody else changes what is in the folder
+            fresh = self._overwrite and run.name not in self.results
+            state = record.state(config, overwrite=fresh, longer=self._longer)
+            if state == "done":
+                return record.results() or {}
+            trainer = run.make(config, data)
+            if run.measure is not None:
+                trainer.measure = run.measure(config, data)
+            if state == "resume":
+                load_checkpoint(trainer, record.checkpoint_path)
+            results = train(
+                trainer,
+                record,
+                name=run.shown or run.label,
+                progress=progress,
+                stop=stop,
+                resume=state == "resume",
+            )
+            record.report_path.write_text(run_page(results, run.label), encoding="utf-8")
+        return results
