@@ -310,6 +310,40 @@ def _reproduce(options: dict[str, Any]) -> int:
     return _exit_code("finished" if finished else "interrupted", interrupt)
 
 
+def _declare_tune(parser: _Parser) -> None:
+    from .experiments.tune import TuneConfig
+
+    parser.add_config(TuneConfig)
+    parser.add_folder("tune")
+
+
+@command("tune", "learning rates of several rules, with the same effort for each", _declare_tune)
+def _tune(options: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from .experiments.tune import TuneConfig, Tuning
+    from .training.interrupt import Interrupt
+    from .training.progress import progress_for
+
+    folder, overwrite = options.pop("out"), options.pop("overwrite")
+    with _usage_errors():
+        work = Tuning(TuneConfig(**options), folder, overwrite=overwrite)
+    console = _console()
+    with Interrupt() as interrupt, progress_for(console, work.planned) as progress:
+        results = work.run(progress=progress, stop=lambda: interrupt.requested)
+    table = Table("method", "best rate", "held-out accuracy by rate", box=None, pad_edge=False)
+    for name, found in results["accuracy"].items():
+        best = max(found, key=found.__getitem__)
+        tried = ", ".join(f"{rate}: {100 * reached:.2f}%" for rate, reached in found.items())
+        edge = ", at the edge: give more --tries" if name in results["at_edge"] else ""
+        table.add_row(results["labels"][name], f"{best}{edge}", tried)
+    console.print(table)
+    if results["status"] == "interrupted":
+        same = f"the same command{' without --overwrite' * overwrite}"
+        _say(console, f"go on with {same} and --out {work.folder}")
+    return _exit_code(results["status"], interrupt)
+
+
 def _declare_data(parser: _Parser) -> None:
     from .training.config import DataConfig
 

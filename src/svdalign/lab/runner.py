@@ -74,19 +74,28 @@ class Sweep:
     ) -> None:
         self._folder = None if folder is None else Path(folder)
         self._kind = kind
-        self.runs = list(runs)
+        self.runs: list[Run] = []
         self.results: dict[str, dict[str, Any]] = {}
         self._overwrite = overwrite
         self._longer = longer
         self._data: dict[str, ImageData] = {}
-        if folder is None:
-            return
-        self.top.check()
-        self.top.check_free()
-        for run in self.runs:
+        if folder is not None:
+            self.top.check()
+            self.top.check_free()
+        self.add(runs)
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """Take in more runs; those that are there already are left out."""
+        known = {run.name for run in self.runs}
+        for run in runs:
+            if run.name in known:
+                continue
+            self.runs.append(run)
+            if self._folder is None:
+                continue
             record = self.record(run)
             record.check_free()
-            if record.state(run.config, overwrite=overwrite, longer=longer) == "done":
+            if record.state(run.config, overwrite=self._overwrite, longer=self._longer) == "done":
                 self.results[run.name] = record.results() or {}
 
     @property
