@@ -69,3 +69,18 @@ def test_macs_of_a_convolutions_training_step() -> None:
     forward = 4 * 36 * 8 * 3 * 9
     assert step_macs(lambda: conv(x).sum().backward()) == 3 * forward
     assert step_macs(lambda: torch.autograd.grad(conv(x).sum(), conv.weight)) == 2 * forward
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_macs_of_a_grouped_convolutions_training_step(
+    kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], groups: int
+) -> None:
+    """An input channel meets the output channels of its own group alone."""
+    conv = kind(6, 12, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(4, 6, 8, 8, requires_grad=True)
+    y = conv(x)
+    positions = y[0, 0].numel() if kind is nn.Conv2d else x[0, 0].numel()
+    forward = 4 * positions * (6 * 12 // groups) * 9
+    assert step_macs(lambda: conv(x)) == forward
+    assert step_macs(lambda: conv(x).sum().backward()) == 3 * forward

@@ -3,6 +3,7 @@ training step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -52,9 +53,21 @@ def step_macs(step: Callable[[], object]) -> int:
     return flops.total // 2
 
 
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *settings: Any, out_val: object
+) -> int:
+    """FLOPs of the gradients that are asked for, each as many as the convolution's own. Torch's own
+    count takes a grouped convolution for a dense one."""
+    *_, transposed, _, _, wanted = settings
+    outputs = x if transposed else grad
+    gradients: int = sum(wanted[:2])
+    return 2 * outputs.numel() * math.prod(weight.shape[1:]) * gradients
+
+
 _ATEN = torch.ops.aten
 _COUNTS = {
     **flop_registry,
+    _ATEN.convolution_backward: _convolution_backward,
     # Torch counts fused attention on CUDA alone.
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _ATEN._scaled_dot_product_flash_attention
