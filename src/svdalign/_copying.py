@@ -1,4 +1,4 @@
-"""Copies of modules whose weights are computed anew before each forward pass."""
+"""Copies of modules that hold tensors which ``copy.deepcopy`` refuses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copied(model: M) -> M:
-    """``copy.deepcopy(model)``, also where a module keeps a tensor that was computed from its
-    parameters, as pruning and the older weight and spectral norm do, and which ``copy`` refuses."""
-    tensors = (t for module in model.modules() for t in tree_leaves(vars(module)))
-    computed = {id(t): t for t in tensors if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(model, {key: t.detach().clone() for key, t in computed.items()})
+    """``copy.deepcopy(model)``, also where a module keeps tensors that ``copy`` refuses: those
+    computed from its parameters, as pruning and the older weight and spectral norm do, and sparse
+    ones."""
+    found = (t for module in model.modules() for t in tree_leaves(vars(module)))
+    refused = {
+        id(t): t
+        for t in found
+        if isinstance(t, Tensor) and not (t.is_leaf and t.layout == torch.strided)
+    }
+    return copy.deepcopy(model, {key: t.detach().clone() for key, t in refused.items()})
 
 
 @torch.no_grad()

@@ -113,8 +113,14 @@ Runner = Callable[[Tensor], Tensor]
 def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     """Write the weights of ``model``, for a program that builds the same modules.
 
-    Like all writers it returns what the file, loaded again, computes.
+    Like all writers it returns what the file, loaded again, computes. Raises ValueError for sparse
+    tensors.
     """
+    if sparse := [n for n, t in model.state_dict().items() if t.layout != torch.strided]:
+        raise ValueError(
+            f"model has sparse tensors, {', '.join(sparse)}, which a safetensors file cannot hold: "
+            "make them dense, or buffers with persistent=False"
+        )
     tensors = {  # safetensors refuses tensors that share memory, as those of a module of two names
         name: value.clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()

@@ -210,6 +210,17 @@ def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
 
 def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     value = value.detach()
+    if value.layout != torch.strided:
+        parts = [
+            _flatten_tensor(part, (*path, str(i)), tensors)
+            for i, part in enumerate(_parts_of_sparse(value))
+        ]
+        return {
+            KIND: "sparse",
+            "layout": str(value.layout),
+            "shape": [*value.shape],
+            "parts": parts,
+        }
     name = ".".join(path)
     while name in tensors:  # {"a": {"b": x}, "a.b": y}
         name += "'"
@@ -221,6 +232,36 @@ def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Ten
     if not value.is_contiguous() and value.permute(order).is_contiguous():
         entry["order"] = order
     return entry
+
+
+SPARSE: dict[str, torch.layout] = {
+    str(layout): layout
+    for layout in (
+        torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+    )
+}  # fmt: skip
+
+
+def _parts_of_sparse(value: Tensor) -> tuple[Tensor, ...]:
+    """Indices and values of a sparse tensor, and of the COO layout whether it is coalesced."""
+    if value.layout == torch.sparse_coo:
+        return value._indices(), value._values(), torch.tensor(value.is_coalesced())
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return value.crow_indices(), value.col_indices(), value.values()
+    return value.ccol_indices(), value.row_indices(), value.values()
+
+
+def _sparse(layout: torch.layout, parts: list[Tensor], shape: list[int]) -> Tensor:
+    # Invariants are checked, for indices out of range in a damaged file would reach past memory.
+    if layout == torch.sparse_coo:
+        indices, values, coalesced = parts
+        return torch.sparse_coo_tensor(
+            indices, values, shape, is_coalesced=bool(coalesced), check_invariants=True
+        )
+    compressed, plain, values = parts
+    return torch.sparse_compressed_tensor(
+        compressed, plain, values, shape, layout=layout, check_invariants=True
+    )
 
 
 def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -235,6 +276,9 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {_unflatten(k, tensors): _unflatten(v, tensors) for k, v in value["items"]}
     if kind == "tuple":
         return tuple(_unflatten(item, tensors) for item in value["items"])
+    if kind == "sparse":
+        parts = [_unflatten(part, tensors) for part in value["parts"]]
+        return _sparse(SPARSE[value["layout"]], parts, value["shape"])
     tensor = tensors[value["name"]]
     if (order := value.get("order")) is not None:
         inverse = [order.index(d) for d in range(tensor.ndim)]

@@ -84,8 +84,17 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
     """None where there is nothing to write back: an expanded tensor cannot be written to."""
-    if buffer is None or any(
-        n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True)
-    ):
+    if buffer is None:
         return None
+    if buffer.layout == torch.strided:
+        steps = zip(buffer.shape, buffer.stride(), strict=True)
+        if any(n > 1 and step == 0 for n, step in steps):
+            return None
     return buffer.detach().clone()
+
+
+def values_of(t: Tensor) -> Tensor:
+    """The numbers that ``t`` holds, of a sparse tensor those that are not left out."""
+    if t.layout == torch.strided:
+        return t
+    return t._values() if t.layout == torch.sparse_coo else t.values()

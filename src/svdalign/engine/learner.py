@@ -22,7 +22,7 @@ from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import FOR_TOKENS, KINDS, Kind, Loss, Task, find_task
-from .forward import forward, preserved
+from .forward import forward, preserved, values_of
 from .recompute import recomputing
 from .streaming import stream
 from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
@@ -457,7 +457,7 @@ class Learner:
             task.check(y, self.loss)
         if first:
             for value in inputs:
-                if value.is_floating_point() and not torch.isfinite(value).all():
+                if value.is_floating_point() and not values_of(value).isfinite().all():
                     raise ValueError(
                         "x must be finite, got NaN or infinite values in the first batch"
                     )
