@@ -284,6 +284,17 @@ def test_with_the_penalty_alone_the_error_stays_bounded() -> None:
     assert errors[0.0] > 2 * errors[1.0]
 
 
+@pytest.mark.parametrize("retraction", ["qr", None])
+def test_factors_that_are_changed_between_steps_can_be_brought_back(retraction: str | None) -> None:
+    learner = learner_of(retraction=retraction)
+    with torch.no_grad():
+        for p in learner.model.parameters():
+            p.mul_(1.1)
+    assert worst_error(learner) > 0.1
+    learner.retract()
+    assert (worst_error(learner) <= 1e-5) == (retraction is not None)
+
+
 def test_retraction_every_k_steps() -> None:
     learner = learner_of(retraction="qr", retract_every=3)
     errors = []
