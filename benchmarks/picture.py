@@ -3,7 +3,7 @@
     python benchmarks/picture.py
 
 ``docs/overview.svg``: accuracy, and activations held against depth; ``docs/rank.svg``: training
-through rank cuts.
+through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and against memory.
 """
 
 from __future__ import annotations
@@ -66,6 +66,54 @@ def rank(axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
+#: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of ``profile_airbench.json``.
+BENCH = {
+    "bp-dense": ("BP", "bp-dense"),
+    "bp": ("SVD-BP", "bp"),
+    "dfa": ("DFA", "dfa"),
+    "ssa-two": ("SSA, two units", "ssa-local"),
+}
+
+
+def bench(over_time: Axes, over_macs: Axes, against_memory: Axes) -> None:
+    """Seed 0 of every method. Arithmetic is that of a step at the first rank; later ranks are
+    smaller."""
+    costs = {row["method"]: row for row in read("profile_airbench")["methods"]}
+    styles = {"bp-dense": "o-", "bp": "s--", "dfa": "^-", "ssa-two": "P-"}
+    for name, (label, method) in BENCH.items():
+        run = read(f"airbench/{name}-0")
+        config, history = run["config"], run["history"]
+        reached = [100 * row["test_accuracy"] for row in history]
+        minutes = [
+            sum(row["seconds"] for row in history[: i + 1]) / 60 for i in range(len(history))
+        ]
+        macs = costs[method]["step_macs"] * (50_000 // config["batch_size"])
+        draw = {"color": colour(label.removeprefix("SVD-")), "ms": 3, "label": label}
+        over_time.plot(minutes, reached, styles[name], **draw)
+        petas = [epoch * macs / 1e15 for epoch in range(1, len(history) + 1)]
+        over_macs.plot(petas, reached, styles[name], **draw)
+        peak = costs[method]["memory"]["peak"] / 2**20
+        against_memory.plot(peak, reached[-1], styles[name][0], color=draw["color"], label=label)
+    # Run again in parts, backpropagation computes the same.
+    for name, again in {"bp-dense": "bp-dense-checkpointed", "bp": "bp-checkpointed"}.items():
+        against_memory.plot(
+            costs[again]["memory"]["peak"] / 2**20,
+            100 * read(f"airbench/{name}-0")["accuracy"],
+            styles[name][0],
+            color=colour("BP"),
+            mfc="white",
+            label=f"{BENCH[name][0]}, checkpointed",
+        )
+    over_time.set(xlabel="minutes of training, one thread", ylabel="test accuracy, %")
+    over_macs.set(xlabel="multiply-accumulates, 10¹⁵")
+    against_memory.set(xlabel="peak memory of a step, MiB")
+    against_memory.set_xlim(left=0)
+    against_memory.margins(y=0.2)
+    against_memory.legend(frameon=False, fontsize=7)
+    for axes in (over_time, over_macs):
+        axes.set_ylim(60, 95)
+
+
 def main() -> None:
     plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
     plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
@@ -75,6 +123,9 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     rank(axes)
     figure.savefig(HERE.parent / "docs" / "rank.svg", metadata={"Date": None})
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    bench(*panels)
+    figure.savefig(HERE.parent / "docs" / "bench.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
