@@ -70,7 +70,6 @@ def rank(axes: Axes) -> None:
 BENCH = {
     "bp-dense": ("BP", "bp-dense"),
     "bp": ("SVD-BP", "bp"),
-    "dfa": ("DFA", "dfa"),
     "ssa-two": ("SSA, two units", "ssa-local"),
 }
 
