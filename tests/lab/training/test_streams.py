@@ -10,6 +10,8 @@ import pytest
 import torch
 from tests.oracles import imagenet
 
+CONFIGS = Path(__file__).parents[3] / "benchmarks" / "configs"
+
 from svdalign import storage
 from svdalign.lab.training import (
     Record,
@@ -69,3 +71,12 @@ def test_accuracy_is_that_of_the_images_that_can_be_read(tmp_path: Path) -> None
     loss, accuracy = evaluate(trainer.learner.model, trainer.data, trainer.config)
     assert accuracy == 0.5  # 20 of 40, not of 41
     assert loss == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("imagenet_*.yaml")), ids=lambda f: f.stem)
+def test_configs_for_imagenet_are_ones(file: Path) -> None:
+    config = CompareConfig(**yaml.safe_load(file.read_text()))
+    assert config.stream
+    assert config.image_size == 224
+    assert file.stem == f"imagenet_{config.model}"
+    assert file.stem in file.read_text().splitlines()[0]  # the command that runs it

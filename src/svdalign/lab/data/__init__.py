@@ -1,7 +1,8 @@
-"""Image data as tensors on the device, and batches of them.
+"""Image data, and batches of it.
 
-:func:`load` decodes a data set once; :func:`batches` gathers, augments and normalises whole
-batches on the device, reproducibly from any batch of any epoch.
+:func:`load` decodes a data set once into tensors on the device, or leaves it on disk and has worker
+processes decode it in every epoch. :func:`batches` gives augmented and normalised batches of it,
+reproducibly from any batch of any epoch.
 """
 
 from ._augment import Augment

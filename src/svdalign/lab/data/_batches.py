@@ -1,3 +1,5 @@
+"""Batches of one epoch, ready for a network."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,5 @@
+"""Data sets by name: in memory, or streamed."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -164,7 +166,7 @@ def _streamed(
     if image_size is None:
         raise ValueError("image_size is needed for images that are streamed")
     if workers is None:
-        workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+        workers = min(_MOST_WORKERS, _cores())
     train, test = (
         Stream(
             source,
@@ -177,6 +179,12 @@ def _streamed(
     )
     test.inspect(_INSPECTED)
     return ImageData(name, train, test, classes, *_statistics(train.inspect(_INSPECTED)))
+
+
+def _cores() -> int:
+    """Of the machine, those that this process may use where the system says so."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _decoded(

@@ -1,3 +1,5 @@
+"""What a data set is: two splits that give batches; and what it is read from."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

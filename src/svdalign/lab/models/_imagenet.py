@@ -59,12 +59,15 @@ def _resnet(
 
 
 def resnet18(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Four stages of two basic blocks."""
     return _resnet(BasicBlock, 1, (2, 2, 2, 2), num_classes, in_channels, width)
 
 
 def resnet50(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Bottlenecks, 3, 4, 6 and 3 to a stage."""
     return _resnet(Bottleneck, 4, (3, 4, 6, 3), num_classes, in_channels, width)
 
 
 def resnet101(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Bottlenecks, 3, 4, 23 and 3 to a stage."""
     return _resnet(Bottleneck, 4, (3, 4, 23, 3), num_classes, in_channels, width)

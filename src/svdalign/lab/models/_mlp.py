@@ -1,3 +1,5 @@
+"""A multilayer perceptron."""
+
 from __future__ import annotations
 
 from torch import nn

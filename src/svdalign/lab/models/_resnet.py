@@ -56,8 +56,10 @@ def _stage(depth: int, in_channels: int, out_channels: int, stride: int) -> nn.S
 
 
 def resnet20(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Three blocks a stage."""
     return ResNet(3, num_classes, in_channels, width)
 
 
 def resnet32(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """Five blocks a stage."""
     return ResNet(5, num_classes, in_channels, width)

@@ -1,3 +1,5 @@
+"""A small convolutional network."""
+
 from __future__ import annotations
 
 import itertools

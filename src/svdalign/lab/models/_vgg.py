@@ -1,3 +1,5 @@
+"""VGG-8 and VGG-13."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -69,12 +69,15 @@ class ViT(nn.Module):
 
 
 def vit_s16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """12 blocks of 6 heads."""
     return ViT(12, scaled(6, width), num_classes, in_channels, image_size)
 
 
 def vit_b16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """12 blocks of 12 heads."""
     return ViT(12, scaled(12, width), num_classes, in_channels, image_size)
 
 
 def vit_l16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
+    """24 blocks of 16 heads."""
     return ViT(24, scaled(16, width), num_classes, in_channels, image_size)
