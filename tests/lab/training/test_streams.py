@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.oracles import imagenet
 
-CONFIGS = Path(__file__).parents[3] / "benchmarks" / "configs"
-
 from svdalign import storage
+from svdalign.lab.experiments import CompareConfig
 from svdalign.lab.training import (
     Record,
     RunConfig,
@@ -23,6 +23,8 @@ from svdalign.lab.training import (
     load_data,
     train,
 )
+
+CONFIGS = Path(__file__).parents[3] / "benchmarks" / "configs"
 
 
 def make(tree: Path, workers: int = 0) -> Trainer:
