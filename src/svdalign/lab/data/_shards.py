@@ -164,12 +164,23 @@ def _on_hub(name: str) -> tuple[str, dict[str, tuple[str, ...]]]:
 def _open(kind: str, files: tuple[str, ...]) -> Any:
     """A ``datasets.IterableDataset`` of the files. Nothing is copied or left behind."""
     import datasets
-    import pyarrow
+    import pyarrow.dataset
 
+    options: dict[str, Any] = {}
+    if kind == "parquet":  # by default each reader would hold a whole file
+        scan = pyarrow.dataset.ParquetFragmentScanOptions(
+            pre_buffer=False, use_buffered_stream=True
+        )
+        options = {"fragment_scan_options": scan, "batch_size": _AT_ONCE}
     try:
         with TemporaryDirectory() as cache:  # for lock files
             return datasets.load_dataset(
-                kind, data_files=list(files), split="train", streaming=True, cache_dir=cache
+                kind,
+                data_files=list(files),
+                split="train",
+                streaming=True,
+                cache_dir=cache,
+                **options,
             )
     except (OSError, ValueError, pyarrow.ArrowException, tarfile.TarError) as error:
         raise ValueError(f"{files[0]} cannot be read as {kind}: {error}") from error
