@@ -1,25 +1,30 @@
 """Changes to the recipe, one at a time, for local learning and, where it makes sense, for BP too.
 
-    python benchmarks/levers.py --data-dir FOLDER [--out benchmarks/results/levers.json]
+    python benchmarks/levers.py --config benchmarks/configs/search.yaml --data-dir FOLDER
 
-SmallConv on CIFAR-10 at 16 x 16: 10,000 training images, accuracy on 10,000 others held out of the
-training set, so that settings can be chosen by it. Every lever is built on what the library offers
-anyone, a rule's subclass, an optimizer, a hook; what turned out to help became part of it.
+Accuracy is that on images held out of the training set, so that settings can be chosen by it. Runs
+that are finished are not run again, and those that were interrupted go on. Every lever is built on
+what the library offers anyone, a rule's subclass, an optimizer, a hook; what turned out to help
+became part of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import itertools
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+import yaml
+from rich.console import Console
 from torch import Tensor, nn
 
 from svdalign.engine import Learner
@@ -28,16 +33,11 @@ from svdalign.factors.stiefel import qr_retract, tangent_project
 from svdalign.feedback import Feedback, StructuredFeedback
 from svdalign.lab.data import ImageData
 from svdalign.lab.methods import METHODS, Method
-from svdalign.lab.training.build import (
-    build_learner,
-    build_model,
-    example_batch,
-    load_data,
-    make_rule,
-    prepare_machine,
-)
-from svdalign.lab.training.config import JobConfig, RunConfig, method_config
-from svdalign.lab.training.record import provenance
+from svdalign.lab.runner import Run, Sweep
+from svdalign.lab.training.build import build_learner, build_model, example_batch, make_rule
+from svdalign.lab.training.config import JobConfig, RunConfig, from_dict, method_config, to_yaml
+from svdalign.lab.training.progress import PlainProgress
+from svdalign.lab.training.record import provenance, read_json, write_json
 from svdalign.lab.training.trainer import Trainer
 from svdalign.losses import similarity_alignment, similarity_matrix
 from svdalign.rules import SSA, Rule, Supervision, UnitSpec
@@ -463,13 +463,9 @@ def applies(lever: Lever, method: Method) -> bool:
     return (method.rule != "bp" or lever.bp) and (method.factored or not of_factors)
 
 
-def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, lr: float) -> float:
-    config = method_config(method, job, seed=seed, lr=lr)
-    changes = dict(lever.changes)
-    changes["options"] = {**config.options, **changes.get("options", {})}
-    config = dataclasses.replace(config, **changes)
+def trainer(lever: Lever, config: RunConfig, data: ImageData) -> Trainer:
     model = build_model(config, data)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     lever.weights(model)
 
     def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -479,68 +475,62 @@ def run(method: str, lever: Lever, job: JobConfig, data: ImageData, seed: int, l
     rule = lever.rule(make_rule(config))
     learner = build_learner(config, data, model, rule=rule, groups=groups)
     lever.prepare(learner, config, data)
-    trainer = Trainer(config, data, learner)
-    trainer.run()
-    return float(trainer.history[-1]["test_accuracy"])
+    return Trainer(config, data, learner)
+
+
+def runs(method: str, name: str, job: JobConfig, lr: float, seeds: int) -> list[Run]:
+    lever = LEVERS[name]
+    folder = re.sub(r"\W+", "-", f"{method}-{lr:g}-{name}")
+    return [
+        Run(
+            f"{folder}-seed{seed}",
+            method_config(method, job, seed=seed, lr=lr, settings=lever.changes),
+            f"{METHODS[method].label}, {name}",
+            make=partial(trainer, lever),
+        )
+        for seed in range(seeds)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the job")
+    parser.add_argument("--data-dir")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levers.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/levers"), help="folder of the runs")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-2])
     parser.add_argument("--methods", nargs="+", default=["ssa", "bp"])
     parser.add_argument("--levers", nargs="+", default=list(LEVERS), help="of these")
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--model", default="smallconv")
-    parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--train", type=int, default=10_000, help="training images")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rank", type=float, default=0.5)
-    parser.add_argument("--image-size", type=int, default=16)
-    parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
-    job = JobConfig(
-        model=options.model,
-        width=options.width,
-        data=options.data,
-        data_dir=options.data_dir,
-        image_size=options.image_size,
-        train_limit=options.train + 10_000,
-        validation=10_000,
-        augment=["crop", "flip"],
-        rank=options.rank,
-        epochs=options.epochs,
-        precision=options.precision,
-        threads=options.threads,
-    )
-    prepare_machine(job)
-    data = load_data(job)
-    rows: list[dict[str, Any]] = []
-    if options.out.exists():
-        rows = json.loads(options.out.read_text())["rows"]
-    known = {(r["method"], r["lever"], r["lr"]) for r in rows}
-    for lr in options.lr:
-        for method in options.methods:
-            for name in options.levers:
-                lever = LEVERS[name]
-                if (method, name, lr) in known or not applies(lever, METHODS[method]):
-                    continue
-                found = [run(method, lever, job, data, seed, lr) for seed in range(options.seeds)]
-                row = {"method": method, "label": METHODS[method].label, "lever": name}
-                row |= {"lr": lr, "accuracies": found}
-                made = provenance("cpu")
-                rows.append({**row, "command": made["command"], "git": made["git"]})
-                print(
-                    f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f} {found}",
-                    flush=True,
-                )
-                content = {"job": dataclasses.asdict(job), "rows": rows, **made}
-                options.out.write_text(json.dumps(content, indent=2) + "\n")
+    given = yaml.safe_load(options.config.read_text())
+    machine = {"data_dir": options.data_dir, "threads": options.threads}
+    job = from_dict(JobConfig, {**given, **machine})
+    points = {
+        (method, name, lr): runs(method, name, job, lr, options.seeds)
+        for lr in options.lr
+        for method in options.methods
+        for name in options.levers
+        if applies(LEVERS[name], METHODS[method])
+    }
+    sweep = Sweep(options.runs, itertools.chain(*points.values()), kind="levers")
+    sweep.top.write_config(to_yaml(job))
+    rows = read_json(options.out)["rows"] if options.out.exists() else []
+    known = {(row["method"], row["lever"], row["lr"]) for row in rows}
+    with PlainProgress(Console(), sweep.pending) as progress:
+        for (method, name, lr), mine in points.items():
+            if (method, name, lr) in known:
+                continue
+            found = [r["accuracy"] for r in sweep.run(mine, progress=progress).values()]
+            made = provenance("cpu")
+            row = {"method": method, "label": METHODS[method].label, "lever": name, "lr": lr}
+            row |= {"accuracies": found, "command": made["command"], "git": made["git"]}
+            rows.append(row)
+            print(f"{method:4} {lr:g} {name:40} {100 * statistics.mean(found):.2f}", flush=True)
+            write_json(options.out, {"job": dataclasses.asdict(job), "rows": rows, **made})
 
 
 if __name__ == "__main__":

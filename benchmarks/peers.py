@@ -11,7 +11,7 @@ models, data sets and ``Benchmark`` need torchvision and are not used. Its DFA r
 backward hooks, which torch calls deprecated, so what they do is checked here against DFA by hand.
 
 SmallConv on CIFAR-10 at 16 x 16. Every method, ours too, gets the learning rate that the search of
-``benchmarks/tune.py`` finds for it on held-out images, then three seeds. ``angles``: degrees to
+``svdalign tune`` finds for it on held-out images, then three seeds. ``angles``: degrees to
 BP's gradient at the end of training, layer by layer. Step times are taken in turns.
 """
 
@@ -33,12 +33,12 @@ import torch
 import torch.nn.functional as F
 from biotorch.module.biomodule import BioModule
 from torch import Tensor, nn
-from tune import RATES
 
 from svdalign import Learner, StepReport
 from svdalign.lab import methods
 from svdalign.lab.costs import alternate
 from svdalign.lab.data import ImageData
+from svdalign.lab.experiments.search import best, search
 from svdalign.lab.methods import METHODS, Method
 from svdalign.lab.training.build import build_learner, build_model, load_data, prepare_machine
 from svdalign.lab.training.config import JobConfig, RunConfig, method_config
@@ -52,6 +52,7 @@ OURS: dict[str, Method] = {
 }
 PEERS = {"biotorch-dfa": ("BioTorch DFA", "dfa"), "biotorch-usf": ("BioTorch uSF", "usf")}
 SEEDS = range(3)
+RATES, TRIES = (5e-3, 1e-2, 2e-2), 5
 
 
 class Peer:
@@ -135,6 +136,10 @@ def train(name: str, job: JobConfig, data: ImageData, *, seed: int, lr: float) -
     accuracy = trainer.history[-1]["test_accuracy"]
     print(f"{name:12} seed {seed}, lr {lr:g}: {accuracy:.4f}", flush=True)
     return trainer
+
+
+def accuracy_of(trainer: Trainer) -> float:
+    return float(trainer.history[-1]["test_accuracy"])
 
 
 def degrees(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[float]:
@@ -226,9 +231,9 @@ def main() -> None:
         epochs=8,
         threads=options.threads,
     )
-    search = dataclasses.replace(job, validation=2_000, epochs=6)  # as benchmarks/tune.py
+    tuning = dataclasses.replace(job, validation=2_000, epochs=6)
     prepare_machine(job)
-    data, held_out = load_data(job), load_data(search)
+    data, held_out = load_data(job), load_data(tuning)
     checked = check(job, data)
     print(f"degrees off: {checked}", flush=True)
     times = step_times(job, data, options.rounds)
@@ -236,19 +241,20 @@ def main() -> None:
     labels |= {name: label for name, (label, _) in PEERS.items()}
     rows = []
     for name, label in labels.items():
-        found = {}
-        for rate in RATES:
-            trainer = train(name, search, held_out, seed=0, lr=rate)
-            found[rate] = trainer.history[-1]["test_accuracy"]
-        best = max(found, key=found.__getitem__)
-        runs = [train(name, job, data, seed=seed, lr=best) for seed in SEEDS]
-        accuracies = [run.history[-1]["test_accuracy"] for run in runs]
+        found = search(
+            lambda rate, name=name: accuracy_of(train(name, tuning, held_out, seed=0, lr=rate)),
+            RATES,
+            TRIES,
+        )
+        rate = best(found)
+        runs = [train(name, job, data, seed=seed, lr=rate) for seed in SEEDS]
+        accuracies = [accuracy_of(run) for run in runs]
         rows.append(
             {
                 "method": name,
                 "label": label,
                 "search": {f"{rate:g}": accuracy for rate, accuracy in found.items()},
-                "lr": best,
+                "lr": rate,
                 "accuracies": accuracies,
                 "accuracy": statistics.mean(accuracies),
                 "accuracy_std": statistics.stdev(accuracies),

@@ -31,14 +31,14 @@ from rich.console import Console
 from svdalign import RankCut, compact, reduce_rank
 from svdalign.factors import FactoredLayer
 from svdalign.lab.costs import inference_macs, parameter_count
+from svdalign.lab.data import ImageData
 from svdalign.lab.experiments.card import latency
-from svdalign.lab.training import Record, RunConfig, Trainer, build_learner, build_model, load_data
-from svdalign.lab.training.build import evaluate, example_batch, prepare_machine
-from svdalign.lab.training.checkpoint import load_checkpoint
-from svdalign.lab.training.config import from_dict
+from svdalign.lab.runner import Run, Sweep
+from svdalign.lab.training import RunConfig, Trainer, build_learner, build_model, load_run
+from svdalign.lab.training.build import evaluate, example_batch
+from svdalign.lab.training.config import from_dict, to_yaml
 from svdalign.lab.training.progress import PlainProgress
 from svdalign.lab.training.record import provenance, write_json
-from svdalign.lab.training.run import train
 
 VARIANTS = ("fixed", "cut", "cut, state dropped", "cut, hoyer")
 MARKS = {"parameters": 0.35, "macs": 0.40, "latency": 0.6, "points": 0.5}
@@ -68,17 +68,17 @@ def variant_config(name: str, base: RunConfig, seed: int, gamma: float) -> RunCo
     return dataclasses.replace(base, **changes)
 
 
-def trained(name: str, config: RunConfig, folder: Path, data: Any, progress: Any) -> Trainer:
-    """The trainer at the end of its run, which is done first unless the folder holds it."""
-    kind = DroppingTrainer if name == "cut, state dropped" else Trainer
-    trainer = kind(config, data, build_learner(config, data))
-    record = Record(folder)
-    resume = record.checkpoint_path.exists()
-    if resume:
-        load_checkpoint(trainer, record.checkpoint_path)
-    if trainer.epoch < config.epochs:
-        train(trainer, record, name=folder.name, progress=progress, resume=resume)
-    return trainer
+def dropping(config: RunConfig, data: ImageData) -> Trainer:
+    return DroppingTrainer(config, data, build_learner(config, data))
+
+
+def run_of(name: str, base: RunConfig, seed: int, gamma: float) -> Run:
+    run = Run(
+        f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}",
+        variant_config(name, base, seed, gamma),
+        name,
+    )
+    return dataclasses.replace(run, make=dropping) if name == "cut, state dropped" else run
 
 
 def main() -> int:
@@ -100,31 +100,35 @@ def main() -> int:
     given = yaml.safe_load(options.config.read_text())
     machine = {"data_dir": options.data_dir, "device": options.device, "threads": options.threads}
     base = from_dict(RunConfig, {**given, **machine})
-    prepare_machine(base)
-    data = load_data(base)
+    listed = {
+        (name, seed): run_of(name, base, seed, options.gamma)
+        for seed in range(options.seeds)
+        for name in options.variants
+    }
+    sweep = Sweep(runs, listed.values(), kind="rank reduction")
+    sweep.top.write_config(to_yaml(base))
+    console = Console()
+    with PlainProgress(console, sweep.pending) as progress:
+        sweep.run(progress=progress)
+    data = sweep.data(base)
     dense = compact(build_model(base.dense(), data))
     x = example_batch(base, data)
-    console = Console()
     rows = []
-    with PlainProgress(console, len(options.variants) * options.seeds) as progress:
-        for seed in range(options.seeds):
-            for name in options.variants:
-                config = variant_config(name, base, seed, options.gamma)
-                folder = runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-                trainer = trained(name, config, folder, data, progress)
-                small = compact(trainer.learner.model)
-                rows.append(
-                    {
-                        "variant": name,
-                        "seed": seed,
-                        "accuracy": evaluate(small, data, config)[1],
-                        "parameters": parameter_count(small) / parameter_count(dense),
-                        "macs": inference_macs(small, x) / inference_macs(dense, x),
-                        "latency": latency(small, dense, config, data),
-                        "history": trainer.history,
-                        "config": dataclasses.asdict(config),
-                    }
-                )
+    for (name, seed), run in listed.items():
+        trainer = load_run(sweep.record(run).folder)
+        small = compact(trainer.learner.model)
+        rows.append(
+            {
+                "variant": name,
+                "seed": seed,
+                "accuracy": evaluate(small, data, run.config)[1],
+                "parameters": parameter_count(small) / parameter_count(dense),
+                "macs": inference_macs(small, x) / inference_macs(dense, x),
+                "latency": latency(small, dense, run.config, data),
+                "history": trainer.history,
+                "config": dataclasses.asdict(run.config),
+            }
+        )
     result = {
         "summary": summary(rows, options.variants),
         "marks": MARKS,

@@ -11,7 +11,7 @@ A name is a base with up to two suffixes, in this order:
 So ``bp`` is backpropagation on factored weights, ``bp-dense`` plain backpropagation, and
 ``bp-dense-checkpointed`` the latter with gradient checkpointing.
 
-The learning rates come from one search, the same for every method (``benchmarks/tune.py``). Other
+The learning rates come from one search, the same for every method (``svdalign tune``). Other
 rules train at :data:`DEFAULT_LR` unless told otherwise.
 """
 

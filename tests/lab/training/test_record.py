@@ -122,8 +122,8 @@ def test_a_locked_folder_is_in_use_until_its_owner_ends(tmp_path: Path) -> None:
     [
         ("/somewhere/bin/svdalign", "svdalign"),
         ("/there/svdalign/__main__.py", "python -m svdalign"),
-        ("benchmarks/tune.py", "python benchmarks/tune.py"),
-        ("/there/benchmarks/tune.py", "python tune.py"),
+        ("benchmarks/levers.py", "python benchmarks/levers.py"),
+        ("/there/benchmarks/levers.py", "python levers.py"),
     ],
 )
 def test_provenance_names_the_command_but_not_where_it_lies(
