@@ -184,15 +184,15 @@ def _map(results: Mapping[str, Any], setting: str) -> plots.Plot:
 
 
 def _map_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    """A line for each value of y, its accuracies by rising x."""
+    """A line for each value of y, its accuracies by rising x, of what was run."""
     rows = []
     for setting, (x, y) in results["axes"].items():
-        mine = [row for row in results["rows"] if row["setting"] == setting]
+        mine = [r for r in results["rows"] if r["setting"] == setting and r["runs"]]
         for value in sorted({row["y"] for row in mine}):
             points = sorted((r["x"], r["accuracy"]) for r in mine if r["y"] == value)
             cells = [f"{at:g}: {number(accuracy, '{:.1%}')}" for at, accuracy in points]
             rows.append([setting, f"{y} = {value:g}", f"{x} {', '.join(cells)}"])
-    return ["map", "line", "test accuracy"], rows
+    return ["map", "line", "accuracy"], rows
 
 
 def _accuracy_by_rank(rows: Sequence[Mapping[str, Any]]) -> plots.Plot:
