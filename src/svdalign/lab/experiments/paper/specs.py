@@ -122,7 +122,8 @@ RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "ret
 
 # --- figures ------------------------------------------------------------------------------------
 
-# Rates of the perceptron: a search of the same grid for all (``mlp-rates``).
+# Rates of the perceptron: of DFA by benchmarks/configs/perceptron_search.yaml, of the reconstruction
+# by its own search, of the others by an earlier one.
 _MLP_RATES = {"bp-dense": 1e-3, "dfa-dense": 1e-3, "ssa-reconstruction": 3e-3, "ssa": 1e-3}
 
 
@@ -472,8 +473,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "fig4": Experiment(
         "Top-1 error over epochs, 3-layer MLP",
-        "On test images, all at rates found by one search; and the first epoch at which the mean "
-        "over seeds is no more than what DFA on dense weights ends at.",
+        "On test images; and the first epoch at which the mean over seeds is no more than what DFA "
+        "on dense weights ends at.",
         "errors", MLP, PERCEPTRON, group="perceptron", angles=True,
         seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
