@@ -122,8 +122,8 @@ RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "ret
 
 # --- figures ------------------------------------------------------------------------------------
 
-# Rates of the perceptron: of DFA by benchmarks/configs/perceptron_search.yaml, of the reconstruction
-# by its own search, of the others by an earlier one.
+# Of DFA by benchmarks/configs/perceptron_search.yaml, of the reconstruction by its own search, of
+# the others by an earlier one.
 _MLP_RATES = {"bp-dense": 1e-3, "dfa-dense": 1e-3, "ssa-reconstruction": 3e-3, "ssa": 1e-3}
 
 
