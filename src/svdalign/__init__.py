@@ -1,6 +1,6 @@
 """Train neural networks without a global backward pass, in the SVD space of their weights."""
 
-from . import parallel, rules
+from . import _interrupt, parallel, rules  # noqa: F401  (_interrupt: before torch comes)
 from .alignment import alignment
 from .engine import Learner, StepReport
 from .export import compact

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import re
@@ -10,10 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from svdalign import rules
 from svdalign.lab.cli import COMMANDS, main
+from svdalign.lab.reports.tables import terminal_table
+from svdalign.lab.terminal import Terminal
 
 TINY = [
     *("--model", "mlp", "--width", "0.1", "--epochs", "2", "--batch-size", "32"),
@@ -29,17 +35,21 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(f"\n  {name} " in overview for name in COMMANDS)
+    assert all(f"\n    {name} " in overview for name in COMMANDS)
+    assert "exit codes: 0 done; 1 " in overview
     assert main([]) == 0
     assert capsys.readouterr().out == overview
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        main([name, "--help"])
-    assert done.value.code == 0
-    assert f"usage: svdalign {name}" in capsys.readouterr().out
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: svdalign {name}" in shown
+    assert "exit codes: 0 done; 1 " in shown
+    assert "--json" in shown
+    if name == "reproduce":
+        assert "usage: svdalign reproduce WHAT" in shown
 
 
 @pytest.mark.parametrize(
@@ -72,7 +82,12 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
         ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
-        ("profile --estimate --batch-size 3", "--estimate takes true, false; got nothing"),
+        ("trian", "there are train, compare, export, inspect, profile, reproduce, data, rules"),
+        ("trian", "; did you mean train?"),
+        ("train --epoch 3", "; did you mean --epochs?"),
+        ("train --schedule cosin", "got cosin; did you mean cosine?"),
+        ("train --options.alhpa 1", "; did you mean alpha?"),
+        ("reproduce", "error: WHAT is missing; usage: svdalign reproduce WHAT"),
         ("profile --estimate maybe", "--estimate takes true, false; got maybe"),
         ("train --epochs", "--epochs takes int; got nothing"),
         ("train --resume nowhere", "there is no folder nowhere"),
@@ -106,8 +121,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--rule", "ssa", "--horizon", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "ssa  epoch 2/2" in out
+    out, progress = capsys.readouterr()
+    assert "ssa  epoch 2/2" in progress
     assert "report: runs/train-001/report.html" in out
     results = json.loads(Path("runs/train-001/results.json").read_text())
     assert results["config"]["horizon"] == 2
@@ -129,12 +144,12 @@ def test_a_run_again_from_its_own_config(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--rule", "bp", "--validation", "16", "--out", "run"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("  held-out ") == 2  # a line an epoch
-    assert "\nheld-out accuracy " in out
+    out, progress = capsys.readouterr()
+    assert progress.count("  held-out ") == 2  # a line an epoch
+    assert out.startswith("held-out accuracy ")
     page = Path("run/report.html").read_text()
     assert "Held-out accuracy" in page
-    assert "test" not in (out + page.partition("Where these numbers")[0]).lower()
+    assert "test" not in (out + progress + page.partition("Where these numbers")[0]).lower()
 
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +175,127 @@ def test_data(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "embedded: 10,000 training and 2,000 test images, 1 × 28 × 28" in out
     assert "Ankle boot" in out
+    assert main(["data", "--train-limit", "100", "--validation", "30"]) == 0
+    out = capsys.readouterr().out
+    assert "70 of 10,000 training and 30 of 10,000 held-out images" in out
+
+
+def test_json_is_all_that_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--out", "run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out) == json.loads(Path("run/results.json").read_text())
+    assert main(["inspect", "run", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers == json.loads(Path("run/inspect.json").read_text())["layers"]
+    assert main(["data", "--json", "--test-limit", "50"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["test"], data["test_of"], sum(data["images_by_class"]["test"])) == (50, 2000, 50)
+
+
+def test_rules_lists_what_each_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rules"]) == 0
+    out = capsys.readouterr().out
+    for name in rules.available():
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{name}: "))
+        for field in dataclasses.fields(rules.get(name)):
+            assert field.name == "name" or f" {field.name} " in line
+    assert main(["rules", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dfa"]["grid"] is None
+
+
+def test_a_switch_alone_is_on() -> None:
+    words = ["--model", "mlp", "--width", "0.1", "--batch-size", "8", "--methods", "bp", "dfa"]
+    assert main(["profile", "--estimate", *words, "--out", "a"]) == 0
+    assert json.loads(Path("a/results.json").read_text())["config"]["estimate"] is True
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_tables_never_cut_a_number(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    numbers = [f"{10**n}.5" for n in range(3, 9)]
+    Terminal().show(terminal_table(["a long name of a method", *"bcdefg"], [["x y z", *numbers]]))
+    assert set(numbers) <= set(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_can_only_be_read_is_looked_into(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", *TINY, "--out", "run"]) == 0
+    Path("run/inspect.json").mkdir()  # cannot be written, by root neither
+    capsys.readouterr()
+    assert main(["inspect", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert "‖XᵀX−I‖" in out
+    assert err.count("\n") == 1
+    assert "inspect.json and the plots are not written: " in err
+
+
+# --- in processes of their own, for streams and signals are real --------------------------------
+
+
+def start(*words: str, environment: dict[str, str] | None = None, **streams: Any) -> Any:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, "-m", "svdalign", *words],
+        env={**os.environ, **(environment or {})},
+        **{**pipes, **streams},
+    )
+
+
+def test_a_reader_that_goes_away_ends_nothing() -> None:
+    with start("train", *TINY, "--out", "run") as process:
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert "Error" not in err
+    assert json.loads(Path("run/results.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_a_stream_is_one_line() -> None:
+    with (
+        open("/dev/full", "w") as full,
+        start("data", "--train-limit", "20", stdout=full) as process,
+    ):
+        err = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert err == "svdalign data: error: [Errno 28] No space left on device\n"
+
+
+def test_a_full_disk_in_a_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Any, row: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+
+    monkeypatch.setattr("svdalign.lab.training.record.Record.append_metrics", full)
+    assert main(["train", *TINY, "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err == "svdalign train: error: [Errno 28] No space left on device: 'run/metrics.jsonl'\n"
+
+
+def test_a_terminal_without_unicode_is_told_all_the_same() -> None:
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": ""}
+    process = start("data", "--train-limit", "20", environment=plain)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, b"")
+    assert b"1 x 28 x 28" in out
+    assert out.isascii()
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.6])
+def test_ctrl_c_in_the_first_second_is_one_line(seconds: float) -> None:
+    """While modules are imported; a process that was quicker than the signal is done."""
+    process = start("data", "--train-limit", "20")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode in (130, 0)
+    assert b"Traceback" not in err
 
 
 def test_ctrl_c_leaves_what_was_measured() -> None:
@@ -180,8 +316,8 @@ def test_ctrl_c_leaves_what_was_measured() -> None:
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == ""
-    assert "interrupted after" in out
+    assert "interrupted after" in err
+    assert "Traceback" not in err
     assert re.search(r"^test accuracy .*% so far$", out, re.MULTILINE)
     assert "go on with svdalign train --resume run\n" in out
     results = json.loads(Path("run/results.json").read_text())

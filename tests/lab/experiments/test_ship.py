@@ -131,7 +131,7 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("export {run} --formats tflite", "unknown format tflite; available: safetensors"),
         ("export {run} --out {run}/config.yaml", "config.yaml cannot be made: "),
         ("inspect {run}/..", "was not made by svdalign train"),
-        ("inspect", "required: run"),
+        ("inspect", "error: RUN is missing; usage: svdalign inspect RUN"),
     ],
 )
 def test_mistakes(run: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_without_the_extra_the_other_files_are_written(
     monkeypatch.setattr(cards, "BATCHES", (1,))
     assert main(["export", str(run), "--out", str(tmp_path)]) == 0
     needed = "model.onnx is left out: ONNX needs the extra: pip install 'svdalign[onnx]'"
-    assert needed in capsys.readouterr().out
+    assert needed in capsys.readouterr().err
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.safetensors", "model.pt2", "card.json", "card.md"}
 

@@ -76,6 +76,7 @@ def load(
     if not 0 <= max_unreadable <= 1:
         raise ValueError(f"max_unreadable must be from 0 to 1, got {max_unreadable}")
     train, test, classes = _read(name, data_dir)
+    whole = len(train.labels), len(test.labels)
     sources = [
         _limited(train, train_limit, "train_limit", seed),
         _limited(test, test_limit, "test_limit", seed),
@@ -86,7 +87,8 @@ def load(
         pixels = sum(len(s.labels) * len(s.mode) for s in sources) * (image_size or 0) ** 2
         stream = isinstance(train, Shards) or pixels > _IN_MEMORY
     if stream:
-        return _streamed(name, sources, classes, image_size, device, workers, max_unreadable)
+        data = _streamed(name, sources, classes, image_size, device, workers, max_unreadable)
+        return dataclasses.replace(data, whole=whole)
     train_split, test_split = (_decoded(name, s, image_size, device) for s in sources)
     if train_split.shape != test_split.shape:
         raise ValueError(
@@ -94,7 +96,7 @@ def load(
             f"{test_split.shape[2]}; give image_size to bring them to one size"
         )
     mean, std = _statistics(histogram(train_split.images))
-    return ImageData(name, train_split, test_split, classes, mean, std)
+    return ImageData(name, train_split, test_split, classes, mean, std, whole)
 
 
 def sizes(name: str, data_dir: str | Path | None = None) -> tuple[int, int]:
@@ -112,7 +114,8 @@ def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
     labels = data.train.labels.cpu().numpy()
     held = _choose(labels, count, "validation", seed)
     train = data.train.take(np.setdiff1d(np.arange(len(labels)), held))
-    data = dataclasses.replace(data, train=train, test=data.train.take(held))
+    whole = data.whole[0] if data.whole else len(labels)
+    data = dataclasses.replace(data, train=train, test=data.train.take(held), whole=(whole, whole))
     if isinstance(train, Split):
         mean, std = _statistics(histogram(train.images))
         data = dataclasses.replace(data, mean=mean, std=std)

@@ -131,6 +131,8 @@ class ImageData:
         train, test: the two splits.
         classes: the classes' names; a label is an index into them.
         mean, std: per channel, of the training split's pixels scaled to 0 to 1.
+        whole: how many images the data set has to train on, and how many the split has that
+            ``test`` is from, before any limit; None where they are all here.
     """
 
     name: str
@@ -139,6 +141,7 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    whole: tuple[int, int] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -5,7 +5,7 @@ imports only :mod:`svdalign.lab.training.config`. ``plots`` draws, ``page`` fill
 ``pages`` and ``tables`` say what each kind of result shows.
 """
 
-from .page import card_text
+from .card import card_text
 from .pages import comparison_page, profile_page, run_page
 from .tables import break_even_table, comparison_table, profile_table
 

@@ -17,10 +17,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..training.config import evaluated_on
 from .plots import Plot, Style
 
-__all__ = ["Figure", "Section", "Table", "card_text", "count", "number", "page"]
+__all__ = ["Figure", "Section", "Table", "count", "environment", "number", "page", "plain"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def page(
     say. ``key``: labels of the methods that keyed plots and tables show, in their order."""
     machine = results["machine"]
     script, css = _read("filter.js"), _read("page.css")
-    return _environment().get_template("page.html").render(
+    return environment().get_template("page.html").render(
         title=title,
         subtitle=subtitle,
         note={
@@ -89,33 +88,6 @@ def page(
     )  # fmt: skip
 
 
-#: What each file beside a card is for.
-_USES = {
-    "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
-    "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
-    "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
-}
-
-
-def card_text(card: Mapping[str, Any]) -> str:
-    """``card.md``, from what ``card.json`` holds."""
-    mean, std = (", ".join(f"{v:.4f}" for v in card["input"][key]) for key in ("mean", "std"))
-    images, data = evaluated_on(card["config"]["validation"]), card["data"]
-    return (
-        _environment()
-        .get_template("card.md")
-        .render(
-            **card,
-            images=images,
-            evaluated=f"{data['test']:,} images of {_plain(data['name'])}",
-            trained=f"{data['train']:,} images",
-            mean=mean,
-            std=std,
-            uses=" ".join(_USES[file["name"]] for file in card["files"]),
-        )
-    )
-
-
 def number(value: float | None, form: str) -> str:
     """``value`` in the given format; a dash where it is missing."""
     return "–" if value is None else form.format(value)
@@ -130,8 +102,9 @@ def count(value: float) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Of the templates: pages escape all text, Markdown what passes the filter ``text``."""
+    found = Environment(
         loader=PackageLoader(__package__),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
@@ -139,20 +112,20 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["text"] = _plain
-    return environment
+    found.filters["text"] = plain
+    return found
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """``text`` in Markdown, where it is neither HTML nor the end of a table's cell."""
     return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 def _read(name: str) -> Markup:
     """A file of ours that goes into the page as it is."""
-    environment = _environment()
-    assert environment.loader is not None
-    return Markup(environment.loader.get_source(environment, name)[0])
+    templates = environment()
+    assert templates.loader is not None
+    return Markup(templates.loader.get_source(templates, name)[0])
 
 
 def _digest(script: str) -> str:

@@ -22,13 +22,17 @@ __all__ = [
     "chance_note",
     "comparison_rows",
     "comparison_table",
+    "counts",
+    "evaluated",
     "images",
     "job",
     "named_settings",
+    "of_whole",
     "own_settings",
     "profile_headings",
     "profile_rows",
     "profile_table",
+    "terminal_table",
 ]
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
@@ -48,7 +52,7 @@ def comparison_table(results: Mapping[str, Any]) -> Group:
     caption += [*chance_note(results), *own_settings(results)]
     return Group(
         Text(job(results), style="bold"),
-        _terminal(COMPARISON, comparison_rows(results), caption=caption),
+        terminal_table(COMPARISON, comparison_rows(results), caption=caption),
     )
 
 
@@ -61,7 +65,7 @@ def profile_table(results: Mapping[str, Any]) -> Table:
     """A profile for the terminal."""
     headings = profile_headings(results, NARROW_PROFILE)
     caption = ["step and infer: time × BP dense"] if headings is NARROW_PROFILE else []
-    return _terminal(
+    return terminal_table(
         headings, list(profile_rows(results)), caption=[*caption, *own_settings(results)]
     )
 
@@ -86,7 +90,7 @@ def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def break_even_table(results: Mapping[str, Any]) -> Table:
     """The break-even ranks of a profile for the terminal."""
-    return _terminal(*break_even_rows(results), title="break-even rank (share of full rank)")
+    return terminal_table(*break_even_rows(results), title="break-even rank (share of full rank)")
 
 
 def break_even_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -114,15 +118,31 @@ def images(results: Mapping[str, Any]) -> str:
     return evaluated_on(results["config"].get("validation"))
 
 
+def evaluated(results: Mapping[str, Any]) -> str:
+    """How many images accuracy is of, and of how many that there are."""
+    return of_whole(results["data"], "test") + f" images of {results['data']['name']}"
+
+
+def counts(data: Mapping[str, Any], images: str) -> str:
+    """How many images there are to train on and to evaluate on, of how many in the data set."""
+    return f"{of_whole(data, 'train')} training and {of_whole(data, 'test')} {images} images"
+
+
 def job(results: Mapping[str, Any]) -> str:
     """A line that says what was trained on what and for how long."""
     config, data = results["config"], results["data"]
     seeds = config["seeds"] if isinstance(config["seeds"], int) else len(config["seeds"])
     return (
-        f"{config['model']} on {data['name']}: {data['train']:,} training and "
-        f"{data['test']:,} {images(results)} images, {config['epochs']} epochs, "
-        f"{seeds} seed{'s' * (seeds != 1)}"
+        f"{config['model']} on {data['name']}: {counts(data, images(results))}, "
+        f"{config['epochs']} epochs, {seeds} seed{'s' * (seeds != 1)}"
     )
+
+
+def of_whole(data: Mapping[str, Any], split: str) -> str:
+    """``500 of 10,000``; results from before the whole was recorded do not know it."""
+    whole = data.get(f"{split}_of")
+    part = f"{data[split]:,}"
+    return part if whole in (None, data[split]) else f"{part} of {whole:,}"
 
 
 def chance(results: Mapping[str, Any]) -> float:
@@ -182,7 +202,7 @@ def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> lis
     ]
 
 
-def _terminal(
+def terminal_table(
     headings: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,

@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "check_resumable",
     "check_writable",
+    "finite",
     "new_folder",
     "provenance",
     "read_json",
@@ -250,7 +251,7 @@ def _changes(there: RunConfig, here: RunConfig) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row), allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def check_writable(folder: Path) -> None:
@@ -280,7 +281,7 @@ def new_folder(parent: str | Path, stem: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, all or nothing; numbers that are not finite become null."""
-    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
     replace_file(path, lambda part: part.write_text(text, "utf-8"))
 
 
@@ -360,11 +361,12 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` for JSON: what is not a finite number becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

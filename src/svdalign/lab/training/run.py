@@ -84,11 +84,15 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def describe(data: ImageData) -> dict[str, Any]:
-    """What results say about the data that they are of."""
+    """What results say about the data that they are of. ``train_of``, ``test_of``: how many images
+    the data set has, of which these were taken."""
+    train_of, test_of = data.whole or (len(data.train), len(data.test))
     return {
         "name": data.name,
         "train": len(data.train),
         "test": len(data.test),
+        "train_of": train_of,
+        "test_of": test_of,
         "classes": data.num_classes,
         "shape": list(data.train.shape),
     }

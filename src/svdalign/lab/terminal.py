@@ -1,0 +1,106 @@
+"""What a command writes: results to standard output, progress and errors to standard error.
+
+Neither a reader that goes away, nor a terminal without Unicode, nor a full disk behind a stream
+ends a run or leaves a traceback.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+
+from .training.record import finite
+
+__all__ = ["Terminal", "close_streams", "prepare_streams"]
+
+#: For terminals that have no sign for these: of one letter, so that tables stay in line.
+ASCII = {
+    "×": "x", "–": "-", "—": "-", "−": "-", "→": ">", "…": ".", "·": ".", "≈": "=", "±": "~",
+    "°": " ", "‖": "|", "ᵀ": "'", "σ": "s", "✓": "*", "†": "*", "’": "'",
+    "━": "-", "╸": "-", "╺": "-", "│": "|", "┃": "|", "─": "-", "┏": "+", "┓": "+", "┗": "+",
+    "┛": "+", "┡": "+", "┩": "+", "┳": "+", "╇": "+", "└": "+", "┘": "+", "┴": "+", "┼": "+",
+}  # fmt: skip
+
+
+class Terminal:
+    """Where a command's results go. ``json``: they are one JSON text, and nothing else is shown."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self._json = json
+        self._out = _Console(quiet=json)
+        self.progress: Console = _Console(stderr=True, quiet=json)
+
+    def say(self, line: object) -> None:
+        """A plain line, as long as it is: paths in it can be copied."""
+        self._out.print(line, highlight=False, soft_wrap=True)
+
+    def warn(self, line: object) -> None:
+        """A line beside the results."""
+        self.progress.print(line, highlight=False, soft_wrap=True)
+
+    def show(self, table: RenderableType) -> None:
+        """A table, as wide as the terminal, or wider where its numbers would not fit."""
+        anywhere = self._out.options.update(width=sys.maxsize)
+        needed = Measurement.get(self._out, anywhere, table).minimum
+        self._out.print(table, width=max(self._out.width, needed), crop=False, no_wrap=False)
+
+    def result(self, content: Mapping[str, Any]) -> None:
+        """What the command found, if it is to be JSON."""
+        if self._json:
+            try:
+                sys.stdout.write(json.dumps(finite(content), indent=2) + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:
+                self._out.on_broken_pipe()
+
+
+class _Console(Console):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)  # brackets in paths and names are no markup
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone: there is nobody to show anything, but the work goes on."""
+        self.quiet = True
+        _drop(self.file)
+
+
+def prepare_streams() -> None:
+    """Have streams write what they can where they cannot write all signs."""
+    codecs.register_error("svdalign", _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="svdalign")
+
+
+def close_streams() -> None:
+    """Flush; what cannot be written is dropped, for the interpreter would complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _drop(stream)
+
+
+def _drop(stream: Any) -> None:
+    """From now on ``stream`` leads nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(sign, "?") for sign in text), error.end
