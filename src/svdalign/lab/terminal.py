@@ -50,7 +50,10 @@ class Terminal:
         """A table, as wide as the terminal, or wider where its numbers would not fit."""
         anywhere = self._out.options.update(width=sys.maxsize)
         needed = Measurement.get(self._out, anywhere, table).minimum
-        self._out.print(table, width=max(self._out.width, needed), crop=False, no_wrap=False)
+        width = self._out.width
+        self._out.width = max(width, needed)
+        self._out.print(table)
+        self._out.width = width
 
     def result(self, content: Mapping[str, Any]) -> None:
         """What the command found, if it is to be JSON."""
