@@ -82,7 +82,6 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
         ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
-        ("trian", "there are train, compare, export, inspect, profile, reproduce, data, rules"),
         ("trian", "; did you mean train?"),
         ("train --epoch 3", "; did you mean --epochs?"),
         ("train --schedule cosin", "got cosin; did you mean cosine?"),

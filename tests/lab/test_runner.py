@@ -231,7 +231,7 @@ def test_a_run_whose_loss_explodes_has_diverged(capsys: pytest.CaptureFixture[st
     assert main(words) == 1
     results = json.loads(Path("run/results.json").read_text())
     assert results["status"] == "diverged"
-    assert "diverged after" in capsys.readouterr().out
+    assert "diverged after" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_large_but_finite_has_diverged_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +268,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_checkpoint", full)
         assert main([*WORDS, "--out", "run"]) == 1
-    error = capsys.readouterr().err
-    assert "No space left on device" in error
-    assert error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]  # after the progress
+    assert error.startswith("svdalign train: error: [Errno 28] No space left on device")
     assert storage.read("run/checkpoint.safetensors")["extra"]["trainer"]["epoch"] == 1
     assert main([*WORDS, "--out", "run"]) == 0
 
@@ -300,8 +299,8 @@ def test_real_signals_and_two_processes_at_once(capsys: pytest.CaptureFixture[st
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert err == ""
-    assert "interrupted after" in out
+    assert "Traceback" not in err
+    assert "interrupted after" in err
     assert "go on with svdalign train --resume run\n" in out
     rows = len(json.loads(Path("run/results.json").read_text())["history"])
     process = start()
