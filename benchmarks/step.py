@@ -1,20 +1,26 @@
 """What one training step costs: local learning against backpropagation on the same factors.
 
-    python benchmarks/step.py [--nets ...] [--threads 1 2] [--precision fp32 bf16]
-        [--batch 128] [--seconds 15] [--out benchmarks/results/step.json]
+    python benchmarks/step.py [--nets ...] [--methods ...] [--threads 1 2] [--precision fp32 bf16]
+        [--batch 128] [--minutes 8] [--out benchmarks/results/step.json]
+    python benchmarks/step.py --show benchmarks/results/step.json
 
-For each network every method takes its steps in turns on one batch, so that other load on the
-machine hits all alike. Reported are medians of the rounds: seconds of a step, CPU seconds of the
-process, both also as ratios to dense backpropagation (``bp-dense``) and to backpropagation on the
-same fused factors (``bp``), and the bytes that are alive at the peak of a step (exact: they do not
-depend on the machine's load). ``-checkpointed`` methods are gradient checkpointing at its cheaper
-setting in memory. Methods named ``hN`` are SSA with horizon N.
+For each network all methods take their steps in turns on one batch, so that other load on the
+machine hits all alike. Reported are medians over the rounds: seconds of a step, CPU seconds of the
+process, and their ratios to dense backpropagation and to backpropagation on the same factors; and
+the bytes that are alive at the peak of a step, which do not depend on the load. The time is shared
+out among the combinations, at least two rounds each; the file is written after each of them.
+``--show`` prints a file as Markdown.
+
+Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
+horizon N; ``-checkpointed`` adds gradient checkpointing in segments of the square root of the
+depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -32,16 +38,18 @@ from svdalign import rules
 from svdalign.lab import models
 from svdalign.lab.costs import step_memory
 from svdalign.lab.training.build import prepare_machine
+from svdalign.lab.training.checkpointing import checkpointed, segment_sizes
 from svdalign.lab.training.config import JobConfig
 from svdalign.lab.training.record import provenance
 
 MIB = 2**20
+REFERENCES = ("bp-dense", "bp")
 
 
 @dataclass(frozen=True)
 class Net:
-    """A network under study. ``local``: settings of the learner for every local method, beside
-    ``rule``, settings of the rule."""
+    """A network under study, at ``size`` pixels. ``local``: settings of the learner for every local
+    method; ``rule``: of the rule."""
 
     model: str
     rank: float
@@ -56,36 +64,13 @@ NETS = {
     "smallconv-32": Net("smallconv", 0.5, 32),
     "vgg8-quarter": Net("vgg8", 0.5, 32, 0.25),
     "vgg13": Net("vgg13", 0.25, 32),
-    "resnet32": Net("resnet32", 0.8, 16, 0.5, {"units": "block"}),
-    "resnet32-recipe": Net(
-        "resnet32", 0.8, 16, 0.5, {"units": 6, "recompute": True}, {"widen": 64}
-    ),
+    "resnet32": Net("resnet32", 0.8, 16, 0.5),
+    "resnet32-recipe": Net("resnet32", 0.8, 16, 0.5, {"units": 6}, {"widen": 64}),
 }
-
-METHODS = ("bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "h0", "h1", "h2")
-
-
-def learner_of(net: Net, method: str, x: Tensor) -> sva.Learner:
-    """The learner of ``method`` on ``net``, the same initial weights for all."""
-    torch.manual_seed(0)
-    dense = models.build(net.model, num_classes=10, image_size=net.size, width=net.width)
-    model: nn.Module = dense
-    if not method.startswith("bp-dense"):
-        model = sva.fuse(sva.factorize(dense, net.rank, "channel"))
-    model = model.to(memory_format=torch.channels_last)
-    if method.startswith("bp"):
-        rule = rules.get("bp")
-        options: dict[str, Any] = {"recompute": method.endswith("checkpointed")}
-    else:
-        options = {**net.local, "horizon": int(method[1:])}
-        rule = replace(rules.get("ssa"), **net.rule)
-    return sva.Learner(
-        model,
-        rule,
-        example=x[:2],
-        optimizer=lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.0, fused=x.is_cpu),
-        **options,
-    )
+METHODS = (
+    "bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "bp-measured",
+    "ssa-0", "ssa-0-measured", "ssa-1", "ssa-2",
+)  # fmt: skip
 
 
 @dataclass
@@ -98,8 +83,7 @@ class Step:
     precision: str
 
     def __call__(self) -> None:
-        half = self.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+        with autocast(self.precision):
             self.learner.step(self.x, self.y)
 
     def peak_bytes(self) -> int:
@@ -110,72 +94,95 @@ class Step:
         return step_memory(self, modules, learner.optimizer, [self.x, self.y]).peak
 
 
-def alternate(
-    steps: Mapping[str, Callable[[], None]], seconds: float, *, warmup: int = 1, least: int = 3
-) -> dict[str, dict[str, float]]:
-    """Median wall-clock and CPU seconds of each, and of their ratios to the first two of a round.
+def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """What steps of this precision run in."""
+    half = precision == "bf16"
+    return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
 
-    Ratios are taken within a round before the median, which a drift of the machine's speed does
-    not touch.
-    """
+
+def make_step(net: Net, method: str, precision: str, batch: int) -> Step:
+    """The step of ``method`` on ``net``, from the same initial weights for all."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, net.size, net.size).to(memory_format=torch.channels_last)
+    y = torch.arange(batch) % 10
+    name, *kinds = method.split("-")
+    model: nn.Module = models.build(
+        net.model, num_classes=10, image_size=net.size, width=net.width
+    ).to(memory_format=torch.channels_last)
+    if "dense" not in kinds:
+        model = sva.factorize(model, net.rank, "channel").to(memory_format=torch.channels_last)
+        with autocast(precision):
+            model = sva.fuse(model, x if "measured" in kinds else None)
+    if "checkpointed" in kinds:
+        model = checkpointed(model, segment_sizes(model)[-1])
+    options: dict[str, Any] = {"rule": "bp"}
+    if name == "ssa":
+        rule = replace(rules.get("ssa"), **net.rule)
+        options = {"rule": rule, "horizon": int(kinds[0]), **net.local}
+    learner = sva.Learner(
+        model,
+        example=x[:2],
+        optimizer=lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.0, fused=True),
+        **options,
+    )
+    return Step(learner, x, y, precision)
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], None]], seconds: float, *, least: int = 2
+) -> dict[str, dict[str, float]]:
+    """Median wall-clock and CPU seconds of each after a round to warm up, and medians of their
+    ratios to the references within a round, which a drift of the machine's speed does not touch."""
     names = list(steps)
-    wall: dict[str, list[float]] = defaultdict(list)
-    cpu: dict[str, list[float]] = defaultdict(list)
+    taken: dict[str, dict[str, list[float]]] = {
+        "seconds": defaultdict(list), "cpu_seconds": defaultdict(list)
+    }  # fmt: skip
     end = time.perf_counter() + seconds
-    turn = 0
-    while turn < warmup + least or time.perf_counter() < end:
+    for turn in itertools.count():
+        if turn > least and time.perf_counter() > end:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter(), time.process_time()
             steps[name]()
-            if turn >= warmup:
-                wall[name].append(time.perf_counter() - start[0])
-                cpu[name].append(time.process_time() - start[1])
-        turn += 1
-    found: dict[str, dict[str, float]] = {}
-    for name in names:
-        found[name] = {
-            "seconds": statistics.median(wall[name]),
-            "cpu_seconds": statistics.median(cpu[name]),
-            "rounds": len(cpu[name]),
-        }
-        for reference in ("bp-dense", "bp"):
-            if reference in steps:
-                ratios = (a / b for a, b in zip(cpu[name], cpu[reference], strict=True))
-                found[name][f"cpu_ratio_to_{reference}"] = statistics.median(ratios)
-                ratios = (a / b for a, b in zip(wall[name], wall[reference], strict=True))
-                found[name][f"ratio_to_{reference}"] = statistics.median(ratios)
+            if turn > 0:
+                taken["seconds"][name].append(time.perf_counter() - start[0])
+                taken["cpu_seconds"][name].append(time.process_time() - start[1])
+    found: dict[str, dict[str, float]] = {name: {"rounds": turn - 1} for name in names}
+    for (kind, times), name in itertools.product(taken.items(), names):
+        found[name][kind] = statistics.median(times[name])
+        for reference in set(REFERENCES).intersection(names):
+            pairs = zip(times[name], times[reference], strict=True)
+            found[name][f"{kind}_to_{reference}"] = statistics.median(a / b for a, b in pairs)
     return found
 
 
 def measure(
-    name: str, methods: list[str], precision: str, threads: int, batch: int, seconds: float
+    net: Net, methods: list[str], precision: str, batch: int, seconds: float
 ) -> dict[str, dict[str, float]]:
     """Costs of a step by method."""
-    torch.set_num_threads(threads)
-    net = NETS[name]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, net.size, net.size, generator=generator)
-    x, y = x.to(memory_format=torch.channels_last), torch.arange(batch) % 10
-    steps = {m: Step(learner_of(net, m, x), x, y, precision) for m in methods}
-    found = alternate(steps, seconds)
-    for method, step in steps.items():
-        found[method]["peak_bytes"] = step.peak_bytes()
-    return found
+    start = time.perf_counter()
+    steps = {method: make_step(net, method, precision, batch) for method in methods}
+    peaks = {method: step.peak_bytes() for method, step in steps.items()}
+    left = seconds - (time.perf_counter() - start)
+    found = alternate(steps, left)
+    return {method: {"peak_bytes": peaks[method], **found[method]} for method in methods}
 
 
-def table(costs: Mapping[str, Mapping[str, float]]) -> str:
-    """Costs of the methods of one network as text."""
+def table(result: Mapping[str, Any]) -> str:
+    """Costs of the methods on one network, in Markdown; times of one thread are CPU seconds."""
+    kind = "cpu_seconds" if result["threads"] == 1 else "seconds"
+    title = f"{result['net']}, {result['precision']}, {result['threads']} thread(s)"
     lines = [
-        f"  {'method':24s} {'MiB':>7s} {'ms':>8s} {'/ BP':>6s} {'/ SVD-BP':>9s} {'rounds':>7s}"
+        f"| {title} | peak, MiB | ms | of BP | of SVD-BP |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for method, cost in costs.items():
-        ratios = [cost.get(f"cpu_ratio_to_{r}", float("nan")) for r in ("bp-dense", "bp")]
-        lines.append(
-            f"  {method:24s} {cost['peak_bytes'] / MIB:7.1f} {1e3 * cost['cpu_seconds']:8.1f} "
-            f"{ratios[0]:6.2f} {ratios[1]:9.2f} {cost['rounds']:7.0f}"
-        )
-    return "\n".join(lines)
+    for method, cost in result["costs"].items():
+        ratios = [cost.get(f"{kind}_to_{r}") for r in REFERENCES]
+        cells = [f"{cost['peak_bytes'] / MIB:.1f}", f"{1e3 * cost[kind]:.1f}"]
+        cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -185,27 +192,29 @@ def main() -> None:
     )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument(
-        "--seconds", type=float, default=15.0, help="for the rounds of one network; at least three"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="shared out among all")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--show", type=Path, default=None, help="print this file and end")
     args = parser.parse_args()
+    if args.show is not None:
+        print("\n".join(map(table, json.loads(args.show.read_text())["results"])))
+        return
     prepare_machine(JobConfig())
-    results = []
-    for precision in args.precision:
-        for threads in args.threads:
-            for name in args.nets:
-                costs = measure(name, args.methods, precision, threads, args.batch, args.seconds)
-                print(f"{name}, {precision}, {threads} thread(s)\n{table(costs)}", flush=True)
-                results.append(
-                    {"net": name, "precision": precision, "threads": threads, "costs": costs}
-                )
-    if args.out is not None:
-        document = {**provenance("cpu"), "batch": args.batch, "results": results}
-        args.out.write_text(json.dumps(document, indent=2) + "\n")
+    end = time.perf_counter() + 60 * args.minutes
+    document = {**provenance("cpu"), "batch": args.batch, "results": list[Any]()}
+    todo = list(itertools.product(args.threads, args.precision, args.nets))
+    for i, (threads, precision, name) in enumerate(todo):
+        torch.set_num_threads(threads)
+        share = (end - time.perf_counter()) / (len(todo) - i)
+        costs = measure(NETS[name], args.methods, precision, args.batch, share)
+        result = {"net": name, "precision": precision, "threads": threads, "costs": costs}
+        print(table(result), flush=True)
+        document["results"].append(result)
+        if args.out is not None:
+            args.out.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import svdalign as sva
 from svdalign._lazy import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
+from svdalign.factors._choice import Cost
+from svdalign.factors.fused import KERNELS, Kernel
 from svdalign.lab import models
 from svdalign.lab.costs import LiveTensors, storage_bytes
 
@@ -106,6 +108,101 @@ def test_output_gradients_and_statistics_are_those_of_the_chain(
     with torch.no_grad():
         model.train()
         net.train()
+        same(model(x), net(x))
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("tail", ["norm, relu", "norm, relu in place, pool", "gelu, mean"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_computes_the_same(kernel: Kernel, tail: str, scheme: str) -> None:
+    torch.manual_seed(0)
+    net = chain(tail, scheme, stride=2)
+    layer = FusedConv2d(copy.deepcopy(net[0]), list(copy.deepcopy(net[1:-1])))
+    if scheme == "spatial" and tail.startswith("norm") and kernel == "fused":
+        return  # which fuse does not make
+    layer.kernel = kernel
+    x = torch.randn(4, 2, 9, 8, dtype=torch.float64)
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    found, wanted = layer(xs[0]), net[:-1](xs[1])
+    same(found, wanted)
+    g = torch.randn_like(wanted)
+    found.backward(g)
+    wanted.backward(g)
+    same(xs[0].grad, xs[1].grad)
+    for name in ("U", "s", "V", "bias"):
+        same(getattr(layer, name).grad, getattr(net[0], name).grad)
+    for ours, theirs in zip(layer.tail.buffers(), net[1:-1].buffers(), strict=True):
+        same(ours, theirs)
+
+
+class TestChoiceOfKernels:
+    """With costs made up, by the number of a layer's output channels."""
+
+    COSTS = {
+        6: {"fused": Cost(2.0, 10), "factored": Cost(1.0, 30), "merged": Cost(1.5, 20)},
+        8: {"fused": Cost(2.0, 10), "factored": Cost(3.0, 10), "merged": Cost(1.96, 10)},
+        10: {"fused": Cost(9.0, 10), "factored": Cost(9.0, 10), "merged": Cost(1.0, 1010)},
+    }
+
+    def fused(self, monkeypatch, **options) -> list[str]:
+        def cost(layer: FusedConv2d, kernel: Kernel, x: Tensor) -> Cost:
+            self.measured.append((layer.out_channels, kernel, tuple(x.shape)))
+            return self.COSTS[layer.out_channels][kernel]
+
+        self.measured: list[tuple[int, str, tuple[int, ...]]] = []
+        monkeypatch.setattr("svdalign.factors._choice._cost", cost)
+        monkeypatch.setattr("svdalign.factors._choice._known", self.known)
+        layers = [
+            m
+            for c, n in ((2, 6), (6, 8), (8, 10))
+            for m in (nn.Conv2d(c, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU())
+        ]
+        net = sva.factorize(nn.Sequential(*layers), {f"{i}": 2 for i in (0, 3, 6)}, "channel")
+        before = copy.deepcopy(net.state_dict())
+        model = sva.fuse(net, torch.randn(5, 2, 7, 7), **options)
+        for name, value in model[0].tail[0].state_dict().items():
+            torch.testing.assert_close(value, before[f"1.{name}"])  # the trial left no trace
+        return [model[i].kernel for i in (0, 3, 6)]
+
+    def test_the_fastest_is_taken_if_it_is_faster_by_more_than_noise(self, monkeypatch) -> None:
+        self.known = {}
+        assert self.fused(monkeypatch) == ["factored", "fused", "merged"]
+        assert {shape for _, _, shape in self.measured} == {(5, n, 7, 7) for n in (2, 6, 8)}
+
+    @pytest.mark.parametrize(
+        ("memory", "wanted"),
+        [
+            (0, ["fused", "fused", "fused"]),
+            (20, ["factored", "fused", "fused"]),
+            (1000, ["factored", "fused", "fused"]),
+            (1020, ["factored", "fused", "merged"]),
+        ],
+    )
+    def test_memory_goes_to_what_gains_most_for_it(self, monkeypatch, memory, wanted) -> None:
+        self.known = {}
+        assert self.fused(monkeypatch, memory=memory) == wanted
+
+    def test_a_layer_is_measured_once(self, monkeypatch) -> None:
+        self.known = {}
+        first = self.fused(monkeypatch)
+        assert len(self.measured) == 9
+        assert self.fused(monkeypatch) == first
+        assert self.measured == []
+
+    @pytest.mark.parametrize("memory", [-1, True, 0.5])
+    def test_a_budget_that_is_none_is_refused(self, memory) -> None:
+        with pytest.raises((TypeError, ValueError), match="memory must be"):
+            sva.fuse(chain("relu", "channel"), torch.randn(2, 2, 6, 6).double(), memory=memory)
+
+    def test_a_budget_needs_an_example(self) -> None:
+        with pytest.raises(ValueError, match="goes with an example"):
+            sva.fuse(chain("relu", "channel"), memory=100)
+
+    def test_measured_for_real_the_function_stays_the_same(self) -> None:
+        net = chain("norm, relu in place, pool", "channel")
+        x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+        model = sva.fuse(net, x)
+        assert model[0].kernel in KERNELS
         same(model(x), net(x))
 
 
