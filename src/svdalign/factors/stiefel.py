@@ -48,7 +48,7 @@ def qr_retract(X: Tensor) -> Tensor:
     is accurate, as it is near the manifold: products, in a third of the time.
     """
     _check_tall(X)
-    if X.is_cpu and (Q := _cholesky_q(X)) is not None:
+    if (X.is_cpu or X.is_meta) and (Q := _cholesky_q(X)) is not None:
         return Q
     Q, R = torch.linalg.qr(X)
     signs: Tensor = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
@@ -64,7 +64,7 @@ def _cholesky_q(X: Tensor) -> Tensor | None:
     # What Householder's QR keeps to. Where X is nearly of lower rank the error is larger, or NaN.
     bound = 4 * torch.finfo(X.dtype).eps * X.shape[-1] ** 0.5
     accurate = (orthogonality_error(Q) <= bound).logical_and_(failed == 0).all()
-    return Q.contiguous() if accurate else None
+    return Q.contiguous() if X.is_meta or accurate else None  # of meta tensors: as on the CPU
 
 
 @_in_single_precision
