@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_every_kernel_computes_the_same(kernel: Kernel, tail: str, scheme: str) 
 class TestChoiceOfKernels:
     """With costs made up, by the number of a layer's output channels."""
 
-    COSTS = {
+    COSTS: ClassVar[dict[int, dict[Kernel, Cost]]] = {
         6: {"fused": Cost(2.0, 10), "factored": Cost(1.0, 30), "merged": Cost(1.5, 20)},
         8: {"fused": Cost(2.0, 10), "factored": Cost(3.0, 10), "merged": Cost(1.96, 10)},
         10: {"fused": Cost(9.0, 10), "factored": Cost(9.0, 10), "merged": Cost(1.0, 1010)},
