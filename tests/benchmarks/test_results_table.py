@@ -137,6 +137,22 @@ def test_whole_data_sets_need_a_search_of_every_method_on_every_network(
     assert "| a network | SSA | 50.0 ± 10.0 | 0.0 | 1.00 | 1.00 |" in script.whole(tables)
 
 
+def test_a_table_of_another_network_needs_searches_on_it(
+    script: ModuleType, results: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(results, tmp_path / "results")
+    (copy / "reproduce" / "table2.json").write_text((copy / "experiment.json").read_text())
+    text = "<!-- table:reproduce/table2 begin -->\n<!-- table:reproduce/table2 end -->"
+    tables = script.Results(copy, copy)
+    assert script.render(text, tables) == text  # no search yet
+    inside = {"accuracy": dict.fromkeys(("bp-dense", "bp", "dfa", "ssa"), INSIDE)}
+    write(copy, tune_vgg13=inside, tune_resnet32=inside)
+    assert "| SSA | 50.00% ± 1.00 |" in script.render(text, tables)
+    write(copy, tune_vgg13={"accuracy": {**inside["accuracy"], "bp": AT_THE_EDGE}})
+    with pytest.raises(ValueError, match="tune_vgg13 of bp: the best rate"):
+        script.render(text, tables)
+
+
 def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: Path) -> None:
     def run(accuracy: float, parameters: int) -> dict[str, Any]:
         return {
