@@ -241,8 +241,43 @@ def test_what_is_no_learner_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"learner must be a svdalign\.Learner, got Sequential"):
         svdalign.save(learner.model, path)
     svdalign.save(learner, path)
-    with pytest.raises(TypeError, match=r"into must be a svdalign\.Learner, got Sequential"):
-        svdalign.load(path, into=learner.model)
+    with pytest.raises(TypeError, match=r"into must be .*Learner or a torch\.nn\.Module, got dict"):
+        svdalign.load(path, into={})
+
+
+def test_a_model_is_loaded_without_optimizer_or_example(tmp_path):
+    """Also after a cut: its factors take the ranks in the file."""
+    learner = learner_of()
+    train(learner, range(1))
+    reduce_rank(learner.model, learner.optimizer, rank=1)
+    svdalign.save(learner, tmp_path / "x")
+    expected = learner.model.state_dict()
+    loaded, by_torch = learner_of(seed=1).model, learner_of(seed=1).model
+    svdalign.load(tmp_path / "x", into=loaded)
+    by_torch.load_state_dict(expected)
+    assert same(dict(loaded.state_dict()), dict(expected))
+    assert same(dict(by_torch.state_dict()), dict(expected))
+    with pytest.raises(ValueError, match="does not fit"):
+        svdalign.load(tmp_path / "x", into=nn.Linear(3, 3))
+
+
+def test_the_state_of_other_units_is_refused(tmp_path):
+    """Their feedback is for other features, though it may have the same shapes."""
+
+    def with_units(*ends: str) -> Learner:
+        return Learner(
+            nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), "dfa",
+            units=lambda name, module: name in ends,
+            optimizer=lambda p: torch.optim.SGD(p, 0.01), example=torch.randn(2, 4),
+        )  # fmt: skip
+
+    path = tmp_path / "x"
+    svdalign.save(with_units("0"), path)
+    with pytest.raises(
+        ValueError, match=r"units \['0', 'output'\], this one has \['1', 'output'\]"
+    ):
+        svdalign.load(path, into=with_units("1"))
+    svdalign.load(path, into=with_units("0"))
 
 
 # --- all or nothing -----------------------------------------------------------------------------

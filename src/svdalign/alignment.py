@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .engine import Learner, Unit
-from .engine.forward import evaluating, first_tensor, forward, preserved
+from .engine.forward import evaluating, forward, preserved
 from .factors import FactoredLayer
 
 __all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment", "descent"]
@@ -150,8 +150,9 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             call = calls[path] = calls.get(path, -1) + 1
-            if (path, call) in units and any(isinstance(t, Tensor) for t in tree_leaves(output)):
-                outputs[units[path, call].name] = first_tensor(output)
+            if (path, call) in units:
+                unit = units[path, call]
+                outputs[unit.name] = tree_leaves(output)[unit.features[0].index]
 
         return hook
 
@@ -185,7 +186,7 @@ def _readout(learner: Learner, unit: Unit, h: Tensor) -> tuple[Tensor, Tensor] |
         return None
     leaf = h.detach().requires_grad_()
     with torch.enable_grad():
-        out = learner.rule.readout(learner.unit_spec(unit), feedback, unit.layout(leaf))
+        out = learner.rule.readout(learner.unit_spec(unit), feedback, unit.features[0].layout(leaf))
     return None if out is None else (leaf, out)
 
 

@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from . import storage
 from .engine import Learner, Plan, StepReport
 from .engine.forward import forward, preserved
+from .engine.ownership import reached
 from .engine.streaming import stream
-from .engine.units import reached
 
 __all__ = ["DataParallel", "LayerParallel", "balanced", "unit_seconds"]
 
@@ -410,7 +410,7 @@ def _owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | N
                 )
     by_index = {str(i): rank for i, rank in enumerate(place)}
     for name, _ in (*learner.feedback.named_parameters(), *learner.feedback.named_buffers()):
-        owners[f"feedback.{name}"] = by_index[name.partition(".")[0]]
+        owners[f"feedback.{name}"] = by_index[name.partition(".")[0].partition("_")[0]]
     calls = _calls(learner, x)
     for name, _ in model.named_buffers():
         path = name
@@ -660,7 +660,7 @@ class DataParallel:
         model = learner.model
         #: Weights of several units: their gradients are complete when the last of these is done.
         self._shared = {id(model.get_parameter(name)) for name, n in times.items() if n > 1}
-        self._pending: list[tuple[Any, Tensor, list[nn.Parameter]]] = []
+        self._pending: list[tuple[Any, Tensor, list[Tensor]]] = []
         self._reduced: set[int] = set()
         self.sent = 0  #: bytes of gradients handed to the process group so far
         with torch.no_grad():
@@ -691,7 +691,7 @@ class DataParallel:
         learner.update()
         return report
 
-    def _reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+    def _reduce(self, parameters: Sequence[Tensor]) -> None:
         """Start to sum gradients over the processes."""
         own = [p for p in parameters if p.grad is not None]
         self._reduced.update(map(id, own))

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 VERSION = 1
+LEARNED = ("model", "feedback", "transport", "loss")  #: what has tensors by name
 
 
 def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
@@ -48,9 +49,10 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     Raises TypeError for what is no learner, for a value that cannot be written, and for a module's
     extra state that is no tensor; OSError where the disk refuses.
     """
-    _check_learner("learner", learner)
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a svdalign.Learner, got {type(learner).__name__}")
     state = {**learner.state_dict(), "random": random_state(), "extra": extra}
-    for part in ("model", "feedback", "transport"):
+    for part in LEARNED:
         for name, value in state[part].items():
             # Whether it fits another learner could not be told before that one has been changed.
             if not isinstance(value, Tensor):
@@ -61,25 +63,32 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     write(path, state, ranks=ranks(learner.model))
 
 
-def load(path: str | Path, into: Learner | None = None) -> dict[str, Any]:
+def load(path: str | Path, into: Learner | nn.Module | None = None) -> dict[str, Any]:
     """The state that :func:`save` wrote, as nested dicts of tensors on the CPU.
 
     ``into``: a learner built as the saved one was (same model but for its ranks, same rule, same
     kind of optimizer). It is made to go on where the saved one stopped, bit for bit, and torch's
-    random state with it. Without it nothing but the file is read; ``learner.load_state_dict`` takes
-    the result. A model cannot be rebuilt from the file alone: that would mean running code from it.
+    random state with it. Or a model built as the saved one was: it gets the weights, and needs no
+    optimizer for it. Without ``into`` nothing but the file is read; ``learner.load_state_dict``
+    takes the result. A model cannot be rebuilt from the file alone: that would mean running code
+    from it.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, foreign or of a newer
-    format, or does not fit ``into``, TypeError for an ``into`` that is no learner; ``into`` is then
+    format, or does not fit ``into``, TypeError for an ``into`` that is neither; ``into`` is then
     left as it was.
     """
-    if into is not None:
-        _check_learner("into", into)
+    if not (into is None or isinstance(into, Learner | nn.Module)):
+        raise TypeError(
+            f"into must be a svdalign.Learner or a torch.nn.Module, got {type(into).__name__}"
+        )
     state = read(path)
     if missing := {"model", "feedback", "transport", "optimizer", "steps"} - state.keys():
         raise ValueError(f"{path} holds no learner: {', '.join(sorted(missing))} missing")
-    if into is not None:
+    if isinstance(into, Learner):
         restore(into, state, path)
+    elif into is not None:
+        _check_tensors("model", into, into.state_dict(), state["model"], path)
+        into.load_state_dict(state["model"])
     return state
 
 
@@ -289,34 +298,15 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 # --- does it fit --------------------------------------------------------------------------------
 
 
-def _check_learner(name: str, given: object) -> None:
-    if not isinstance(given, Learner):
-        raise TypeError(f"{name} must be a svdalign.Learner, got {type(given).__name__}")
-
-
 def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:
     """ValueError unless ``learner.load_state_dict(state)`` will go through."""
-    factors = {
-        f"{name}.{factor}" if name else factor
-        for name in ranks(learner.model)
-        for factor in ("U", "s", "V")
-    }
     mine = learner.state_dict()
-    for part in ("model", "feedback", "transport"):
-        have, saved = mine[part], state[part]
-        if odd := sorted(have.keys() ^ saved.keys()):
-            raise ValueError(
-                f"{path} does not fit the learner: only one of them has {part} {odd[0]!r}"
-            )
-        for name, value in have.items():
-            wanted, found = tuple(value.shape), tuple(saved[name].shape)
-            if part == "model" and name in factors:  # their rank, the last dimension, may differ
-                wanted, found = (len(wanted), *wanted[:-1]), (len(found), *found[:-1])
-            if wanted != found:
-                raise ValueError(
-                    f"{path} does not fit the learner: {part} {name!r} has shape "
-                    f"{tuple(saved[name].shape)} there, {tuple(value.shape)} here"
-                )
+    try:
+        learner.check_units(state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the learner: {error}") from None
+    for part in LEARNED:
+        _check_tensors(part, learner.model, mine[part], state.get(part, {}), path)
     sizes = [
         [len(group["params"]) for group in s["optimizer"]["param_groups"]] for s in (mine, state)
     ]
@@ -325,3 +315,29 @@ def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) ->
             f"{path} does not fit the learner: its optimizer has parameter groups of {sizes[1]} "
             f"parameters, the learner's of {sizes[0]}"
         )
+
+
+def _check_tensors(
+    part: str,
+    model: nn.Module,
+    have: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    path: str | Path,
+) -> None:
+    """ValueError unless ``saved`` has the names of ``have`` and their shapes, but for ranks."""
+    factors = {
+        f"{name}.{factor}" if name else factor
+        for name in ranks(model)
+        for factor in ("U", "s", "V")
+    }
+    if odd := sorted(have.keys() ^ saved.keys()):
+        raise ValueError(f"{path} does not fit: only one of them has {part} {odd[0]!r}")
+    for name, value in have.items():
+        wanted, found = tuple(value.shape), tuple(saved[name].shape)
+        if part == "model" and name in factors:  # their rank, the last dimension, may differ
+            wanted, found = (len(wanted), *wanted[:-1]), (len(found), *found[:-1])
+        if wanted != found:
+            raise ValueError(
+                f"{path} does not fit: {part} {name!r} has shape {tuple(saved[name].shape)} there, "
+                f"{tuple(value.shape)} here"
+            )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tests.oracles.nets import TOYS, ResNet, Tokens
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import svdalign as sva
 from svdalign.engine import make_plan
@@ -278,3 +282,212 @@ def test_a_single_layer_may_be_in_one_piece(units) -> None:
 
 def test_as_many_units_as_fit_are_made() -> None:
     assert [unit.exit for unit in plan_of(plain(3), 2, torch.randn(2, 6)).units] == ["3", ""]
+
+
+# --- every layer is taught ----------------------------------------------------------------------
+
+
+class Levels(nn.Module):
+    """Three maps of a backbone, the deepest last."""
+
+    def __init__(self, order: slice = slice(None)) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, 4, 3, 2, 1) for i in (1, 4, 4))
+        self.order = order
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a = self.a(x).relu()
+        b = self.b(a).relu()
+        return [a, b, self.c(b).relu()][self.order]
+
+
+class Pyramid(nn.Module):
+    def __init__(self, order: slice = slice(None)) -> None:
+        super().__init__()
+        self.backbone, self.neck = Levels(order), nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in "abc")
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = zip(self.neck, self.backbone(x), strict=True)
+        return self.head(torch.cat([neck(level).relu().mean((2, 3)) for neck, level in levels], 1))
+
+
+class Down(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep, self.down = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.keep(x).relu()
+        return x, self.down(x).relu()
+
+
+class Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.inside = Down(), nn.Conv2d(4, 4, 3, padding=1)
+        self.up, self.out = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip, x = self.outside(x)
+        return self.out(self.up(self.inside(x).relu()) + skip)
+
+
+class Branches(nn.Module):
+    """Two outputs of which neither depends on the other's layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(x).relu(), "b": self.b(x).relu()}
+
+
+class TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branches, self.head = nn.Linear(4, 4), Branches(), nn.Linear(11, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.branches(self.stem(x).relu())
+        return self.head(torch.cat([both["a"], both["b"]], 1))
+
+
+SEVERAL = {
+    "levels": (Pyramid, (4, 1, 16, 16), (4,)),
+    "levels, deepest first": (lambda: Pyramid(slice(None, None, -1)), (4, 1, 16, 16), (4,)),
+    "skip": (Skipping, (4, 1, 8, 8), (4, 8, 8)),
+    "branches": (TwoBranches, (4, 4), (4,)),
+}
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2])
+@pytest.mark.parametrize("rule", ["ssa", "dfa", "drtp"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_modules_of_several_outputs_leave_no_layer_without_gradient(
+    name: str, rule: str, horizon: int
+) -> None:
+    make, x_shape, y_shape = SEVERAL[name]
+    torch.manual_seed(0)
+    model = make()
+    x, y = torch.randn(x_shape), torch.randint(3, y_shape)
+    learner = sva.Learner(
+        model, rule, horizon=horizon, optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x
+    )
+    found = learner.gradients(x, y)
+    assert {n for n, g in found.items() if g.any()} == {n for n, _ in model.named_parameters()}
+
+
+def test_each_of_several_features_has_its_own_teacher() -> None:
+    """The gradient of a branch is that of the error its own feedback brings: ``B_b e``."""
+    torch.manual_seed(0)
+    model = TwoBranches()
+    x, y = torch.randn(4, 4), torch.arange(4) % 3
+    learner = sva.Learner(
+        model, "dfa", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x,
+    )  # fmt: skip
+    unit = next(unit for unit in learner.units if unit.exit == "branches")
+    assert [feature.shape[1] for feature in unit.features] == [5, 6]
+    z = model(x).detach().requires_grad_()
+    (e,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, y), z)
+    h = model.stem(x).relu().detach()
+    found = learner.gradients(x, y)
+    for i, layer in enumerate("ab"):
+        weight = getattr(model.branches, layer).weight
+        delta = e @ learner.feedback_of(unit, i).B.T
+        active = (h @ weight.T + getattr(model.branches, layer).bias > 0).float()
+        torch.testing.assert_close(found[f"branches.{layer}.weight"], (delta * active).T @ h)
+
+
+# --- what the example does not show -------------------------------------------------------------
+
+
+class Dropped(nn.Module):
+    """Blocks are left out at random in training, by whose random numbers ``draw`` says."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(5)
+        )
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            if not (self.training and self.draw() < 0.5):
+                x = x + block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), np.random.uniform, random.random])
+def test_layers_dropped_at_random_have_their_units(draw) -> None:
+    torch.manual_seed(0)
+    model = Dropped(draw)
+    expected = [u.name for u in make_plan(Dropped(lambda: 1.0), "block", torch.randn(4, 4)).units]
+    for seed in range(10):
+        for seeded in (torch.manual_seed, np.random.seed, random.seed):
+            seeded(seed)
+        assert [u.name for u in make_plan(model, "block", torch.randn(4, 4)).units] == expected
+        assert all(module.training for module in model.modules())
+    learner = sva.Learner(
+        model, optimizer=lambda p: torch.optim.SGD(p, 0.1), example=torch.randn(4, 4)
+    )
+    for _ in range(5):
+        learner.step(torch.randn(4, 4), torch.arange(4) % 3)
+
+
+def test_a_model_that_only_trains_is_planned_as_it_trains() -> None:
+    """An auxiliary head runs in training alone, and what evaluation needs may be missing."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise RuntimeError("no evaluation here")
+            return self.last(self.second(self.first(x).relu()).relu())
+
+    plan = make_plan(Auxiliary(), "layer", torch.randn(4, 4))
+    assert [unit.name for unit in plan.units] == ["first", "second", OUTPUT]
+
+
+def test_a_model_of_one_batch_size_is_planned_on_the_whole_example() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("A", torch.rand(7, 7).softmax(1))
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.A @ self.a(self.A @ x).relu())
+
+    x, y = torch.randn(7, 4), torch.arange(7) % 3
+    learner = sva.Learner(Graph(), optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x)
+    learner.step(x, y)
+    with pytest.raises(ValueError, match="each of the 7 samples"):
+        learner.step(x, y[:-1])
+
+
+@pytest.mark.parametrize("units", ["layer", "block"])
+def test_no_unit_ends_at_a_parametrized_weight(units: str) -> None:
+    def net(wrap) -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(2, 8)]
+        body = [m for layer in layers for m in (wrap(layer), nn.ReLU())]
+        return nn.Sequential(*body, nn.Linear(8, 3))
+
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    plain = make_plan(net(lambda layer: layer), units, x)
+    for wrap in (parametrizations.spectral_norm, parametrizations.weight_norm):
+        model = net(wrap)
+        learner = sva.Learner(
+            model, units=units, optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x
+        )
+        assert [unit.name for unit in learner.units] == [unit.name for unit in plain.units]
+        found = learner.gradients(x, y)
+        assert {n for n, g in found.items() if g.any()} == {n for n, _ in model.named_parameters()}

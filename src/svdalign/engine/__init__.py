@@ -1,6 +1,7 @@
 """The streaming engine: units, one batch through them, and the learner that users hold."""
 
 from .learner import Learner, StepReport
-from .units import Plan, Unit, make_plan
+from .plan import make_plan
+from .units import Plan, Unit
 
 __all__ = ["Learner", "Plan", "StepReport", "Unit", "make_plan"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -53,11 +55,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the model inside without a trace: buffers (batch-norm statistics) and random state come
-    back as they were, so that a second run repeats the first and counts once."""
+    """Run the model inside without a trace: buffers (batch-norm statistics) and random state, of
+    torch, numpy and Python, come back as they were, so that a second run repeats the first and
+    counts once."""
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index for d in devices]), preserved_buffers(model):
-        yield
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
+    try:
+        with torch.random.fork_rng(devices=[d.index for d in devices]), preserved_buffers(model):
+            yield
+    finally:
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(of_python)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from .. import rules
 from .._autocast import outside_autocast
 from ..factors import FactoredLayer
-from ..factors.rank import match_ranks
 from ..factors.stiefel import RETRACTIONS
 from ..feedback import StructuredFeedback
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import FOR_TOKENS, KINDS, Kind, Loss, Task, find_task
+from .checks import check_input, check_model, check_scalar, check_trained
+from .cuts import Units
 from .forward import forward, preserved, values_of
+from .ownership import depends, leaves_of, reached
+from .plan import make_plan
 from .recompute import recomputing
 from .streaming import stream
-from .units import OUTPUT, Plan, Unit, Units, make_plan, reached
+from .units import OUTPUT, Plan, Unit
 
 __all__ = ["Learner", "StepReport"]
 
@@ -91,8 +95,6 @@ class Learner:
         recompute: bool = False,
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if retraction is not None and retraction not in RETRACTIONS:
             raise ValueError(
                 f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}"
@@ -115,8 +117,8 @@ class Learner:
         self.rule = replace(
             rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT}
         )
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("model has no parameter to train (none requires a gradient)")
+        check_model(model, units=self.horizon is not None)
+        check_input("example", example)
         self.model = model
         if task is not None and task not in KINDS:
             raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
@@ -129,7 +131,8 @@ class Learner:
         self.steps = 0
         # What training on several processes replaces (svdalign.parallel).
         self._one_pass: Callable[..., Tensor | None] = stream
-        self._retired: Callable[[Unit, list[nn.Parameter]], None] = lambda unit, parameters: None
+        self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
+        self._known: set[str] = set()  # units whose losses have been looked at
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
@@ -138,29 +141,26 @@ class Learner:
                 f"only from batches for which they do: {self.plan.unreached}",
                 stacklevel=2,
             )
-        self._batch_axes = _batch_axes(example, self.plan)
         generator = torch.Generator().manual_seed(seed)
         first = next(p for p in model.parameters() if p.requires_grad)
         self._dtype = first.dtype
         self.feedback = nn.ModuleDict()
-        self._unit_specs: dict[str, UnitSpec] = {}
+        self._unit_specs: dict[str, list[UnitSpec]] = {}
         penalised: set[FactoredLayer] = set()
         for i, unit in enumerate(self.plan.units):
             layers = tuple(_layers(model, unit))
-            view = UnitSpec(
-                unit.name,
-                unit.features_shape,
-                self.plan.output_shape,
-                layers,
-                self._dtype,
-                tuple(layer for layer in layers if layer not in penalised),
-            )
+            penalty = tuple(layer for layer in layers if layer not in penalised)
             penalised.update(layers)
-            self._unit_specs[unit.name] = view
-            if unit is not self.plan.output and self.horizon is not None:
-                feedback = self.rule.feedback(view, generator)
+            self._unit_specs[unit.name] = [
+                UnitSpec(unit.name, f.shape, self.plan.output_shape, layers, self._dtype, penalty)
+                for f in unit.features
+            ]
+            if unit is self.plan.output or self.horizon is None:
+                continue
+            for k, spec in enumerate(self._unit_specs[unit.name]):
+                feedback = self.rule.feedback(spec, generator)
                 if feedback is not None:
-                    self.feedback[str(i)] = feedback.to(first.device, first.dtype)
+                    self.feedback[_key(i, k)] = feedback.to(first.device, first.dtype)
         self._on_the_manifold = [
             module
             for module in (*model.modules(), *self.feedback.modules())
@@ -168,7 +168,7 @@ class Learner:
         ]
         self._ranks = {m: m.rank for m in self._on_the_manifold if isinstance(m, FactoredLayer)}
         self.transport = self.rule.transport(model, generator)
-        self._index = {unit.name: str(i) for i, unit in enumerate(self.plan.units)}
+        self._index = {unit.name: i for i, unit in enumerate(self.plan.units)}
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -176,6 +176,12 @@ class Learner:
                 "optimizer must be called with parameters and return a torch.optim.Optimizer, "
                 f"got {self.optimizer!r}"
             )
+        # Of a loss that is no module they are found when it is called.
+        self._loss_parameters: tuple[Tensor, ...] = ()
+        if isinstance(self.loss, nn.Module):
+            of_model = set(model.parameters())
+            own = [p for p in self.loss.parameters() if p.requires_grad and p not in of_model]
+            self._loss_parameters = check_trained(own, self.optimizer)
 
     def __repr__(self) -> str:
         task = "found from the first batch" if self.task is None else str(self.task)
@@ -199,14 +205,15 @@ class Learner:
         """The units in order of execution; the last one leads to the network's output."""
         return self.plan.units
 
-    def feedback_of(self, unit: Unit) -> nn.Module | None:
-        """The module that brings errors to ``unit``, None where the rule has none."""
-        index = self._index[unit.name]
-        return self.feedback[index] if index in self.feedback else None  # noqa: SIM401 (no get)
+    def feedback_of(self, unit: Unit, feature: int = 0) -> nn.Module | None:
+        """The module that brings errors to ``unit``, None where the rule has none. ``feature``:
+        which of the unit's features is meant, where there are several."""
+        key = _key(self._index[unit.name], feature)
+        return self.feedback[key] if key in self.feedback else None  # noqa: SIM401 (no get)
 
-    def unit_spec(self, unit: Unit) -> UnitSpec:
+    def unit_spec(self, unit: Unit, feature: int = 0) -> UnitSpec:
         """``unit`` as the rule sees it."""
-        return self._unit_specs[unit.name]
+        return self._unit_specs[unit.name][feature]
 
     def step(self, x: Any, y: Tensor) -> StepReport:
         """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync.
@@ -221,14 +228,33 @@ class Learner:
         (of the first batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is
         called more often than for the example.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        report = self.backward(x, y)
-        self.update()
-        return report
+        reports: list[StepReport] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            reports.append(self.backward(x, y))
+            return reports[-1].loss
+
+        if _needs_closure(self.optimizer):
+            self.optimizer.step(closure)  # type: ignore[arg-type]
+            self.after_update()
+        else:
+            closure()
+            self.update()
+        return reports[0]
 
     def update(self) -> None:
         """The second half of :meth:`step`: the optimizer's step on the present gradients, and the
-        retraction. Between :meth:`backward` and this is the place to clip gradients."""
+        retraction. Between :meth:`backward` and this is the place to clip gradients.
+
+        Raises TypeError for an optimizer that evaluates the loss by itself, such as LBFGS."""
+        if _needs_closure(self.optimizer):
+            raise TypeError(
+                f"{type(self.optimizer).__name__} evaluates the loss by itself: call "
+                "learner.step(x, y), or learner.optimizer.step(closure) with a closure that calls "
+                "learner.optimizer.zero_grad() and returns learner.backward(x, y).loss, then "
+                "learner.after_update()"
+            )
         self._check_ranks()
         self.optimizer.step()
         self.after_update()
@@ -264,7 +290,18 @@ class Learner:
         retract = RETRACTIONS[self.retraction]
         with torch.no_grad(), outside_autocast():
             for X in self._stiefel_factors():
-                X.copy_(retract(X))
+                self._move(X, retract(X))
+
+    def _move(self, X: nn.Parameter, to: Tensor) -> None:
+        # A schedule-free optimizer has a second copy of the weights, z, and evaluates with a mean
+        # of both: what does not move one by one moves neither.
+        z = self.optimizer.state.get(X, {}).get("z")
+        if isinstance(z, Tensor) and z.shape == X.shape and self._is_schedule_free():
+            z += (to - X).to(z.dtype)
+        X.copy_(to)
+
+    def _is_schedule_free(self) -> bool:
+        return all("train_mode" in group for group in self.optimizer.param_groups)
 
     @torch.enable_grad()
     def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:
@@ -285,8 +322,9 @@ class Learner:
         """The rule's gradients for a batch, of each parameter's shape by its name; nothing is
         changed by the call. ``x``, ``y`` and errors are those of :meth:`step`."""
         named = dict(self.model.named_parameters())
-        everything = [*named.values(), *self.feedback.parameters()]
-        saved = [p.grad for p in everything]
+        everything: list[Tensor] = [*named.values(), *self.feedback.parameters()]
+        everything += self._loss_parameters
+        saved = {p: p.grad for p in everything}
         for p in everything:
             p.grad = None
         try:
@@ -294,8 +332,8 @@ class Learner:
                 self.backward(x, y)
             return {name: p.grad for name, p in named.items() if p.grad is not None}
         finally:
-            for p, grad in zip(everything, saved, strict=True):
-                p.grad = grad
+            for p in (*everything, *self._loss_parameters):
+                p.grad = saved.get(p)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: model, feedback, transport, optimizer, step count, and
@@ -305,22 +343,34 @@ class Learner:
             "feedback": self.feedback.state_dict(),
             "transport": {} if self.transport is None else self.transport.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else {},
             "steps": self.steps,
+            "units": [unit.name for unit in self.units],
             "task": self._kind if self.task is None else self.task.kind,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`; factored layers take the ranks that were saved."""
-        match_ranks(self.model, state["model"])
+        """Undo :meth:`state_dict`; factored layers take the ranks that were saved.
+
+        Raises ValueError for the state of a learner with other units."""
+        self.check_units(state)
         self.model.load_state_dict(state["model"])
         self.feedback.load_state_dict(state["feedback"])
         if self.transport is not None:
-            match_ranks(self.transport, state["transport"])
             self.transport.load_state_dict(state["transport"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.loss, nn.Module) and "loss" in state:
+            self.loss.load_state_dict(state["loss"])
         self.steps = state["steps"]
         if self._kind is None:
             self._kind, self.task = state.get("task"), None
+
+    def check_units(self, state: Mapping[str, Any]) -> None:
+        """ValueError if ``state``, of a :meth:`state_dict`, is that of a learner with other units:
+        their feedback would not fit."""
+        units = [unit.name for unit in self.units]
+        if (saved := state.get("units", units)) != units:
+            raise ValueError(f"state is of a learner with units {saved}, this one has {units}")
 
     # --- one batch ------------------------------------------------------------------------------
 
@@ -332,7 +382,7 @@ class Learner:
         )
         with carried, self._recomputing():
             z = forward(self.model, x)
-            loss = self._loss(z, y)
+            loss = self._taught(z, y)
             with outside_autocast():
                 scale(loss).backward()  # type: ignore[no-untyped-call]
         for unit in self.plan.units:
@@ -348,23 +398,27 @@ class Learner:
         )
         losses: dict[str, Tensor] = {}
 
-        def unit_loss(unit: Unit, h: Tensor) -> Tensor:
+        def unit_loss(unit: Unit, features: dict[int, Tensor]) -> Tensor:
             if unit is self.plan.output:
-                loss = self._loss(h, y)
+                loss = self._taught(features[0], y)
             else:
-                loss = self.rule.loss(
-                    self.unit_spec(unit), self.feedback_of(unit), unit.layout(h), supervision
-                )
+                each = [self._rule_loss(unit, i, h, supervision) for i, h in features.items()]
+                loss = each[0] if len(each) == 1 else torch.stack(each).sum()
             losses[unit.name] = loss.detach()
             return scale(loss)
 
         def unit_backward(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
-                parameters = [self.model.get_parameter(name) for name in unit.parameters]
+                parameters: list[Tensor] = [
+                    self.model.get_parameter(name) for name in unit.parameters
+                ]
             else:
-                parameters = reached(heads, list(self.model.parameters()))
-            if (feedback := self.feedback_of(unit)) is not None:
-                parameters = [*parameters, *feedback.parameters()]
+                parameters = [*reached(heads, list(self.model.parameters()))]
+            for i in range(len(unit.features)):
+                if (feedback := self.feedback_of(unit, i)) is not None:
+                    parameters += feedback.parameters()
+            if unit is self.plan.output:
+                parameters += self._loss_parameters
             parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 torch.autograd.backward(heads, inputs=parameters)
@@ -391,9 +445,19 @@ class Learner:
         assert self.task is not None, "every batch is checked before it is learned from"
         return self.task
 
+    def _taught(self, z: Tensor, y: Tensor) -> Tensor:
+        """The task loss of the network's output ``z``, which teaches the last unit."""
+        loss = self._loss(z, y)
+        if OUTPUT not in self._known:
+            of_model = {*leaves_of([z]), *self.model.parameters()}
+            own = [p for p in leaves_of([loss]) if p not in of_model]
+            self._loss_parameters = check_trained(own, self.optimizer)
+            self._known.add(OUTPUT)
+        return loss
+
     def _loss(self, z: Tensor, y: Tensor) -> Tensor:
         try:
-            return self.loss(z, y)
+            loss = self.loss(z, y)
         except Exception as error:
             if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
                 raise  # out of memory, or an error of the loss's own
@@ -401,6 +465,20 @@ class Learner:
                 f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "
                 f"{tuple(y.shape)}, {y.dtype}: {error}" + f"; {FOR_TOKENS}" * (z.ndim == 3)
             ) from error
+        if not z.requires_grad:
+            return loss
+        return check_scalar("loss must be 0-dim and depend on the output", loss)
+
+    def _rule_loss(self, unit: Unit, i: int, h: Tensor, supervision: Supervision) -> Tensor:
+        """The rule's loss on the ``i``-th features ``h`` of ``unit``."""
+        spec, feedback = self.unit_spec(unit, i), self.feedback_of(unit, i)
+        must = f"the loss of rule {self.rule.name!r} must be 0-dim and depend on h"
+        found = self.rule.loss(spec, feedback, unit.features[i].layout(h), supervision)
+        loss = check_scalar(must, found)
+        if unit.name not in self._known and not depends(loss, h):
+            raise ValueError(f"{must}, got one that does not")
+        self._known.add(unit.name)
+        return loss
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self.recompute:
@@ -439,6 +517,9 @@ class Learner:
     def _check(self, x: Any, y: Tensor) -> None:
         """Refuse a batch that cannot be learned from. On devices other than the CPU reading values
         costs a host sync: there it is done for the first batch only."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("learning needs gradients, which torch.inference_mode does not record")
+        check_input("x", x)
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
         inputs = [value for value in _parts(x) if isinstance(value, Tensor)]
@@ -447,7 +528,7 @@ class Learner:
         shape, first = self.plan.output_shape, self.task is None
         task = find_task(self.loss, shape, y, self._kind) if self.task is None else self.task
         if task.kind in ("classes", "binary", "labels") and isinstance(x, Tensor):
-            sizes = [x.shape[axis] for axis in self._batch_axes]
+            sizes = [x.shape[axis] for axis in self.plan.batch_axes]
             if sizes and (y.ndim == 0 or len(y) not in sizes):
                 raise ValueError(
                     f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
@@ -469,16 +550,18 @@ def _parts(x: Any) -> Iterable[Any]:
     return x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,)
 
 
+def _key(unit: int, feature: int) -> str:
+    """The key of a feedback: that of a unit's only feature is the unit's number."""
+    return f"{unit}_{feature}" if feature else str(unit)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def _unscaled(loss: Tensor) -> Tensor:
     return loss
-
-
-def _batch_axes(example: Any, plan: Plan) -> list[int]:
-    """Axes of an input that may be its batch: as long as the first axis of the output. None where
-    the first axis is not, as where tokens of all samples are in one axis of the output."""
-    shape = example[:2].shape if isinstance(example, Tensor) else ()
-    axes = [axis for axis, n in enumerate(shape[:2]) if plan.output_shape[:1] == (n,)]
-    return axes if axes[:1] == [0] else []  # of both, sequences that come first have the second
 
 
 def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:

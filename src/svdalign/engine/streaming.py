@@ -19,17 +19,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
-from .forward import first_tensor, forward
+from .forward import forward
 from .units import Plan, Unit
 
 __all__ = ["UnitBackward", "UnitLoss", "stream"]
 
-UnitLoss = Callable[[Unit, Tensor], Tensor]
-"""``(unit, h) -> loss``: the unit's own loss on its output ``h``, 0-dim, part of its graph."""
+UnitLoss = Callable[[Unit, dict[int, Tensor]], Tensor]
+"""``(unit, {i: h}) -> loss``: the unit's own loss on its ``i``-th features ``h`` (those that are
+not frozen), 0-dim, part of its graph."""
 
 UnitBackward = Callable[[Unit, list[Tensor], bool], None]
 """``(unit, heads, planned)``: take the unit's gradients, those of the 0-dim ``heads``, its own loss
@@ -52,9 +53,9 @@ class _Segment:
             entered = [_Port.apply(h, s) for h, s in zip(outputs, self.signals, strict=True)]  # type: ignore[no-untyped-call]
             self.outputs, self.ports = map(list, zip(*entered, strict=True))
 
-    def learn(self, unit_loss: UnitLoss, feature: int) -> None:
-        """Have the unit's own loss, on one of its outputs, join its graph."""
-        self.loss = unit_loss(self.unit, self.outputs[feature])
+    def learn(self, unit_loss: UnitLoss, features: dict[int, int]) -> None:
+        """Have the unit's own loss, on these of its outputs, join its graph."""
+        self.loss = unit_loss(self.unit, {i: self.outputs[at] for i, at in features.items()})
         self.outputs.clear()  # which are not to be held
 
     def heads(self) -> list[Tensor]:
@@ -130,8 +131,11 @@ class _Stream:
         if not outputs:  # frozen, and so is all before it
             self.advance(index)
             return output
-        feature = next((i for i, t in enumerate(outputs) if t is first_tensor(output)), 0)
-        self.learn(index, outputs, edges, feature)
+        leaves = tree_leaves(output)
+        at = {id(tensor): place for place, tensor in enumerate(outputs)}
+        taught = [id(leaves[feature.index]) for feature in self.plan.units[index].features]
+        features = {i: at[tensor] for i, tensor in enumerate(taught) if tensor in at}
+        self.learn(index, outputs, edges, features)
         return handed_on
 
     def advance(self, index: int) -> bool:
@@ -140,14 +144,14 @@ class _Stream:
         return planned
 
     def learn(
-        self, index: int, outputs: list[Tensor], edges: list[GradientEdge], feature: int
+        self, index: int, outputs: list[Tensor], edges: list[GradientEdge], features: dict[int, int]
     ) -> None:
         self.active = False
         unit, planned = self.plan.units[index], self.advance(index)
         # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             segment = _Segment(unit, outputs, edges, planned)
-            segment.learn(self.unit_loss, feature)
+            segment.learn(self.unit_loss, features)
         self.window.append(segment)
         if len(self.window) > self.horizon:
             self.pop()
@@ -257,7 +261,7 @@ def stream(
         with contextlib.suppress(_Left):
             z = forward(model, x)
         if z is not None and z.requires_grad:
-            state.learn(len(plan.units) - 1, [z], [], 0)
+            state.learn(len(plan.units) - 1, [z], [], {0: 0})
         state.active = False
         while state.window:
             state.pop()

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ._cut import cut_layer
 from .layers import FactoredLayer, absolute_rank
 from .rediagonalize import energy_rank, rediagonalized, spectrum
 
-__all__ = ["RankCut", "match_ranks", "parameter_budget", "reduce_rank"]
+__all__ = ["RankCut", "parameter_budget", "reduce_rank"]
 
 
 class Trainer(Protocol):
@@ -149,21 +149,6 @@ def parameter_budget(model: nn.Module, parameters: int | float) -> int:
 def _cost(layer: FactoredLayer) -> int:
     """Parameters of a direction."""
     return len(layer.U) + 1 + len(layer.V)
-
-
-def match_ranks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the factored layers of ``model`` the ranks that their factors have in a state dict.
-
-    After it ``model.load_state_dict(state)`` fits. Until then the values of a layer whose rank
-    changed are undefined.
-    """
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactoredLayer):
-            s = state.get(f"{name}.s" if name else "s")
-            if s is not None and s.ndim == 1 and s.numel() != layer.rank:
-                r = s.numel()
-                U, V = layer.U.new_empty(len(layer.U), r), layer.V.new_empty(len(layer.V), r)
-                layer.set_factors(U, layer.s.new_empty(r), V)
 
 
 def _optimizers(

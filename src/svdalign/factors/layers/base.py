@@ -212,6 +212,18 @@ class FactoredLayer(nn.Module):
                 parameter.data = torch.empty(0, dtype=other, device=value.device)
                 parameter.data = value
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the rank of the factors in ``state_dict``, then their values."""
+        s = state_dict.get(f"{prefix}s")
+        if isinstance(s, Tensor) and s.ndim == 1 and 1 <= len(s) <= self.full_rank:
+            r = len(s)
+            if r != self.rank:
+                U, V = self.U.new_zeros(len(self.U), r), self.V.new_zeros(len(self.V), r)
+                self.set_factors(U, self.s.new_zeros(r), V)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def rank(self) -> int:
         """Current rank r."""

@@ -1,0 +1,92 @@
+"""What a learner refuses, with the cause and the way to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["check_input", "check_model", "check_scalar", "check_trained"]
+
+_PARALLEL = {
+    "DistributedDataParallel": "averages the gradients of one backward pass through all of it",
+    "FullyShardedDataParallel": "gathers weights for one backward pass through all of it",
+    "DataParallel": "runs copies of it, in which no unit can end",
+}
+
+
+def check_model(model: nn.Module, *, units: bool) -> None:
+    """Refuse a model that cannot be trained; ``units``: that cannot be trained unit by unit."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a learner needs gradients, which torch.inference_mode does not record")
+    name = type(model).__name__
+    if name in _PARALLEL:
+        raise ValueError(
+            f"model is a {name}, which {_PARALLEL[name]}; give the module inside it, model.module. "
+            "For several processes there is svdalign.parallel.DataParallel(learner)"
+        )
+    if units and name == "OptimizedModule":
+        raise ValueError(
+            "model was compiled as a whole, so that no unit can end inside it; give the module "
+            "before torch.compile, and compile its blocks in place, block.compile()"
+        )
+    parameters = dict(model.named_parameters())
+    for path, p in parameters.items():
+        kind = (
+            "lazy: run the model on a batch first"
+            if is_lazy(p)
+            else "on the meta device"
+            if p.is_meta
+            else "made in inference mode"
+            if p.is_inference()
+            else None
+        )
+        if kind is not None:
+            raise ValueError(f"model must have weights that can be trained, but {path!r} is {kind}")
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError("model has no parameter to train (none requires a gradient)")
+
+
+def check_input(name: str, x: Any) -> None:
+    """Refuse inputs that are arrays of numpy."""
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
+    if any(isinstance(leaf, np.ndarray) for value in values for leaf in tree_leaves(value)):
+        raise TypeError(
+            f"{name} must be a tensor, or a tuple or dict of arguments of the model, got a "
+            "numpy.ndarray: torch.from_numpy makes a tensor of it"
+        )
+
+
+def check_scalar(what: str, loss: Any) -> Tensor:
+    """``loss``, 0-dim, if it is a number that has a gradient."""
+    if not isinstance(loss, Tensor):
+        found = "None" if loss is None else type(loss).__name__
+    elif loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}"
+    elif not loss.requires_grad:
+        found = "one that is detached"
+    else:
+        return loss.reshape(())
+    raise ValueError(f"{what}, got {found}")
+
+
+def check_trained(
+    parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[Tensor, ...]:
+    """``parameters`` of the loss, if ``optimizer`` trains them all."""
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    found = tuple(parameters)
+    if missing := [tuple(p.shape) for p in found if p not in trained]:
+        raise ValueError(
+            f"loss has weights of its own, of shapes {missing}, which the optimizer does not "
+            "train: optimizer=lambda p: torch.optim.AdamW([*p, *loss.parameters()], 1e-3), or "
+            "loss.requires_grad_(False) to keep them"
+        )
+    return found

@@ -1,0 +1,156 @@
+"""Cutting a model into units: where they end and what belongs to them, brought together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import cuts
+from .cuts import Call, Units
+from .forward import evaluating
+from .layout import AS_IT_IS, Layout, layout_of
+from .ownership import Trial
+from .units import OUTPUT, Feature, Plan, Unit
+
+__all__ = ["make_plan"]
+
+
+def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = False) -> Plan:
+    """Cut ``model`` into units and assign its parameters.
+
+    ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
+    activation and pooling modules that follow it; ``"block"`` after every residual or transformer
+    block (after every layer where there are none); ``"stage"`` after every run of blocks of one
+    feature shape; an int after that many blocks; a list of module names after each of these; a
+    callable ``(name, module) -> bool`` where it says so. ``example``: a batch the model can run on.
+    ``whole``: a plan of one unit will do though the model has several layers; it is
+    backpropagation.
+
+    The layers that lead to the output belong to the output's own unit, which learns from the task.
+    A unit ends only where its output has the batch as an axis. Layers that are dropped at random
+    in training have their units all the same.
+
+    Raises ValueError for a specification that names no place to cut, for one that leaves a model of
+    several layers in one piece (unless ``whole``), for a model whose units share a piece of their
+    graphs that cannot be told apart or whose output needs no gradient, for a callable that ends a
+    unit where none can end, and for checkpointing that hides a unit's graph.
+    """
+    if isinstance(units, list | tuple):
+        units = _named(model, units)
+    example, calls = _run(model, example)
+    mode, calls = _mode_that_runs_all(model, example, calls)
+    ends = cuts.exits(model, units, calls)
+    outputs = [
+        (c.path, c.module, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)
+    ]
+    known = {call.path for call in calls}
+    for _ in range(2 * len(known) + 2):
+        trial = Trial(model, ends)
+        with mode():
+            z = trial.run(example)
+        if trial.shared is not None:
+            if trial.shared in ends or trial.shared not in known:
+                raise ValueError(
+                    f"units={units!r}: the inside of unit {trial.owner!r} is used again outside "
+                    "it; choose larger units, for example units='block'"
+                )
+            ends = ends | {trial.shared}
+            continue
+        idle = {p for p in ends if not any(s.parameters for s in trial.segments if s.exit == p)}
+        if not idle and ends and not trial.output_parameters:
+            idle = {trial.segments[-1].exit}
+        layouts, odd = [], {}
+        for segment in trial.segments:
+            found = [
+                layout_of(segment.exit, f.shape, tuple(z.shape), outputs) for f in segment.features
+            ]
+            layouts.append([layout or AS_IT_IS for layout in found])
+            if None in found:
+                odd[segment.exit] = segment.features[found.index(None)].shape
+        if odd and callable(units):
+            path, shape = next(iter(odd.items()))
+            raise ValueError(
+                f"units ends a unit at {path!r}, whose output of shape {shape} does not keep the "
+                f"batch of the network's output, {tuple(z.shape)}, as an axis"
+            )
+        if not idle and not odd:
+            if not ends and not whole:
+                _refuse_one_piece(model, units, calls)
+            return _plan(model, trial, layouts, z, example, calls)
+        ends = ends - idle - odd.keys()
+    raise ValueError(
+        f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
+    )
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module], bool]:
+    """Ends units at the modules of these names."""
+    known = [name for name, _ in model.named_modules() if name]
+    if not names or (unknown := [name for name in names if name not in known]):
+        what = f"no module {', '.join(map(repr, unknown))}" if names else "an empty list"
+        raise ValueError(f"units must name modules of the model, got {what}; it has {known}")
+    return lambda name, module: name in names
+
+
+def _run(model: nn.Module, example: Any) -> tuple[Any, list[Call]]:
+    """The calls of a run over two samples of ``example``, or all of it where the model takes no
+    other number."""
+    if isinstance(example, Tensor) and len(example) > 2:
+        with contextlib.suppress(Exception):  # the model's own, of whatever kind
+            return example[:2], cuts.trace(model, example[:2])
+    return example, cuts.trace(model, example)
+
+
+def _mode_that_runs_all(
+    model: nn.Module, example: Any, calls: list[Call]
+) -> tuple[Callable[[], AbstractContextManager[None]], list[Call]]:
+    """What makes a context in which ``model`` runs all its layers, and its calls there:
+    evaluation if it drops some at random in training, else the present mode."""
+    if model.training:
+        with contextlib.suppress(Exception), evaluating(model):  # not all models can be evaluated
+            evaluated = cuts.trace(model, example)
+            if _with_parameters(evaluated) > _with_parameters(calls):
+                return partial(evaluating, model), evaluated
+    return contextlib.nullcontext, calls
+
+
+def _with_parameters(calls: Sequence[Call]) -> set[str]:
+    return {call.path for call in calls if next(call.module.parameters(), None) is not None}
+
+
+def _plan(
+    model: nn.Module,
+    trial: Trial,
+    layouts: Sequence[Sequence[Layout]],
+    z: Tensor,
+    example: Any,
+    calls: Sequence[Call],
+) -> Plan:
+    last = Unit(OUTPUT, "", 0, trial.output_parameters, (Feature(0, tuple(z.shape)),))
+    found = {name for unit in (*trial.segments, last) for name in unit.parameters}
+    unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
+    units = (*trial.finished(layouts), last)
+    # The head is left out: it would be recomputed at once.
+    blocks = cuts.in_order(calls, cuts.blocks_and_neighbours(model, cuts.layers(calls), calls))[:-1]
+    shape = example.shape if isinstance(example, Tensor) else ()
+    batch_axes = tuple(axis for axis, n in enumerate(shape[:2]) if z.shape[:1] == (n,))
+    if batch_axes[:1] != (0,):  # of both, sequences that come first have the second
+        batch_axes = ()
+    return Plan(units, tuple(z.shape), tuple(unreached), tuple(blocks), batch_axes)
+
+
+def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None:
+    """ValueError if ``model`` has more than one layer: the one unit would be backpropagation."""
+    layers = cuts.layers(calls)
+    if len(layers) > 1:
+        blocks = len(cuts.in_order(calls, cuts.blocks(model, layers)))
+        raise ValueError(
+            f"units={units!r} leaves this model of {len(layers)} layers, {blocks} blocks, in one "
+            "piece, to be trained by backpropagation; choose smaller units, or horizon=None if "
+            "that is wanted"
+        )

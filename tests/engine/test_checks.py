@@ -1,0 +1,295 @@
+"""What a learner refuses names the cause, and what comes close to it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import svdalign as sva
+from svdalign.rules import ErrorSource, Rule
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.05)
+
+
+def net(width: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, width)
+    )
+
+
+X, Y = torch.randn(9, 6), torch.arange(9) % 3
+
+
+def learner_of(model: nn.Module | None = None, rule="ssa", **options) -> sva.Learner:
+    given = {"optimizer": sgd, "example": X} | options
+    return sva.Learner(net() if model is None else model, rule, **given)
+
+
+# --- models that cannot be trained in units -----------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["ssa", "bp"])
+def test_parallel_wrappers_are_refused_with_the_way_to_do_it(rule: str, tmp_path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'meeting'}"
+    )
+    try:
+        for wrapped in (DistributedDataParallel(net()), DataParallel(net())):
+            with pytest.raises(
+                ValueError, match=r"model is a \w+Parallel.*model\.module.*svdalign\.parallel"
+            ):
+                learner_of(wrapped, rule)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_compiled_as_a_whole_is_refused_for_units() -> None:
+    with pytest.raises(ValueError, match=r"compiled as a whole.*before torch\.compile"):
+        learner_of(torch.compile(net(), backend="eager"))
+
+
+def test_inference_mode_is_refused() -> None:
+    model = net()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch\.inference_mode"):
+        learner_of(model)
+    learner = learner_of()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch\.inference_mode"):
+        learner.step(X, Y)
+    with torch.no_grad():  # which backward undoes
+        learner.step(X, Y)
+    with torch.inference_mode():
+        made = net()
+    with pytest.raises(ValueError, match=r"'0\.weight' is made in inference mode"):
+        learner_of(made)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_forward_without_gradients_is_named_as_the_cause(context) -> None:
+    class Quiet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with context():
+                return self.net(x).clone()
+
+    with pytest.raises(ValueError, match=r"output of model does not require a gradient.*no_grad"):
+        learner_of(Quiet())
+
+
+def test_models_without_weights_yet_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'0\.weight' is lazy: run the model on a batch first"):
+        learner_of(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3)))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device"):
+        learner_of(model)
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_arrays_are_refused(form) -> None:
+    array = np.zeros((9, 6), np.float32)
+    with pytest.raises(TypeError, match=r"example must be a tensor.*numpy\.ndarray.*from_numpy"):
+        learner_of(example=form(array))
+    with pytest.raises(TypeError, match=r"x must be a tensor.*numpy\.ndarray"):
+        learner_of().step(form(array), Y)
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda h: None, "got None"),
+        (lambda h: 0.5, "got float"),
+        (lambda h: h.sum(1), r"got a tensor of shape \(9,\)"),
+        (lambda h: h.sum().detach(), "got one that is detached"),
+        (lambda h: torch.ones((), requires_grad=True) * 2, "got one that does not"),
+    ],
+)
+def test_a_rules_loss_is_a_number_that_depends_on_h(made, found: str) -> None:
+    @dataclass(frozen=True)
+    class Odd(Rule):
+        name: str = "odd"
+        error: ErrorSource = "local"
+
+        def loss(self, unit, feedback, h, supervision):
+            return made(h)
+
+    with pytest.raises(
+        ValueError, match=rf"loss of rule 'odd' must be 0-dim and depend on h, {found}"
+    ):
+        learner_of(rule=Odd()).step(X, Y)
+
+
+@pytest.mark.parametrize("rule", ["ssa", "bp", "dfa"])
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda z: None, "got None"),
+        (lambda z: z.sum(1), r"got a tensor of shape \(9,\)"),
+        (lambda z: z.sum().detach(), "got one that is detached"),
+    ],
+)
+def test_the_task_loss_is_a_number_that_depends_on_the_output(rule, made, found: str) -> None:
+    learner = learner_of(rule=rule, loss=lambda z, y: made(z))
+    with pytest.raises(ValueError, match=found):
+        learner.step(X, Y)
+
+
+# --- weights of the loss ------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Classes by weights of the loss's own, as in ArcFace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z @ self.weight, y)
+
+
+def of_loss(form: str) -> tuple[Head, object]:
+    head = Head()
+    return head, head if form == "module" else lambda z, y: head(z, y)
+
+
+@pytest.mark.parametrize("form", ["module", "function"])
+@pytest.mark.parametrize("rule", sva.rules.available())
+def test_weights_of_the_loss_get_its_gradient(rule: str, form: str) -> None:
+    head, loss = of_loss(form)
+    model = net()
+    learner = learner_of(
+        model, rule, loss=loss, optimizer=lambda p: sgd([*p, *head.parameters()]),
+    )  # fmt: skip
+    (expected,) = torch.autograd.grad(head(model(X), Y), head.weight)
+    learner.gradients(X, Y)
+    assert head.weight.grad is None
+    learner.backward(X, Y)
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+@pytest.mark.parametrize("form", ["module", "function"])
+@pytest.mark.parametrize("rule", ["bp", "ssa"])
+def test_weights_of_the_loss_that_nobody_trains_are_refused(rule: str, form: str) -> None:
+    head, loss = of_loss(form)
+    with pytest.raises(
+        ValueError, match=r"loss has weights of its own.*\(3, 3\).*loss\.parameters"
+    ):
+        learner_of(rule=rule, loss=loss).step(X, Y)
+    head.requires_grad_(False)
+    learner_of(rule=rule, loss=loss).step(X, Y)
+
+
+def test_weights_of_the_loss_are_saved(tmp_path) -> None:
+    def make() -> tuple[Head, sva.Learner]:
+        head = Head()
+        learner = learner_of(loss=head, optimizer=lambda p: sgd([*p, *head.parameters()]))
+        return head, learner
+
+    (head, learner), (other, again) = make(), make()
+    learner.step(X, Y)
+    sva.save(learner, tmp_path / "run")
+    assert not torch.equal(head.weight, other.weight)
+    sva.load(tmp_path / "run", into=again)
+    assert torch.equal(head.weight, other.weight)
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_evaluates_the_loss_takes_the_steps_of_its_closure() -> None:
+    def make() -> tuple[nn.Module, sva.Learner]:
+        model = net()
+        return model, learner_of(model, "bp", optimizer=torch.optim.LBFGS)
+
+    (model, learner), (other, by_hand) = make(), make()
+
+    def closure() -> Tensor:
+        by_hand.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(other(X), Y)
+        loss.backward()
+        return loss
+
+    first = by_hand.optimizer.step(closure)
+    report = learner.step(X, Y)
+    torch.testing.assert_close(report.loss, first.detach())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(TypeError, match=r"LBFGS evaluates the loss by itself.*learner\.step"):
+        learner.update()
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al. 2024): ``y`` stands in the weights, ``z`` in the state, and
+    evaluation is at ``x = (y - (1 - beta) z) / beta``."""
+
+    def __init__(self, parameters, lr: float, beta: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": beta, "k": 0, "train_mode": True})
+
+    def x(self, p: Tensor) -> Tensor:
+        beta = self.param_groups[0]["beta"]
+        return (p - (1 - beta) * self.state[p]["z"]) / beta if p in self.state else p
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, beta = group["lr"], group["beta"]
+            weight = 1 / (group["k"] + 1)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                z = self.state[p].setdefault("z", p.clone())
+                x = (p - (1 - beta) * z) / beta
+                z -= lr * p.grad
+                x = (1 - weight) * x + weight * z
+                p.copy_(beta * x + (1 - beta) * z)
+            group["k"] += 1
+
+
+def test_the_retraction_moves_both_copies_of_a_schedule_free_optimizer() -> None:
+    """So ``x``, which it never sees, moves by as much as the weights do."""
+    model = sva.factorize(net(), {"0": 3, "2": 3})
+    learner = learner_of(model, optimizer=lambda p: ScheduleFree(p, 0.5))
+    optimizer = learner.optimizer
+    for _ in range(3):
+        learner.step(X, Y)
+    learner.optimizer.zero_grad()
+    learner.backward(X, Y)
+    optimizer.step()
+    factors = [model[0].U, model[0].V, model[2].U, model[2].V]
+    before = [(p.detach().clone(), optimizer.x(p).detach().clone()) for p in factors]
+    learner.after_update()
+    for p, (y, x) in zip(factors, before, strict=True):
+        moved = p.detach() - y
+        assert moved.abs().max() > 1e-4
+        torch.testing.assert_close(optimizer.x(p).detach() - x, moved, rtol=0, atol=1e-6)
+
+
+def test_a_state_of_the_same_name_of_other_optimizers_stays() -> None:
+    class Other(torch.optim.SGD):
+        pass
+
+    model = sva.factorize(net(), {"0": 3, "2": 3})
+    learner = learner_of(model, optimizer=lambda p: Other(p, 0.5))
+    learner.backward(X, Y)
+    learner.optimizer.state[model[0].U]["z"] = torch.ones_like(model[0].U)
+    learner.update()
+    assert torch.equal(learner.optimizer.state[model[0].U]["z"], torch.ones_like(model[0].U))
