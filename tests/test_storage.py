@@ -162,7 +162,7 @@ def test_ranks_stand_in_the_header(tmp_path):
     raw = (tmp_path / "x").read_bytes()
     header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
     assert json.loads(header["__metadata__"]["ranks"]) == {"0": 5, "4": 2}
-    assert header["model.4.U"]["shape"] == [24, 2]
+    assert header["model.4.U"]["shape"] == [8, 2]
 
 
 # --- files that are refused ---------------------------------------------------------------------
