@@ -2,11 +2,13 @@
 
 The model runs once and keeps its whole graph. Every unit's loss is differentiated through that
 graph to the parameters of the units within its horizon, and to no others. ``borders``: indices of
-units that no gradient travels past.
+units that no gradient travels past. ``every_output``: units of several outputs are taught at each
+of them, in place of the first alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 UnitLoss = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(unit's index, its output, the network's output, targets) -> its loss"""
+"""(number of the output, the output, the network's output, targets) -> a loss on it; a unit's loss
+is the sum over its outputs"""
 
 
 def gradients(
@@ -28,17 +31,21 @@ def gradients(
     loss: UnitLoss,
     horizon: int,
     borders: Sequence[int] = (),
+    every_output: bool = False,
 ) -> dict[str, Tensor]:
-    outputs: list[Tensor] = []
+    outputs: list[list[Tensor]] = []
 
     def record(module: nn.Module, args: object, output: object) -> None:
-        outputs.append(next(t for t in tree_leaves(output) if isinstance(t, Tensor)))
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        outputs.append(tensors if every_output else tensors[:1])
 
     handles = [model.get_submodule(path).register_forward_hook(record) for path in exits]
     z = model(x)
     for handle in handles:
         handle.remove()
-    losses = [loss(i, h, z, y) for i, h in enumerate(outputs)] + [F.cross_entropy(z, y)]
+    number = itertools.count()
+    losses = [sum(loss(next(number), h, z, y) for h in of_unit) for of_unit in outputs]
+    losses.append(F.cross_entropy(z, y))
     assert len(losses) == len(parameters)
     named = dict(model.named_parameters())
     total: dict[str, Tensor] = {}
