@@ -8,20 +8,24 @@ through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and a
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+from svdalign.lab.reports import plots
 
 HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
 FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
+
+#: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of ``profile_airbench.json``.
+BENCH = {
+    "bp-dense": ("BP", "bp-dense"),
+    "bp": ("SVD-BP", "bp"),
+    "ssa-two": ("SSA, two units", "ssa-local"),
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -33,98 +37,85 @@ def colour(label: str) -> str:
     return next(c for start, c in COLOURS.items() if start in label)
 
 
-def overview(left: Axes, right: Axes) -> None:
-    rows = list(reversed(read("reproduce/table1")["rows"]))
-    left.barh(
-        [row["label"] for row in rows],
-        [100 * row["accuracy"] for row in rows],
-        xerr=[100 * row["accuracy_std"] for row in rows],
-        color=[colour(row["label"]) for row in rows],
-        height=0.65,
-    )
-    left.set(xlim=(40, 68), xlabel="test accuracy, % (10,000 images of CIFAR-10, 16×16)")
-    held = read("held_activations")
-    for (name, by_depth), style in zip(held["bytes"].items(), ("-", ":", "--", "-"), strict=True):
-        depths = [int(depth) for depth in by_depth]
-        sizes = [size / 2**20 for size in by_depth.values()]
-        right.plot(depths, sizes, style, color=colour(name), marker="o", ms=3, label=name)
-    right.set(xlabel="depth, convolutional units", ylabel="activations at the peak, MiB")
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False)
+def overview() -> list[plots.Plot]:
+    rows = read("reproduce/table1")["rows"]
+    held = read("held_activations")["bytes"]
+    return [
+        plots.bars(
+            {row["label"]: {"accuracy": 100 * row["accuracy"]} for row in rows},
+            "test accuracy, % (10,000 images of CIFAR-10, 16×16)",
+            spread={row["label"]: 100 * row["accuracy_std"] for row in rows},
+            colours=colour,
+            start=40.0,
+        ),
+        plots.curves(
+            {
+                name: [[(int(depth), size / 2**20) for depth, size in by_depth.items()]]
+                for name, by_depth in held.items()
+            },
+            "depth, convolutional units",
+            "activations at the peak, MiB",
+        ),
+    ]
 
 
-def rank(axes: Axes) -> None:
+def rank() -> list[plots.Plot]:
     """Training accuracy: means over an epoch and over seeds are smoother than test accuracy is at
     a high learning rate."""
     content = read("rank_state")
-    for i, variant in enumerate(row["variant"] for row in content["summary"]):
-        histories = [row["history"] for row in content["rows"] if row["variant"] == variant]
-        epochs = zip(*histories, strict=True)
-        curve = [100 * statistics.mean(e["train_accuracy"] for e in epoch) for epoch in epochs]
-        axes.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, label=variant, color=f"C{i}")
-    axes.set(xlabel="epoch", ylabel="training accuracy, %")
-    axes.legend(frameon=False)
+    histories = {
+        row["variant"]: [r["history"] for r in content["rows"] if r["variant"] == row["variant"]]
+        for row in content["summary"]
+    }
+    points = {
+        variant: [[(i, 100 * row["train_accuracy"]) for i, row in enumerate(h, 1)] for h in seeds]
+        for variant, seeds in histories.items()
+    }
+    return [plots.curves(points, "epoch", "training accuracy, %", whole=True)]
 
 
-#: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of ``profile_airbench.json``.
-BENCH = {
-    "bp-dense": ("BP", "bp-dense"),
-    "bp": ("SVD-BP", "bp"),
-    "ssa-two": ("SSA, two units", "ssa-local"),
-}
-
-
-def bench(over_time: Axes, over_macs: Axes, against_memory: Axes) -> None:
+def bench() -> list[plots.Plot]:
     """Seed 0 of every method. Arithmetic is that of a step at the first rank; later ranks are
-    smaller."""
+    smaller. Points of checkpointed backpropagation are hollow: it computes the same."""
     costs = {row["method"]: row for row in read("profile_airbench")["methods"]}
-    styles = {"bp-dense": "o-", "bp": "s--", "dfa": "^-", "ssa-two": "P-"}
+    over_time: dict[str, plots.Seeds] = {}
+    over_macs: dict[str, plots.Seeds] = {}
+    against_memory: dict[str, tuple[float, float, None]] = {}
+
+    def peak(method: str) -> float:
+        return float(costs[method]["memory"]["peak"]) / 2**20
+
     for name, (label, method) in BENCH.items():
         run = read(f"airbench/{name}-0")
-        config, history = run["config"], run["history"]
-        reached = [100 * row["test_accuracy"] for row in history]
-        minutes = [
-            sum(row["seconds"] for row in history[: i + 1]) / 60 for i in range(len(history))
-        ]
-        macs = costs[method]["step_macs"] * (50_000 // config["batch_size"])
-        draw = {"color": colour(label.removeprefix("SVD-")), "ms": 3, "label": label}
-        over_time.plot(minutes, reached, styles[name], **draw)
-        petas = [epoch * macs / 1e15 for epoch in range(1, len(history) + 1)]
-        over_macs.plot(petas, reached, styles[name], **draw)
-        peak = costs[method]["memory"]["peak"] / 2**20
-        against_memory.plot(peak, reached[-1], styles[name][0], color=draw["color"], label=label)
-    # Run again in parts, backpropagation computes the same.
-    for name, again in {"bp-dense": "bp-dense-checkpointed", "bp": "bp-checkpointed"}.items():
-        against_memory.plot(
-            costs[again]["memory"]["peak"] / 2**20,
-            100 * read(f"airbench/{name}-0")["accuracy"],
-            styles[name][0],
-            color=colour("BP"),
-            mfc="white",
-            label=f"{BENCH[name][0]}, checkpointed",
+        reached = [100 * row["test_accuracy"] for row in run["history"]]
+        minutes = itertools.accumulate(row["seconds"] / 60 for row in run["history"])
+        macs = costs[method]["step_macs"] * (50_000 // run["config"]["batch_size"]) / 1e15
+        over_time[label] = [list(zip(minutes, reached, strict=True))]
+        over_macs[label] = [[(macs * epoch, score) for epoch, score in enumerate(reached, 1)]]
+        against_memory[label] = (peak(method), reached[-1], None)
+    for name in ("bp-dense", "bp"):
+        label = BENCH[name][0]
+        against_memory[f"{label}, checkpointed"] = (
+            peak(f"{name}-checkpointed"),
+            against_memory[label][1],
+            None,
         )
-    over_time.set(xlabel="minutes of training, one thread", ylabel="test accuracy, %")
-    over_macs.set(xlabel="multiply-accumulates, 10¹⁵")
-    against_memory.set(xlabel="peak memory of a step, MiB")
-    against_memory.set_xlim(left=0)
-    against_memory.margins(y=0.2)
-    against_memory.legend(frameon=False, fontsize=7)
-    for axes in (over_time, over_macs):
-        axes.set_ylim(60, 95)
+    accuracy, scale = "test accuracy, %", (60.0, 95.0)
+    return [
+        plots.curves(over_time, "minutes of training, one thread", accuracy, limits=scale),
+        plots.curves(over_macs, "multiply-accumulates, 10¹⁵", accuracy, limits=scale),
+        plots.scatter(
+            against_memory,
+            "peak memory of a step, MiB",
+            accuracy,
+            styles=lambda label: {"mfc": "none"} if "checkpointed" in label else {},
+        ),
+    ]
 
 
 def main() -> None:
-    plt.rcParams.update({"svg.hashsalt": "svdalign", "font.size": 9, "axes.spines.top": False})
-    plt.rcParams.update({"axes.spines.right": False, "svg.fonttype": "none"})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    overview(left, right)
-    figure.savefig(HERE.parent / "docs" / "overview.svg", metadata={"Date": None})
-    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    rank(axes)
-    figure.savefig(HERE.parent / "docs" / "rank.svg", metadata={"Date": None})
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    bench(*panels)
-    figure.savefig(HERE.parent / "docs" / "bench.svg", metadata={"Date": None})
+    for name, draw in {"overview": overview, "rank": rank, "bench": bench}.items():
+        plots.save(draw(), DOCS / f"{name}.svg")
 
 
 if __name__ == "__main__":

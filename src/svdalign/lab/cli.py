@@ -299,7 +299,7 @@ def _profile(options: Options, terminal: Terminal) -> int:
     from .reports import break_even_table, profile_table
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
-    with _usage_errors():
+    with _usage_errors(), terminal.progress.status("working out what a step of each method holds"):
         profile = Profile(ProfileConfig(**options), folder, overwrite=overwrite)
     with terminal.progress.status("running a step of each method"):
         results = profile.run()

@@ -215,7 +215,8 @@ def scatter(
                 text = axes.annotate(
                     shorten(label), (at, points[label][1]), (beside, heights[label]), fontsize=8,
                     ha="right" if right else "left", va="center",
-                    arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.8, "shrinkB": 5},
+                    arrowprops={"arrowstyle": "-", "color": matplotlib.rcParams["grid.color"],
+                                "linewidth": 0.8, "shrinkB": 5},
                 )  # fmt: skip
                 _mark(index, text, text.arrow_patch)
         _across(axes, {name: at for name, at in (lines or {}).items() if low <= at <= high})
@@ -258,7 +259,9 @@ def bars(
                 left += parts[kind]
             error = (spread or {}).get(label)
             if error is not None:
-                drawn = axes.errorbar(left, name, xerr=error, color=INK, elinewidth=1)
+                drawn = axes.errorbar(
+                    left, name, xerr=error, color=matplotlib.rcParams["text.color"], elinewidth=1
+                )
                 _mark(index, *drawn.get_children())
             text = axes.annotate(
                 f"{left:,.3g}" if left < 1000 else f"{left:,.0f}",
@@ -329,7 +332,7 @@ def heat_map(
         bar = figure.colorbar(image, ax=axes, label=value, pad=0.02)
         bar.outline.set_visible(False)
         if centre is not None:
-            bar.ax.axhline(centre, color=INK, linewidth=1)
+            bar.ax.axhline(centre, color=matplotlib.rcParams["text.color"], linewidth=1)
 
     alt = f"{value} by {y} and {x}: from {low:.3g} to {high:.3g}"
     return Plot(alt, draw, size=(SIZE[0], min(6.0, 1.1 + 0.22 * max(len(rows), 4))))
@@ -358,8 +361,8 @@ def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> 
             axes.set_yscale("log")
         for axes in panels[len(layers) :]:
             axes.set_visible(False)
-        figure.supxlabel(x, fontsize=9.5, color=INK)
-        figure.supylabel(y, fontsize=9.5, color=INK)
+        figure.supxlabel(x, fontsize=9.5, color=matplotlib.rcParams["text.color"])
+        figure.supylabel(y, fontsize=9.5, color=matplotlib.rcParams["text.color"])
 
     last = {
         name: epochs[-1][-1] / (epochs[-1][0] or 1.0) for name, epochs in layers.items() if epochs
@@ -419,7 +422,14 @@ def _mean_curve(seeds: Seeds) -> list[tuple[float, float, float, float]]:
 
 def _across(axes: Axes, lines: Mapping[str, float]) -> None:
     for name, at in lines.items():
-        axes.axhline(at, color=INK, linewidth=0.9, linestyle=(0, (2, 2)), alpha=0.7, zorder=1)
+        axes.axhline(
+            at,
+            color=matplotlib.rcParams["text.color"],
+            linewidth=0.9,
+            linestyle=(0, (2, 2)),
+            alpha=0.7,
+            zorder=1,
+        )
         axes.annotate(
             name, (1, at), (-2, 2), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", va="bottom", fontsize=8, alpha=0.8,
