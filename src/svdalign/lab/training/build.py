@@ -1,4 +1,4 @@
-"""From a config to the things it names: data, rule, model, optimizer, learner."""
+"""Build what a config describes: data, rule, model, optimizer, learner."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.White
 
 
 def prepare_machine(config: JobConfig) -> None:
-    """Set the number of threads, and have memory kept; ValueError if the device is not there."""
+    """Set the number of CPU threads and tune the allocator; ValueError for an unknown device."""
     _keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -1,4 +1,4 @@
-"""A run's checkpoint: everything that its trainer needs to go on as if it had never stopped."""
+"""Checkpoints of runs: all that a trainer needs to continue exactly where it stopped."""
 
 from __future__ import annotations
 

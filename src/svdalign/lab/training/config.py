@@ -1,4 +1,5 @@
-"""What a training run is, as frozen dataclasses: flat, a field being a flag and a YAML key too."""
+"""The settings of a training run, as frozen dataclasses. Each field is a command line flag and a
+YAML key."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ class DataConfig:
     train_limit: int | None = option(None, "use only this many training images")
     test_limit: int | None = option(None, "use only this many test images")
     validation: int | None = option(
-        None, "hold out so many training images and evaluate on them, not on the test images"
+        None, "hold out this many training images and evaluate on them instead of the test images"
     )
     image_size: int | None = option(None, "resize images to this height and width in pixels")
     stream: bool | None = option(
@@ -120,13 +121,15 @@ class ModelConfig:
         0.5, "rank of the factors: a fraction of full rank in (0, 1], or a whole number"
     )
     scheme: Literal["channel", "spatial"] = option(
-        "channel", "how a kernel becomes a matrix: channel (more accurate and faster), or spatial"
+        "channel",
+        "how a kernel is reshaped into a matrix: channel (more accurate and faster) or spatial",
     )
     factor_classifier: bool = option(
         False, "factor the classifier as well: where there are many classes it is a large layer"
     )
     retraction: Literal["qr", "polar", "newton-schulz"] | None = option(
-        "qr", "what keeps the factors orthonormal after each step; null: nothing but the loss"
+        "qr",
+        "how factors are made orthonormal again after each step; null: only the loss keeps them so",
     )
     fuse: bool = option(
         True, "fuse factored convolutions with the norm, activation and pooling after them"
@@ -155,15 +158,16 @@ class RankConfig:
     """rank reduction"""
 
     rank_energy: float | None = option(
-        None, "share of each layer's energy that a cut keeps, in (0, 1]; null: ranks stay"
+        None,
+        "a cut keeps this share, in (0, 1], of each layer's squared singular values; null: no cuts",
     )
     rank_parameters: int | float | None = option(
         None,
-        "parameters of the whole model that the last cut leaves, as a number or a share of those "
-        "of dense weights; cuts before it lead there by equal ratios",
+        "parameters of the whole model after the last cut: a number, or a share of the dense "
+        "model's; earlier cuts shrink the model by equal ratios",
     )
-    rank_warmup: int = option(1, "epochs before the first cut; 0: the initial weights are cut")
-    rank_period: int = option(1, "epochs from one cut to the next")
+    rank_warmup: int = option(1, "epochs before the first cut; 0 cuts the initial weights")
+    rank_period: int = option(1, "epochs between two cuts")
     rank_freeze: int | None = option(None, "no cut after this many epochs")
     rank_ratio: float = option(0.5, "a cut by energy leaves at least this share of a rank")
     rank_min: int | float = option(
@@ -199,7 +203,7 @@ class RankConfig:
         )
 
     def cuts_left_after(self, epoch: int) -> int:
-        """Cuts that come once that after ``epoch`` epochs is done; for a given ``rank_freeze``."""
+        """How many cuts follow the one after ``epoch`` epochs; needs ``rank_freeze``."""
         assert self.rank_freeze is not None
         return (self.rank_freeze - epoch) // self.rank_period
 
@@ -209,11 +213,11 @@ class OptimConfig:
     """training"""
 
     epochs: int = option(4, "passes over the training images")
-    batch_size: int = option(128, "images a step")
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "update rule of the weights")
+    batch_size: int = option(128, "training images per step")
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "the optimizer")
     weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
     momentum: float = option(0.9, "of sgd; the first of adamw's two betas")
-    nesterov: bool = option(False, "Nesterov's form of momentum, of sgd")
+    nesterov: bool = option(False, "use Nesterov momentum; sgd only")
     bias_lr: float = option(
         1.0, "factor on the learning rate of biases; their weight decay a step stays as it is"
     )
@@ -223,13 +227,15 @@ class OptimConfig:
         "learning rate over the steps: linear up, then linear to 0, cosine to 0, or flat",
     )
     warmup: float = option(0.2, "share of all steps in which the learning rate rises")
-    label_smoothing: float = option(0.0, "share of the label spread over all classes, in [0, 1)")
+    label_smoothing: float = option(
+        0.0, "label smoothing, in [0, 1): this share of each label goes to all classes alike"
+    )
     lookahead: int | None = option(
         None,
         "set weights to their moving average every so many steps, and at the end; the average "
         "follows more slowly as training goes on (Jordan 2024)",
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16 runs under autocast")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 under autocast")
 
     def __post_init__(self) -> None:
         _at_least(self, "epochs", 1)
@@ -254,8 +260,10 @@ class MachineConfig:
     """machine"""
 
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...")
-    threads: int | None = option(None, "CPU threads (torch's own choice)")
-    channels_last: bool = option(True, "hold images and kernels channels last; faster convolutions")
+    threads: int | None = option(None, "number of CPU threads (default: torch decides)")
+    channels_last: bool = option(
+        True, "keep images and kernels in channels-last memory format, which is faster"
+    )
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
 
     def __post_init__(self) -> None:
@@ -402,7 +410,7 @@ def check_settings(settings: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
 
 def evaluated_on(validation: int | None) -> str:
-    """What people are told the accuracy is of: "test" images, or "held-out" training images."""
+    """What the images are called that accuracy is measured on: "test" or "held-out"."""
     return "test" if validation is None else "held-out"
 
 
@@ -424,7 +432,7 @@ def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
 
 
 def plain(value: Any) -> Any:
-    """Strings of the command line as the YAML scalars they stand for, at any depth."""
+    """Convert strings from the command line to the YAML scalars they spell, at any depth."""
     if isinstance(value, str):
         return yaml.safe_load(value)
     if isinstance(value, Mapping):

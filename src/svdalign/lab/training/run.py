@@ -1,4 +1,4 @@
-"""A run from its trainer to its folder."""
+"""Train, and write what was measured into the run's folder."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def train(
 ) -> dict[str, Any]:
     """Run ``trainer`` to its end and leave a run folder; return what its ``results.json`` holds.
 
-    ``stop`` is asked after every step: once it says so the run ends, with ``status``
-    ``"interrupted"`` and what was measured so far. ``name`` stands for the run in ``progress``.
+    ``stop`` is called after every step. When it returns True the run ends with ``status``
+    ``"interrupted"`` and the results so far. ``name`` stands for the run in ``progress``.
     A checkpoint is written after every epoch, every ``checkpoint_seconds`` within one, and when the
     run is interrupted. ``resume``: ``trainer`` comes from the folder's checkpoint
     (:func:`load_checkpoint`).
@@ -59,7 +59,7 @@ def train(
     def on_epoch(row: dict[str, Any]) -> None:
         record.append_metrics(row)
         record.write_unreadable(trainer.data.unreadable)
-        if not trainer.diverged:  # whose last good checkpoint is kept
+        if not trainer.diverged:  # a run that diverged keeps its last good checkpoint
             save()
 
     status = trainer.run(
@@ -99,7 +99,7 @@ def describe(data: ImageData) -> dict[str, Any]:
 
 
 def _summary(trainer: Trainer, status: str, wall_seconds: float) -> dict[str, Any]:
-    """What a run says about itself: its result, and all that is needed to get it again."""
+    """The results of a run, and everything that is needed to repeat it."""
     config, model = trainer.config, trainer.learner.model
     unfinished = None
     if trainer.batch:

@@ -1,4 +1,5 @@
-"""One training run: :class:`Trainer` holds its whole state, so that it can go on anywhere."""
+"""One training run. :class:`Trainer` holds all of its state, so that it can stop and continue at
+any step."""
 
 from __future__ import annotations
 
