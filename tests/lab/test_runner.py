@@ -180,6 +180,16 @@ def test_the_same_command_goes_on(
     assert main([*WORDS, "--out", "k", "--lr", "0.5", "--overwrite"]) == 0
 
 
+def test_the_same_command_goes_on_without_a_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_train(WORDS, 3, monkeypatch)
+    kill_train([*WORDS, "--seed", "1"], 3, monkeypatch)
+    assert main(WORDS) == 0
+    assert [path.name for path in sorted(Path("runs").iterdir())] == ["train-001", "train-002"]
+    assert json.loads(Path("runs/train-001/results.json").read_text())["status"] == "finished"
+    assert main(WORDS) == 0  # what is finished is run again, in a folder of its own
+    assert Path("runs/train-003/results.json").exists()
+
+
 def test_a_run_goes_on_elsewhere_and_for_longer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

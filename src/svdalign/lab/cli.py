@@ -150,9 +150,10 @@ def _declare_train(parser: Parser) -> None:
 def _train(options: Options, terminal: Terminal) -> int:
     from .runner import Run, Sweep
     from .training.checkpoint import resumed
-    from .training.config import RunConfig, evaluated_on
+    from .training.config import RunConfig, evaluated_on, to_yaml
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
+    from .training.run import absolute
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
     resume, given = options.pop("resume"), options.pop("given")
@@ -165,7 +166,13 @@ def _train(options: Options, terminal: Terminal) -> int:
             config = resumed(resume, {name: options[name] for name in given})
         run = Run("", config, f"Rule {config.rule}", config.rule)
         at = folder if resume is None else resume
-        sweep = Sweep(at, [run], overwrite=overwrite, longer=resume is not None)
+        sweep = Sweep(
+            at,
+            [run],
+            config=to_yaml(absolute(config)),
+            overwrite=overwrite,
+            longer=resume is not None,
+        )
         if not sweep.pending:
             ended = "give it more --epochs" if resume else "give another --out, or --overwrite"
             raise ValueError(f"run folder {at} holds the results of a run that has ended; {ended}")

@@ -21,7 +21,7 @@ from .training.build import build_learner, load_data, prepare_machine
 from .training.checkpoint import load_checkpoint
 from .training.config import DataConfig, RunConfig
 from .training.progress import Progress, Silent
-from .training.record import Record, new_folder
+from .training.record import Record, new_folder, unfinished
 from .training.run import train
 from .training.trainer import Trainer
 
@@ -55,8 +55,9 @@ class Run:
 class Sweep:
     """Runs in a folder. Creating one only reads the folder.
 
-    ``folder``: None for a new one, ``runs/KIND-NNN``, made when it is first needed. ``kind``: of
-    the sweep as a whole, whose own files :attr:`top` stands for; "train" where it is one run.
+    ``folder``: None for ``runs/KIND-NNN``: the latest that was begun with ``config`` and is not
+    finished, or else a new one, made when it is first needed. ``kind``: of the sweep as a whole,
+    whose own files :attr:`top` stands for; "train" where it is one run. ``config``: its YAML.
     ``results``: by name of the run, what it has measured. ``overwrite``: start all of them over.
     ``longer``: runs that are there may go on for more epochs than they were to take.
     Raises ValueError for a folder that holds something else, for another run where one of these
@@ -69,9 +70,12 @@ class Sweep:
         runs: Iterable[Run],
         *,
         kind: str = "train",
+        config: str | None = None,
         overwrite: bool = False,
         longer: bool = False,
     ) -> None:
+        if folder is None and config is not None and not overwrite:
+            folder = unfinished("runs", kind, config)
         self._folder = None if folder is None else Path(folder)
         self._kind = kind
         self.runs: list[Run] = []

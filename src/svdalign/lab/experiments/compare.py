@@ -84,7 +84,9 @@ class Comparison:
         self._costs_of: dict[str, Any] = {}
         self._fresh = overwrite
         self._runs = {f"{name}-seed{run.seed}": (name, run) for name, run in config.runs()}
-        self._sweep = Sweep(folder, self._listed(), kind="compare", overwrite=overwrite)
+        self._sweep = Sweep(
+            folder, self._listed(), kind="compare", config=to_yaml(config), overwrite=overwrite
+        )
         self._sweep.check()
         self._first = next(iter(config.runs()))[1]
         self.data = self._sweep.data(self._first)

@@ -84,7 +84,7 @@ class Tuning:
         runs = [
             run for name in config.rules for rate in config.rates for run in config.runs(name, rate)
         ]
-        self._sweep = Sweep(folder, runs, kind="tune", overwrite=overwrite)
+        self._sweep = Sweep(folder, runs, kind="tune", config=to_yaml(config), overwrite=overwrite)
         self._sweep.check()
 
     @property

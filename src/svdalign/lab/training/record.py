@@ -36,6 +36,7 @@ __all__ = [
     "new_folder",
     "provenance",
     "read_json",
+    "unfinished",
     "write_json",
 ]
 
@@ -194,6 +195,15 @@ class Record:
             raise ValueError(f"{self.config_path} holds no options")
         return content
 
+    def was_begun_with(self, config_yaml: str) -> bool:
+        """Whether the folder holds this config, and what it asks for is not finished."""
+        try:
+            there = self.config_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+        status = (self.results() or {}).get("status", "interrupted")
+        return there == self._mark + config_yaml and status == "interrupted"
+
     def restart(self, history: Iterable[dict[str, Any]], config_yaml: str) -> None:
         """Make the folder of a run that goes on hold ``history`` and its config, and no results
         yet."""
@@ -277,6 +287,18 @@ def new_folder(parent: str | Path, stem: str) -> Path:
             number += 1
         else:
             return folder
+
+
+def unfinished(parent: str | Path, kind: str, config_yaml: str) -> Path | None:
+    """The latest folder ``parent/KIND-NNN`` that was begun with this config and is not finished;
+    None where there is none that no other process is busy with."""
+    for folder in sorted(Path(parent).glob(f"{kind}-*"), reverse=True):
+        record = Record(folder, kind)
+        if record.was_begun_with(config_yaml):
+            with contextlib.suppress(InUseError):
+                record.check_free()
+                return folder
+    return None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,7 +19,7 @@ from .progress import Progress
 from .record import Record, provenance
 from .trainer import Trainer
 
-__all__ = ["describe", "train"]
+__all__ = ["absolute", "describe", "train"]
 
 
 def train(
@@ -41,9 +41,9 @@ def train(
     """
     started = time.time()
     if resume:
-        record.restart(trainer.history, to_yaml(_absolute(trainer.config)))
+        record.restart(trainer.history, to_yaml(absolute(trainer.config)))
     else:
-        record.start(to_yaml(_absolute(trainer.config)))
+        record.start(to_yaml(absolute(trainer.config)))
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
     saved = time.monotonic()
 
@@ -77,7 +77,7 @@ def train(
     return results
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """With a path to the data that holds in every folder."""
     where = config.data_dir and str(Path(config.data_dir).absolute())
     return dataclasses.replace(config, data_dir=where)
