@@ -203,6 +203,14 @@ def test_rules_lists_what_each_can_be_told(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["dfa"]["grid"] is None
 
 
+def test_a_completion_script_knows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="completion scripts need shtab")
+    assert main(["--print_completion=shtab-bash"]) == 0
+    script = capsys.readouterr().out
+    for word in ("profile", "--horizon", "--estimate", "--seeds"):
+        assert word in script
+
+
 def test_a_switch_alone_is_on() -> None:
     words = ["--model", "mlp", "--width", "0.1", "--batch-size", "8", "--methods", "bp", "dfa"]
     assert main(["profile", "--estimate", *words, "--out", "a"]) == 0

@@ -11,7 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from jsonargparse import set_parsing_settings
 
 from .arguments import Parser, UsageError, did_you_mean, parse
 from .terminal import Terminal, close_streams, prepare_streams
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+COMPLETION = "--print_completion"  #: ``=shtab-bash`` and others, where shtab is installed
 FAILED, MISUSED = 1, 2
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 EXIT_CODES = (
@@ -103,6 +107,8 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
     that is called alone, or of all for a completion script."""
     from .. import __version__
 
+    if find_spec("shtab") is not None:
+        set_parsing_settings(add_print_completion_argument=True)
     parser = Parser(
         prog="svdalign",
         usage="svdalign COMMAND [--option value ...]",
@@ -119,7 +125,7 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
             description=entry.help,
             epilog=EXIT_CODES,
         )
-        if name in words[:1] or any(word.startswith("--print_shtab") for word in words):
+        if name in words[:1] or any(word.startswith(COMPLETION) for word in words):
             entry.declare(commands[name])
             commands[name].add_argument(
                 "--json", action="store_true", help="write results as JSON and nothing else"

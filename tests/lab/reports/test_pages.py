@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.lab.reports.made_up import LABELS, comparison, history, run, single
 
-from svdalign.lab.reports import card_text, comparison_page, run_page
+from svdalign.lab.reports import card_text, comparison_page, frame, run_page
 from svdalign.lab.reports.tables import at_chance, comparison_rows
 
 
@@ -175,3 +175,11 @@ def test_runs_of_different_lengths_share_a_figure() -> None:
     results = comparison(2)
     results["runs"][-1] = run("ssa", 1, 0.3, history=history(0.3, 2), status="interrupted")
     assert "SSA, horizon 2" in comparison_page(results)
+
+
+def test_results_as_a_frame() -> None:
+    table = frame(comparison(2))
+    assert len(table) == 2 * len(LABELS) * 4
+    last = table[(table.method == "ssa") & (table.epoch == 4)]
+    assert last.groupby("seed").test_accuracy.first().tolist() == pytest.approx([0.65, 0.66])
+    assert list(frame(single()).epoch) == [1, 2, 3, 4]

@@ -6,6 +6,7 @@ imports only :mod:`svdalign.lab.training.config`. ``plots`` draws, ``page`` fill
 """
 
 from .card import card_text
+from .frame import frame
 from .pages import comparison_page, profile_page, run_page
 from .tables import break_even_table, comparison_table, profile_table
 
@@ -14,6 +15,7 @@ __all__ = [
     "card_text",
     "comparison_page",
     "comparison_table",
+    "frame",
     "profile_page",
     "profile_table",
     "run_page",
