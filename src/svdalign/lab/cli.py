@@ -63,10 +63,10 @@ def command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (``sys.argv`` without the program) name; an exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
     parser, commands = _parsers(words)
-    called = commands.get(words[0]) if words else None
+    called = commands.get(words[0])
     program = called.prog if called else "svdalign"
     try:
         return _run(words, parser, called)
@@ -87,9 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str], parser: Parser, called: Parser | None) -> int:
-    if not words:
-        parser.print_help()
-        return 0
     if called is None:
         if not words[0].startswith("-"):
             close = did_you_mean(words[0], COMMANDS)
