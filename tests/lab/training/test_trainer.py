@@ -220,7 +220,7 @@ SGD = {"rule": "bp", "optimizer": "sgd", "lr": 0.05}
 
 def test_biases_have_a_rate_of_their_own(stripes: ImageData) -> None:
     """One step: a bias moves ``bias_lr`` times as far, its decay stays, all else is the same."""
-    decay = {"weight_decay": 0.1, "momentum": 0.0, "rank": None}
+    decay = {"rule": "bp-dense", "weight_decay": 0.1, "momentum": 0.0}
     plain, fast, still = (
         make(stripes, **{**SGD, **decay, **changes})
         for changes in ({}, {"bias_lr": 8.0}, {"bias_lr": 8.0, "weight_decay": 0.0})
@@ -256,7 +256,7 @@ def test_nesterov_is_torchs(stripes: ImageData) -> None:
 
 def test_lookahead_is_its_definition(stripes: ImageData) -> None:
     """Beside a trainer without it whose weights are averaged by hand."""
-    options = {**SGD, "rank": None, "epochs": 2}
+    options = {**SGD, "rule": "bp-dense", "epochs": 2}
     trainer, plain = make(stripes, **options, lookahead=3), make(stripes, **options)
     average = {n: p.detach().clone() for n, p in plain.learner.model.named_parameters()}
     for step in range(1, plain.total_steps + 1):
