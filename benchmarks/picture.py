@@ -24,6 +24,7 @@ COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2
 BENCH = {
     "bp-dense": ("BP", "bp-dense"),
     "bp": ("SVD-BP", "bp"),
+    "dfa": ("DFA", "dfa"),
     "ssa-two": ("SSA, two units", "ssa-local"),
 }
 
