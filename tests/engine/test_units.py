@@ -275,6 +275,24 @@ def test_units_that_leave_several_layers_in_one_piece_are_refused(units) -> None
     assert len(sva.Learner(plain(3), "bp", **options).units) == 1  # there it is asked for
 
 
+def test_where_packed_sequences_are_handed_on_the_refusal_says_so() -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.GRU(3, 4, batch_first=True), nn.GRU(4, 4, batch_first=True)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(
+                x, lengths, batch_first=True, enforce_sorted=False
+            )
+            return self.head(self.second(self.first(packed)[0])[1][-1])
+
+    example = (torch.randn(3, 5, 3), torch.tensor([5, 2, 4]))
+    with pytest.raises(ValueError, match="no unit can end where a PackedSequence is handed on"):
+        make_plan(Text(), "layer", example)
+
+
 @pytest.mark.parametrize("units", ["layer", "block", "stage", 1, 50])
 def test_a_single_layer_may_be_in_one_piece(units) -> None:
     assert [unit.name for unit in plan_of(plain(1), units, torch.randn(2, 6)).units] == [OUTPUT]

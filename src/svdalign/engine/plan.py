@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from . import cuts
 from .cuts import Call, Units
@@ -149,8 +151,14 @@ def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None
     layers = cuts.layers(calls)
     if len(layers) > 1:
         blocks = len(cuts.in_order(calls, cuts.blocks(model, layers)))
+        packed = any(
+            isinstance(leaf, PackedSequence)
+            for call in calls
+            for leaf in tree_leaves(call.output, lambda value: isinstance(value, PackedSequence))
+        )
+        cause = ", as no unit can end where a PackedSequence is handed on" if packed else ""
         raise ValueError(
             f"units={units!r} leaves this model of {len(layers)} layers, {blocks} blocks, in one "
-            "piece, to be trained by backpropagation; choose smaller units, or horizon=None if "
-            "that is wanted"
+            f"piece, to be trained by backpropagation{cause}; choose smaller units, or "
+            "horizon=None if that is wanted"
         )
