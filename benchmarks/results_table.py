@@ -371,6 +371,7 @@ LEVERS = {
     "first": "two units: the first block, all that follows",
     "first-alpha0": "the same without similarity",
     "units2": "two units: two blocks, all that follows",
+    "units2-alpha0": "the same without similarity",
 }  #: files airbench/lever-NAME.json
 
 
