@@ -120,11 +120,15 @@ def test_networks(name: str, scheme: str) -> None:
     torch.testing.assert_close(small(x), model(x), **EQUAL)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert norms(small) == 0
+    # A norm that reads what a pooling makes is not its convolution's: it stays.
+    assert norms(small) == (3 if name == "airbench" else 0)
     assert not small.training
     assert not any(p.requires_grad for p in small.parameters())
-    leaves = [m for m in small.modules() if not list(m.children())]
-    assert all(type(m).__module__.startswith("torch.nn") for m in leaves)
+    leaves = {type(m) for m in small.modules() if not list(m.children())}
+    # What is not of torch was written for the network itself: its whitening, its scale.
+    assert all(
+        kind.__module__.startswith("torch.nn") for kind in leaves - set(map(type, net.modules()))
+    )
     assert inference_macs(small, x) <= inference_macs(model, x)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
 

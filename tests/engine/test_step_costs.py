@@ -131,8 +131,8 @@ def test_a_step_reads_no_value_back(net: str, rule: str, horizon: int | None) ->
     model = sva.factorize(models.build(net, num_classes=3, image_size=8, width=0.5), 0.5, "channel")
     model = sva.fuse(model).to("meta")
     x, y = torch.randn(6, 3, 8, 8, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
-    learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
-    with pretending():  # the checks of the first batch may read values
+    with pretending():  # what is checked at the start and of the first batch may read values
+        learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
         learner.step(x, y)
     learner.step(x, y)
     with pytest.raises(RuntimeError, match="meta"):

@@ -178,8 +178,16 @@ def factorize(
         asking = "a mapping {layer name: rank} asks for a layer"
         why = "; ".join([*reasons, asking if layers else f"it has none of {dense_names()}"])
         raise ValueError(f"net has no layer that can be factored ({why})")
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and _has_factors(module):
+            module.use_nested_tensor = False  # nested tensors are for layers with dense weights
     model.factorization = Factorization(model, (*reports, *others))  # type: ignore[assignment]
     return model
+
+
+def _has_factors(module: nn.Module) -> bool:
+    """Whether a factored layer stands at or below ``module``."""
+    return any(isinstance(m, FactoredLayer) for m in module.modules())
 
 
 def _check_rank(rank: object) -> None:

@@ -125,14 +125,18 @@ class Sweep:
 
     def check(self) -> None:
         """Build what the runs need, to find all mistakes before any training; raises ValueError.
-        One run stands for all that differ from it by the seed alone."""
+        One run stands for all that differ from it by the seed alone, but for those that go on from
+        a checkpoint."""
         seen: list[RunConfig] = []
         for run in self.runs:
             alike = dataclasses.replace(run.config, seed=0)
-            if self._is_pending(run) and alike not in seen:
+            goes_on = self._folder is not None and self.record(run).checkpoint_path.exists()
+            if self._is_pending(run) and (goes_on or alike not in seen):
                 seen.append(alike)
                 prepare_machine(run.config)
-                run.make(run.config, self.data(run.config))
+                trainer = run.make(run.config, self.data(run.config))
+                if goes_on and not self._overwrite:
+                    load_checkpoint(trainer, self.record(run).checkpoint_path)
 
     def data(self, config: RunConfig) -> ImageData:
         """The data of a run; the last two sets are kept."""
