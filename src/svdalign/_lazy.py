@@ -158,7 +158,8 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _sum(a: Tensor, b: Tensor) -> LazyTensor:
-    recipe = recipe_of(a if isinstance(a, LazyTensor) else b)
+    lazy = [recipe_of(t) for t in (a, b) if isinstance(t, LazyTensor)]
+    recipe = min(lazy, key=lambda found: found.parts[0].stop)  # parts that fit both
     return LazyTensor(
         replace(
             recipe,
@@ -210,7 +211,7 @@ def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) ->
 
 #: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
 #: of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 1 << 18, "meta": 1 << 18}
+CHUNK = {"cpu": 1 << 19, "meta": 1 << 19}
 ELSEWHERE = 1 << 24
 
 PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost

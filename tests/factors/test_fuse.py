@@ -627,3 +627,31 @@ def test_places_of_maxima_in_any_window(pool: nn.MaxPool2d, width: int) -> None:
     assert model[0].U.grad is not None
     same(model[0].U.grad, net[0].U.grad)
     same(model[0].V.grad, net[0].V.grad)
+
+
+@pytest.mark.parametrize("horizon", [0, 2, None])
+def test_how_many_samples_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, horizon: int | None
+) -> None:
+    """Maps of few and of many channels are worked on in parts of different sizes: whoever reads
+    one of them in the parts of another gets the same."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for a, b in ((2, 8), (8, 12), (12, 16), (16, 16)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if b in (12, 16) else []
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3)).double()
+    model = sva.fuse(sva.factorize(net, 0.2, "channel")).to(memory_format=torch.channels_last)
+    x, y = torch.randn(12, 2, 8, 8).double(), torch.randint(3, (12,))
+    x = x.contiguous(memory_format=torch.channels_last)
+    learner = sva.Learner(
+        model, "ssa" if horizon is not None else "bp", horizon=horizon,
+        optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x,
+    )  # fmt: skip
+    found = []
+    for bits in (24, 7, 8, 9, 10, 11, 12):
+        monkeypatch.setitem(CHUNK, "cpu", 1 << bits)
+        found.append(learner.gradients(x, y))
+    for gradients in found[1:]:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][name], rtol=1e-9, atol=1e-11)

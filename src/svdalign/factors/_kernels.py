@@ -210,7 +210,11 @@ class _ExpandReLU(torch.autograd.Function):
             g = aten.threshold_backward(read(grad, rows), out, 0)
             del out
             if window:
-                like = full[: len(g)]  # of the pooling's input the shape is read alone
+                # Of the pooling's input the shape is read alone. Who reads a lazy gradient may
+                # want more samples at a time than these parts.
+                like = (
+                    full[: len(g)] if len(g) <= len(full) else empty((len(g), *ctx.shape), like=z)
+                )
                 place = ctx.corners + places[rows]
                 g = aten.max_pool2d_with_indices_backward.grad_input(
                     g, like, *window, place, grad_input=like
