@@ -211,7 +211,7 @@ def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) ->
 
 #: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
 #: of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 1 << 19, "meta": 1 << 19}
+CHUNK = {"cpu": 5 << 16, "meta": 5 << 16}
 ELSEWHERE = 1 << 24
 
 PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
