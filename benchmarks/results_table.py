@@ -181,21 +181,39 @@ def comparison(results: Results) -> str:
     )
 
 
+LABELS = {
+    "bp-dense": "BP",
+    "bp": "SVD-BP",
+    "bp-checkpointed": "SVD-BP, checkpointed",
+    "ssa-0": "SSA, horizon 0",
+    "ssa-2": "SSA, horizon 2",
+}  #: of methods in step.json
+
+
 def memory(results: Results) -> str:
-    """Peak training memory of VGG-13."""
-    content = results["profile_vgg13"]
-    rows = content["methods"]
-    share = peak_shares(rows)
-    cells = []
-    for row in rows:
-        peak = row["memory"]["peak"]
-        cells.append([row["label"], f"{peak / 2**20:.0f} MiB", f"{share[row['label']]} ×"])
-    config = content["config"]
+    """Peak and time of a training step of VGG-13."""
+    content = results["step"]
+    (found,) = (
+        r["costs"]
+        for r in content["results"]
+        if (r["net"], r["precision"], r["threads"]) == ("vgg13", "fp32", 1)
+    )
+    cells = [
+        [
+            label,
+            f"{found[method]['peak_bytes'] / 2**20:.0f} MiB",
+            f"{found[method]['peak_bytes'] / found['bp-dense']['peak_bytes']:.2f} ×",
+            f"{found[method]['peak_bytes'] / found['bp']['peak_bytes']:.2f} ×",
+            f"{found[method]['cpu_seconds_to_bp-dense']:.2f} ×",
+        ]
+        for method, label in LABELS.items()
+    ]
+    headings = ["method", "peak", "of BP", "of SVD-BP", "time, of BP"]
     return (
-        f"{markdown(['method', 'peak', 'of BP dense'], cells)}\n\n"
-        f"{config['model']} at 3×32×32, batch {config['batch_size']}, rank {config['rank']:.3g}, "
-        f"{config['optimizer']}: parameters, gradients, optimizer state and activations alive at "
-        f"the peak of a training step. {source(content)}"
+        f"{markdown(headings, cells)}\n\n"
+        f"VGG-13 at 3×32×32, batch {content['batch']}, rank 1/4, fp32, AdamW: parameters, "
+        "gradients, optimizer state and activations alive at the peak of a training step; CPU time "
+        f"of a step on one thread, in turns. {source(content)}"
     )
 
 
