@@ -540,8 +540,8 @@ def large_step(results: Results) -> str:
     rows.append([f"SSA, horizon 0, {config['precision']}, run", f"{peak / 2**30:.1f} GiB"])
     return (
         f"{markdown(['a step of ViT-L/16', 'peak'], rows)}\n\n"
-        f"224×224 pixels, batch {config['batch_size']}, rank 1/4, AdamW. Run: resident memory of the "
-        f"whole process on a machine with 24 GiB, {content['seconds']:.0f} s on two cores. "
+        f"224×224 pixels, batch {config['batch_size']}, rank 1/4, AdamW. Run: resident memory of "
+        f"the whole process on a machine with 24 GiB, {content['seconds']:.0f} s on two cores. "
         f"{source(content)}"
     )
 
