@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.oracles.states import same, timeless
 
 from svdalign import storage
 from svdalign.lab.cli import main
@@ -33,7 +34,6 @@ WORDS = [
     "train",
     *(word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))),
 ]
-CLOCKS = {"seconds", "epoch_seconds", "images_per_second"}
 
 
 class Kill(BaseException):
@@ -66,22 +66,6 @@ def dying(asked: int) -> Callable[[], bool]:
         return False
 
     return stop
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in CLOCKS}
-    return [timeless(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def end(folder: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.oracles.states import same, timeless
 
 import svdalign
 from svdalign import storage
@@ -42,29 +43,11 @@ TINY: dict[str, Any] = {
     "augment": ["crop", "flip"],
     "checkpoint_seconds": 0.0,
 }
-CLOCKS = {"seconds", "epoch_seconds", "images_per_second"}
 
 
 def make(data: ImageData, **changes: Any) -> Trainer:
     config = RunConfig(**{**TINY, **changes})
     return Trainer(config, data, build_learner(config, data))
-
-
-def timeless(value: Any) -> Any:
-    """Without what a clock measured."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in CLOCKS}
-    return [timeless(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def end(record: Record) -> Any:
