@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import svdalign
-from svdalign import Learner, factorize, reduce_rank, storage
+from svdalign import Learner, _files, factorize, reduce_rank, storage
 
 
 def net() -> nn.Module:
@@ -201,7 +201,7 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 def test_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "VERSION", storage.VERSION + 1)
+    monkeypatch.setattr(_files, "VERSION", _files.VERSION + 1)
     svdalign.save(learner_of(), tmp_path / "x")
     monkeypatch.undo()
     refused(tmp_path / "x", "newer svdalign")
@@ -320,7 +320,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        storage.replace_file(path, fail)
+        _files.replace_file(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -333,7 +333,7 @@ def test_new_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
         os, "fsync", lambda d: (log.append(os.readlink(f"/proc/self/fd/{d}")), real_sync(d))[1]
     )
     monkeypatch.setattr(os, "replace", lambda a, b: (log.append("rename"), real_replace(a, b))[1])
-    storage.replace_file(tmp_path / "x", lambda part: part.write_text("new"))
+    _files.replace_file(tmp_path / "x", lambda part: part.write_text("new"))
     assert log == [str(tmp_path / ".x.part"), "rename", str(tmp_path)]
     assert (tmp_path / "x").read_text() == "new"
 

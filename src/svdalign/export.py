@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._copying import copied
+from ._files import replace_file
 from ._tracing import carry_hooks, followers, layers_read, substitute
 from .factors import FactoredLayer
-from .storage import replace_file
 
 __all__ = [
     "FORMATS",

@@ -1,25 +1,19 @@
-"""State on disk: one safetensors file a checkpoint, read without pickle, written all or nothing.
+"""Checkpoints: the state of a learner in one file, and what to check before it is taken back.
 
-A file holds nested dicts, lists, tuples, tensors, numbers, strings and None. The tensors are the
-file's tensors; how they nest is JSON in its header (``state``), beside the format's version
-(``svdalign``) and the rank of every factored layer (``ranks``). Other tools read the tensors by
-path, such as ``model.0.U``.
+A checkpoint is nested state (:mod:`svdalign._files`), with the rank of every factored layer in the
+file's header (``ranks``). Other tools read its tensors by path, such as ``model.0.U``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ._files import read, write
 from .engine import Learner
 from .factors import FactoredLayer
 
@@ -28,14 +22,12 @@ __all__ = [
     "random_state",
     "ranks",
     "read",
-    "replace_file",
     "restore",
     "restore_random_state",
     "save",
     "write",
 ]
 
-VERSION = 1
 LEARNED = ("model", "feedback", "transport", "loss")  #: what has tensors by name
 
 
@@ -116,186 +108,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(value, device)
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
-    """Write a nested ``state``; ``header`` is JSON that goes beside it."""
-    tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(state, (), tensors)
-    storages: set[int] = set()
-    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages:
-            tensors[name] = tensor.clone()
-        storages.add(storage)
-    metadata = {"svdalign": str(VERSION), "state": json.dumps(skeleton)}
-    metadata |= {key: json.dumps(value) for key, value in header.items()}
-    # Not save_file: it goes through a temporary file of its own, which a kill would leave behind.
-    content = safetensors.torch.save(tensors, metadata)
-    replace_file(path, lambda part: part.write_bytes(content))
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The state in a file of :func:`write`; ValueError if it is not a whole one."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("svdalign", "")
-            if not version.isdecimal() or "state" not in metadata:
-                raise ValueError(f"{path} was not written by svdalign")
-            if int(version) > VERSION:
-                raise ValueError(
-                    f"{path} has format {version}, of a newer svdalign; this one reads format "
-                    f"{VERSION} at most"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
-    try:
-        state = _unflatten(json.loads(metadata["state"]), tensors)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: its header does not fit its tensors") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged: its header holds no dict")
-    return state
-
-
-def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Make ``path`` what ``write`` puts into the temporary file that it is given, all or nothing.
-
-    What was at ``path`` stays until the new content is on the disk, for good if ``write`` fails.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        _sync(part)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- nested state as JSON and tensors -----------------------------------------------------------
-
-KIND = "$"  #: marks a JSON object that stands for something else than a dict of strings
-
-
-def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        return _flatten_tensor(value, path, tensors)
-    if isinstance(value, Mapping):
-        items = [(k, _flatten(v, (*path, str(k)), tensors)) for k, v in value.items()]
-        if all(isinstance(key, str) and key != KIND for key, _ in items):
-            return dict(items)
-        return {KIND: "dict", "items": [[_flatten(k, path, tensors), v] for k, v in items]}
-    if isinstance(value, list | tuple):
-        listed = [_flatten(v, (*path, str(i)), tensors) for i, v in enumerate(value)]
-        return listed if isinstance(value, list) else {KIND: "tuple", "items": listed}
-    raise TypeError(
-        f"{'.'.join(path)} is a {type(value).__name__}; only dicts, lists, tuples, tensors, "
-        "numbers, strings and None can be written"
-    )
-
-
-def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    value = value.detach()
-    if value.layout != torch.strided:
-        parts = [
-            _flatten_tensor(part, (*path, str(i)), tensors)
-            for i, part in enumerate(_parts_of_sparse(value))
-        ]
-        return {
-            KIND: "sparse",
-            "layout": str(value.layout),
-            "shape": [*value.shape],
-            "parts": parts,
-        }
-    name = ".".join(path)
-    while name in tensors:  # {"a": {"b": x}, "a.b": y}
-        name += "'"
-    # The order of a tensor's dimensions in memory decides which of torch's kernels works on it, and
-    # kernels differ in their last bit: a run that goes on bit for bit needs it back.
-    order = sorted(range(value.ndim), key=value.stride, reverse=True)
-    tensors[name] = value.contiguous()
-    entry: dict[str, Any] = {KIND: "tensor", "name": name}
-    if not value.is_contiguous() and value.permute(order).is_contiguous():
-        entry["order"] = order
-    return entry
-
-
-SPARSE: dict[str, torch.layout] = {
-    str(layout): layout
-    for layout in (
-        torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
-    )
-}  # fmt: skip
-
-
-def _parts_of_sparse(value: Tensor) -> tuple[Tensor, ...]:
-    """Indices and values of a sparse tensor, and of the COO layout whether it is coalesced."""
-    if value.layout == torch.sparse_coo:
-        return value._indices(), value._values(), torch.tensor(value.is_coalesced())
-    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return value.crow_indices(), value.col_indices(), value.values()
-    return value.ccol_indices(), value.row_indices(), value.values()
-
-
-def _sparse(layout: torch.layout, parts: list[Tensor], shape: list[int]) -> Tensor:
-    # Invariants are checked, for indices out of range in a damaged file would reach past memory.
-    if layout == torch.sparse_coo:
-        indices, values, coalesced = parts
-        return torch.sparse_coo_tensor(
-            indices, values, shape, is_coalesced=bool(coalesced), check_invariants=True
-        )
-    compressed, plain, values = parts
-    return torch.sparse_compressed_tensor(
-        compressed, plain, values, shape, layout=layout, check_invariants=True
-    )
-
-
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unflatten(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(KIND)
-    if kind is None:
-        return {key: _unflatten(item, tensors) for key, item in value.items()}
-    if kind == "dict":
-        return {_unflatten(k, tensors): _unflatten(v, tensors) for k, v in value["items"]}
-    if kind == "tuple":
-        return tuple(_unflatten(item, tensors) for item in value["items"])
-    if kind == "sparse":
-        parts = [_unflatten(part, tensors) for part in value["parts"]]
-        return _sparse(SPARSE[value["layout"]], parts, value["shape"])
-    tensor = tensors[value["name"]]
-    if (order := value.get("order")) is not None:
-        inverse = [order.index(d) for d in range(tensor.ndim)]
-        tensor = tensor.permute(order).contiguous().permute(inverse)
-    return tensor
-
-
-# --- does it fit --------------------------------------------------------------------------------
 
 
 def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:

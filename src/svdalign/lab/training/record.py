@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ...storage import replace_file
+from ..._files import replace_file
 from .config import MachineConfig, RunConfig, differences, from_dict
 
 try:

@@ -1,0 +1,96 @@
+"""Files that are written all or nothing, and nested state in a safetensors file, without pickle.
+
+The tensors of a state are the file's tensors. How they nest is JSON in its header (``state``),
+beside the format's version (``svdalign``) and what else the writer adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ._nested import flatten, unflatten
+
+__all__ = ["read", "replace_file", "write"]
+
+VERSION = 1
+
+
+def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
+    """Write a nested ``state``; ``header`` is JSON that goes beside it."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = flatten(state, (), tensors)
+    storages: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages:
+            tensors[name] = tensor.clone()
+        storages.add(storage)
+    metadata = {"svdalign": str(VERSION), "state": json.dumps(skeleton)}
+    metadata |= {key: json.dumps(value) for key, value in header.items()}
+    # Not save_file: it goes through a temporary file of its own, which a kill would leave behind.
+    content = safetensors.torch.save(tensors, metadata)
+    replace_file(path, lambda part: part.write_bytes(content))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The state in a file of :func:`write`; ValueError if it is not a whole one."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("svdalign", "")
+            if not version.isdecimal() or "state" not in metadata:
+                raise ValueError(f"{path} was not written by svdalign")
+            if int(version) > VERSION:
+                raise ValueError(
+                    f"{path} has format {version}, of a newer svdalign; this one reads format "
+                    f"{VERSION} at most"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    try:
+        state = unflatten(json.loads(metadata["state"]), tensors)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: its header does not fit its tensors") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: its header holds no dict")
+    return state
+
+
+def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Make ``path`` what ``write`` puts into the temporary file that it is given, all or nothing.
+
+    What was at ``path`` stays until the new content is on the disk, for good if ``write`` fails.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        _sync(part)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
