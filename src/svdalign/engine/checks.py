@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["check_input", "check_model", "check_scalar", "check_trained"]
+from ..factors.stiefel import RETRACTIONS
+from ..task import KINDS, Kind, Loss, Task, find_task
+from .forward import values_of
+from .units import Plan
+
+__all__ = [
+    "check_batch",
+    "check_input",
+    "check_model",
+    "check_scalar",
+    "check_settings",
+    "check_trained",
+]
 
 _PARALLEL = {
     "DistributedDataParallel": "averages the gradients of one backward pass through all of it",
@@ -54,9 +66,69 @@ def check_model(model: nn.Module, *, units: bool) -> None:
         raise ValueError("model has no parameter to train (none requires a gradient)")
 
 
+def check_settings(
+    retraction: object, retract_every: object, optimizer: object, loss: object, task: object
+) -> None:
+    """Refuse settings of a learner that are not allowed."""
+    if retraction is not None and retraction not in RETRACTIONS:
+        raise ValueError(
+            f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}"
+        )
+    if type(retract_every) is not int or retract_every < 1:
+        raise ValueError(
+            f"retract_every must be a whole number of at least 1, got {retract_every!r}"
+        )
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer must be called with the parameters to train, among them those of the "
+            "feedback, such as lambda p: torch.optim.AdamW(p, 1e-3), "
+            f"got {type(optimizer).__name__}"
+        )
+    if task is not None and task not in KINDS:
+        raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be called with (z, y), got {type(loss).__name__}")
+
+
+def check_batch(
+    x: Any, y: Any, plan: Plan, loss: Loss, kind: Kind | None, task: Task | None
+) -> Task:
+    """Refuse a batch that cannot be learned from; returns its task, which is ``task`` unless that
+    is None, as for the first batch. On devices other than the CPU reading values costs a host sync:
+    there it is done for the first batch only."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("learning needs gradients, which torch.inference_mode does not record")
+    check_input("x", x)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
+    inputs = [value for value in _arguments(x) if isinstance(value, Tensor)]
+    if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
+        raise ValueError("the batch is empty: x and y must hold at least one sample")
+    first = task is None
+    task = find_task(loss, plan.output_shape, y, kind) if task is None else task
+    if task.kind in ("classes", "binary", "labels") and isinstance(x, Tensor):
+        sizes = [x.shape[axis] for axis in plan.batch_axes]
+        if sizes and (y.ndim == 0 or len(y) not in sizes):
+            raise ValueError(
+                f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
+                f"{tuple(y.shape)}"
+            )
+    if first or y.device.type == "cpu":
+        task.check(y, loss)
+    for value in inputs if first else ():
+        if value.is_floating_point() and not values_of(value).isfinite().all():
+            raise ValueError("x must be finite, got NaN or infinite values in the first batch")
+    return task
+
+
+def _arguments(x: Any) -> Iterable[Any]:
+    """What an input is made of: arguments by position or by name, or itself."""
+    return x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
+
+
 def check_input(name: str, x: Any) -> None:
     """Refuse inputs that are arrays of numpy."""
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
+    values = _arguments(x)
     if any(isinstance(leaf, np.ndarray) for value in values for leaf in tree_leaves(value)):
         raise TypeError(
             f"{name} must be a tensor, or a tuple or dict of arguments of the model, got a "

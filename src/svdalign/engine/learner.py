@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +17,19 @@ from torch import Tensor, nn
 
 from .. import rules
 from .._autocast import outside_autocast
-from ..factors import FactoredLayer
-from ..factors.stiefel import RETRACTIONS
-from ..feedback import StructuredFeedback
+from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
-from ..task import FOR_TOKENS, KINDS, Kind, Loss, Task, find_task
-from .checks import check_input, check_model, check_scalar, check_trained
+from ..task import Kind, Loss, Task
+from .checks import check_batch, check_input, check_model, check_settings
 from .cuts import Units
-from .forward import forward, preserved, values_of
-from .ownership import depends, leaves_of, reached
+from .forward import forward, preserved
+from .local_losses import LocalLosses
+from .ownership import reached
 from .plan import make_plan
 from .recompute import recomputing
+from .retraction import orthonormal, retract
 from .streaming import stream
+from .task_loss import TaskLoss
 from .units import OUTPUT, Plan, Unit
 
 __all__ = ["Learner", "StepReport"]
@@ -95,24 +96,7 @@ class Learner:
         recompute: bool = False,
         seed: int = 0,
     ) -> None:
-        if retraction is not None and retraction not in RETRACTIONS:
-            raise ValueError(
-                f"retraction must be one of {sorted(RETRACTIONS)} or None, got {retraction!r}"
-            )
-        if (
-            isinstance(retract_every, bool)
-            or not isinstance(retract_every, int)
-            or retract_every < 1
-        ):
-            raise ValueError(
-                f"retract_every must be a whole number of at least 1, got {retract_every!r}"
-            )
-        if not callable(optimizer):
-            raise TypeError(
-                "optimizer must be called with the parameters to train, among them those of the "
-                "feedback, such as lambda p: torch.optim.AdamW(p, 1e-3), "
-                f"got {type(optimizer).__name__}"
-            )
+        check_settings(retraction, retract_every, optimizer, loss, task)
         changes: dict[str, Any] = {"horizon": horizon, "error": error}
         self.rule = replace(
             rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT}
@@ -120,10 +104,6 @@ class Learner:
         check_model(model, units=self.horizon is not None)
         check_input("example", example)
         self.model = model
-        if task is not None and task not in KINDS:
-            raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
-        if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be called with (z, y), got {type(loss).__name__}")
         self.loss: Loss = F.cross_entropy if loss is None else loss
         self.task: Task | None = None  # found from the first batch
         self._kind: Kind | None = "classes" if loss is None and task is None else task
@@ -132,7 +112,6 @@ class Learner:
         # What training on several processes replaces (svdalign.parallel).
         self._one_pass: Callable[..., Tensor | None] = stream
         self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
-        self._known: set[str] = set()  # units whose losses have been looked at
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
@@ -142,33 +121,11 @@ class Learner:
                 stacklevel=2,
             )
         generator = torch.Generator().manual_seed(seed)
-        first = next(p for p in model.parameters() if p.requires_grad)
-        self._dtype = first.dtype
-        self.feedback = nn.ModuleDict()
-        self._unit_specs: dict[str, list[UnitSpec]] = {}
-        penalised: set[FactoredLayer] = set()
-        for i, unit in enumerate(self.plan.units):
-            layers = tuple(_layers(model, unit))
-            penalty = tuple(layer for layer in layers if layer not in penalised)
-            penalised.update(layers)
-            self._unit_specs[unit.name] = [
-                UnitSpec(unit.name, f.shape, self.plan.output_shape, layers, self._dtype, penalty)
-                for f in unit.features
-            ]
-            if unit is self.plan.output or self.horizon is None:
-                continue
-            for k, spec in enumerate(self._unit_specs[unit.name]):
-                feedback = self.rule.feedback(spec, generator)
-                if feedback is not None:
-                    self.feedback[_key(i, k)] = feedback.to(first.device, first.dtype)
-        self._on_the_manifold = [
-            module
-            for module in (*model.modules(), *self.feedback.modules())
-            if isinstance(module, FactoredLayer | StructuredFeedback)
-        ]
-        self._ranks = {m: m.rank for m in self._on_the_manifold if isinstance(m, FactoredLayer)}
+        self._local = LocalLosses(self.rule, model, self.plan, generator)
+        self.feedback = self._local.feedback
         self.transport = self.rule.transport(model, generator)
-        self._index = {unit.name: i for i, unit in enumerate(self.plan.units)}
+        self._on_the_manifold = orthonormal(model, self.feedback)
+        self._ranks = {layer: layer.rank for layer in factored_layers(model).values()}
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -176,12 +133,7 @@ class Learner:
                 "optimizer must be called with parameters and return a torch.optim.Optimizer, "
                 f"got {self.optimizer!r}"
             )
-        # Of a loss that is no module they are found when it is called.
-        self._loss_parameters: tuple[Tensor, ...] = ()
-        if isinstance(self.loss, nn.Module):
-            of_model = set(model.parameters())
-            own = [p for p in self.loss.parameters() if p.requires_grad and p not in of_model]
-            self._loss_parameters = check_trained(own, self.optimizer)
+        self._task_loss = TaskLoss(self.loss, model, self.optimizer)
 
     def __repr__(self) -> str:
         task = "found from the first batch" if self.task is None else str(self.task)
@@ -208,12 +160,11 @@ class Learner:
     def feedback_of(self, unit: Unit, feature: int = 0) -> nn.Module | None:
         """The module that brings errors to ``unit``, None where the rule has none. ``feature``:
         which of the unit's features is meant, where there are several."""
-        key = _key(self._index[unit.name], feature)
-        return self.feedback[key] if key in self.feedback else None  # noqa: SIM401 (no get)
+        return self._local.feedback_of(unit, feature)
 
     def unit_spec(self, unit: Unit, feature: int = 0) -> UnitSpec:
         """``unit`` as the rule sees it."""
-        return self._unit_specs[unit.name][feature]
+        return self._local.spec(unit, feature)
 
     def step(self, x: Any, y: Tensor) -> StepReport:
         """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync.
@@ -277,31 +228,14 @@ class Learner:
         """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""
         self.steps += 1
         torch.clear_autocast_cache()  # of copies of the weights before the update
-        if self.retraction is None or not self._on_the_manifold:
-            return
         if self.steps % self.retract_every == 0:
             self.retract()
 
     def retract(self) -> None:
         """Bring the factors back onto the manifold, for who has changed them since the last step.
         Nothing is done without a ``retraction``."""
-        if self.retraction is None:
-            return
-        retract = RETRACTIONS[self.retraction]
-        with torch.no_grad(), outside_autocast():
-            for X in self._stiefel_factors():
-                self._move(X, retract(X))
-
-    def _move(self, X: nn.Parameter, to: Tensor) -> None:
-        # A schedule-free optimizer has a second copy of the weights, z, and evaluates with a mean
-        # of both: what does not move one by one moves neither.
-        z = self.optimizer.state.get(X, {}).get("z")
-        if isinstance(z, Tensor) and z.shape == X.shape and self._is_schedule_free():
-            z += (to - X).to(z.dtype)
-        X.copy_(to)
-
-    def _is_schedule_free(self) -> bool:
-        return all("train_mode" in group for group in self.optimizer.param_groups)
+        if self.retraction is not None:
+            retract(self._on_the_manifold, self.optimizer, self.retraction)
 
     @torch.enable_grad()
     def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:
@@ -312,7 +246,7 @@ class Learner:
         ``lambda loss: loss / 4`` to accumulate four batches, or ``GradScaler.scale``; what is
         reported is not scaled.
         """
-        self._check(x, y)
+        self.task = check_batch(x, y, self.plan, self.loss, self._kind, self.task)
         scale = _unscaled if scale is None else scale
         if self.horizon is None:
             return self._backpropagate(x, y, scale)
@@ -323,7 +257,7 @@ class Learner:
         changed by the call. ``x``, ``y`` and errors are those of :meth:`step`."""
         named = dict(self.model.named_parameters())
         everything: list[Tensor] = [*named.values(), *self.feedback.parameters()]
-        everything += self._loss_parameters
+        everything += self._task_loss.parameters
         saved = {p: p.grad for p in everything}
         for p in everything:
             p.grad = None
@@ -332,7 +266,7 @@ class Learner:
                 self.backward(x, y)
             return {name: p.grad for name, p in named.items() if p.grad is not None}
         finally:
-            for p in (*everything, *self._loss_parameters):
+            for p in (*everything, *self._task_loss.parameters):
                 p.grad = saved.get(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,28 +316,25 @@ class Learner:
         )
         with carried, self._recomputing():
             z = forward(self.model, x)
-            loss = self._taught(z, y)
+            loss = self._task_loss.teach(z, y)
             with outside_autocast():
                 scale(loss).backward()  # type: ignore[no-untyped-call]
         for unit in self.plan.units:
-            self._finish(unit, scale)
+            self._local.add_weight_gradients(unit, scale)
         loss = loss.detach()
         return StepReport(loss, self._task.accuracy(z.detach(), y), {OUTPUT: loss})
 
     def _stream(self, x: Any, y: Tensor, scale: Scale) -> StepReport:
         assert self.horizon is not None
-        needs_error = self.rule.error == "output" and len(self.feedback) > 0
-        supervision = Supervision(
-            y, self._loss, self._output_error(x, y) if needs_error else None, self._task
-        )
+        error = self._output_error(x, y) if self._local.need_output_error else None
+        supervision = Supervision(y, self._task_loss, error, self._task)
         losses: dict[str, Tensor] = {}
 
         def unit_loss(unit: Unit, features: dict[int, Tensor]) -> Tensor:
             if unit is self.plan.output:
-                loss = self._taught(features[0], y)
+                loss = self._task_loss.teach(features[0], y)
             else:
-                each = [self._rule_loss(unit, i, h, supervision) for i, h in features.items()]
-                loss = each[0] if len(each) == 1 else torch.stack(each).sum()
+                loss = self._local.loss(unit, features, supervision)
             losses[unit.name] = loss.detach()
             return scale(loss)
 
@@ -414,15 +345,13 @@ class Learner:
                 ]
             else:
                 parameters = [*reached(heads, list(self.model.parameters()))]
-            for i in range(len(unit.features)):
-                if (feedback := self.feedback_of(unit, i)) is not None:
-                    parameters += feedback.parameters()
+            parameters += self._local.feedback_parameters(unit)
             if unit is self.plan.output:
-                parameters += self._loss_parameters
+                parameters += self._task_loss.parameters
             parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 torch.autograd.backward(heads, inputs=parameters)
-            self._finish(unit, scale)
+            self._local.add_weight_gradients(unit, scale)
             self._retired(unit, parameters)
 
         with self._recomputing():
@@ -437,48 +366,13 @@ class Learner:
         if z is None:  # another process has the units after these
             return StepReport(torch.full((), math.nan), None, losses)
         if OUTPUT not in losses:  # its unit has been frozen
-            losses[OUTPUT] = self._loss(z, y).detach()
+            losses[OUTPUT] = self._task_loss(z, y).detach()
         return StepReport(losses[OUTPUT], self._task.accuracy(z, y), losses)
 
     @property
     def _task(self) -> Task:
         assert self.task is not None, "every batch is checked before it is learned from"
         return self.task
-
-    def _taught(self, z: Tensor, y: Tensor) -> Tensor:
-        """The task loss of the network's output ``z``, which teaches the last unit."""
-        loss = self._loss(z, y)
-        if OUTPUT not in self._known:
-            of_model = {*leaves_of([z]), *self.model.parameters()}
-            own = [p for p in leaves_of([loss]) if p not in of_model]
-            self._loss_parameters = check_trained(own, self.optimizer)
-            self._known.add(OUTPUT)
-        return loss
-
-    def _loss(self, z: Tensor, y: Tensor) -> Tensor:
-        try:
-            loss = self.loss(z, y)
-        except Exception as error:
-            if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
-                raise  # out of memory, or an error of the loss's own
-            raise ValueError(
-                f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "
-                f"{tuple(y.shape)}, {y.dtype}: {error}" + f"; {FOR_TOKENS}" * (z.ndim == 3)
-            ) from error
-        if not z.requires_grad:
-            return loss
-        return check_scalar("loss must be 0-dim and depend on the output", loss)
-
-    def _rule_loss(self, unit: Unit, i: int, h: Tensor, supervision: Supervision) -> Tensor:
-        """The rule's loss on the ``i``-th features ``h`` of ``unit``."""
-        spec, feedback = self.unit_spec(unit, i), self.feedback_of(unit, i)
-        must = f"the loss of rule {self.rule.name!r} must be 0-dim and depend on h"
-        found = self.rule.loss(spec, feedback, unit.features[i].layout(h), supervision)
-        loss = check_scalar(must, found)
-        if unit.name not in self._known and not depends(loss, h):
-            raise ValueError(f"{must}, got one that does not")
-        self._known.add(unit.name)
-        return loss
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if not self.recompute:
@@ -490,69 +384,8 @@ class Learner:
         with preserved(self.model), torch.no_grad():
             z = forward(self.model, x)
         # In the weights' precision: float16 would round entries of the size of 1 / batch away.
-        z = z.detach().to(self._dtype).requires_grad_()
-        return torch.autograd.grad(self._loss(z, y), z)[0]
-
-    def _finish(self, unit: Unit, scale: Scale) -> None:
-        """Add the gradients of the unit's weight terms."""
-        view = self.unit_spec(unit)
-        if not view.layers:
-            return
-        with outside_autocast():
-            loss = self.rule.weights_loss(view, self.feedback_of(unit))
-        if loss is not None and loss.requires_grad:
-            factors = [
-                p for layer in view.layers for p in (layer.U, layer.s, layer.V) if p.requires_grad
-            ]
-            grads = torch.autograd.grad(scale(loss), factors, allow_unused=True)
-            for parameter, grad in zip(factors, grads, strict=True):
-                _accumulate(parameter, grad)
-
-    def _stiefel_factors(self) -> Iterable[nn.Parameter]:
-        for module in self._on_the_manifold:
-            for X in (module.U, module.V):
-                if isinstance(X, nn.Parameter) and X.requires_grad:
-                    yield X
-
-    def _check(self, x: Any, y: Tensor) -> None:
-        """Refuse a batch that cannot be learned from. On devices other than the CPU reading values
-        costs a host sync: there it is done for the first batch only."""
-        if torch.is_inference_mode_enabled():
-            raise ValueError("learning needs gradients, which torch.inference_mode does not record")
-        check_input("x", x)
-        if not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
-        inputs = [value for value in _parts(x) if isinstance(value, Tensor)]
-        if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
-            raise ValueError("the batch is empty: x and y must hold at least one sample")
-        shape, first = self.plan.output_shape, self.task is None
-        task = find_task(self.loss, shape, y, self._kind) if self.task is None else self.task
-        if task.kind in ("classes", "binary", "labels") and isinstance(x, Tensor):
-            sizes = [x.shape[axis] for axis in self.plan.batch_axes]
-            if sizes and (y.ndim == 0 or len(y) not in sizes):
-                raise ValueError(
-                    f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
-                    f"{tuple(y.shape)}"
-                )
-        if first or y.device.type == "cpu":
-            task.check(y, self.loss)
-        if first:
-            for value in inputs:
-                if value.is_floating_point() and not values_of(value).isfinite().all():
-                    raise ValueError(
-                        "x must be finite, got NaN or infinite values in the first batch"
-                    )
-        self.task = task
-
-
-def _parts(x: Any) -> Iterable[Any]:
-    """What an input is made of: arguments by position or by name, or itself."""
-    return x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else (x,)
-
-
-def _key(unit: int, feature: int) -> str:
-    """The key of a feedback: that of a unit's only feature is the unit's number."""
-    return f"{unit}_{feature}" if feature else str(unit)
+        z = z.detach().to(self._local.dtype).requires_grad_()
+        return torch.autograd.grad(self._task_loss(z, y), z)[0]
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -562,17 +395,3 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def _unscaled(loss: Tensor) -> Tensor:
     return loss
-
-
-def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:
-    if grad is not None:
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
-def _layers(model: nn.Module, unit: Unit) -> Iterable[FactoredLayer]:
-    """The factored layers whose weights the unit owns."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in unit.parameters)
-    for owner in owners:
-        module = model.get_submodule(owner)
-        if isinstance(module, FactoredLayer):
-            yield module

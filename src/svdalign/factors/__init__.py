@@ -3,7 +3,7 @@
 from .factorize import Factorization, LayerReport, factorize
 from .fuse import fuse
 from .fused import FusedConv2d
-from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank
+from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank, factored_layers
 from .rank import RankCut, reduce_rank
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SVDLinear",
     "Scheme",
     "break_even_rank",
+    "factored_layers",
     "factorize",
     "fuse",
     "reduce_rank",

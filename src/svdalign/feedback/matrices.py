@@ -60,6 +60,8 @@ class StructuredFeedback(Feedback):
     ``learn`` makes the factors parameters, trained by the gradient of the unit's own loss.
     """
 
+    orthonormal = True  #: ``U`` and ``V`` are to be kept so
+
     U: Tensor
     s: Tensor
     V: Tensor

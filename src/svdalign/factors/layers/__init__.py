@@ -10,6 +10,7 @@ from .base import (
     Scheme,
     absolute_rank,
     break_even_rank,
+    factored_layers,
     plain_layer,
     svd_factors,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Scheme",
     "absolute_rank",
     "break_even_rank",
+    "factored_layers",
     "plain_layer",
     "svd_factors",
 ]

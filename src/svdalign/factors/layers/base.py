@@ -20,6 +20,7 @@ __all__ = [
     "Scheme",
     "absolute_rank",
     "break_even_rank",
+    "factored_layers",
     "plain_layer",
     "svd_factors",
 ]
@@ -74,6 +75,8 @@ class FactoredLayer(nn.Module):
     #: Whether the layer is affine in its input, so that an error can go back through another layer
     #: of its shape.
     affine: ClassVar[bool] = True
+    #: ``U`` and ``V`` are to be kept orthonormal.
+    orthonormal: ClassVar[bool] = True
 
     U: nn.Parameter
     s: nn.Parameter
@@ -259,6 +262,13 @@ class FactoredLayer(nn.Module):
         if name == "weight":
             raise AttributeError(MESSAGE)
         super().__setattr__(name, value)
+
+
+def factored_layers(model: nn.Module, *, every_name: bool = False) -> dict[str, FactoredLayer]:
+    """The factored layers of ``model`` by name: each once, or with ``every_name`` under every name
+    that it has."""
+    named = model.named_modules(remove_duplicate=not every_name)
+    return {name: module for name, module in named if isinstance(module, FactoredLayer)}
 
 
 def break_even_rank(m: int, n: int) -> int:

@@ -1,0 +1,53 @@
+"""The user's loss on the network's output."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..task import FOR_TOKENS, Loss
+from .checks import check_scalar, check_trained
+from .ownership import leaves_of
+
+__all__ = ["TaskLoss"]
+
+
+class TaskLoss:
+    """``loss(z, y)`` of the network's output ``z``, with errors that say what it was given.
+
+    ``parameters``: trainable weights that the loss has of its own, which ``optimizer`` has to
+    train. Those of a module are known from the start, others from the first :meth:`teach`.
+    """
+
+    def __init__(self, loss: Loss, model: nn.Module, optimizer: Optimizer) -> None:
+        self._loss, self._model, self._optimizer = loss, model, optimizer
+        self._taught = False
+        self.parameters: tuple[Tensor, ...] = ()
+        if isinstance(loss, nn.Module):
+            of_model = set(model.parameters())
+            own = [p for p in loss.parameters() if p.requires_grad and p not in of_model]
+            self.parameters = check_trained(own, optimizer)
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        try:
+            loss = self._loss(z, y)
+        except Exception as error:
+            if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+                raise  # out of memory, or an error of the loss's own
+            raise ValueError(
+                f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "
+                f"{tuple(y.shape)}, {y.dtype}: {error}" + f"; {FOR_TOKENS}" * (z.ndim == 3)
+            ) from error
+        if not z.requires_grad:
+            return loss
+        return check_scalar("loss must be 0-dim and depend on the output", loss)
+
+    def teach(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of an output ``z`` in the network's graph."""
+        loss = self(z, y)
+        if not self._taught:
+            of_model = {*leaves_of([z]), *self._model.parameters()}
+            own = [p for p in leaves_of([loss]) if p not in of_model]
+            self.parameters = check_trained(own, self._optimizer)
+            self._taught = True
+        return loss
