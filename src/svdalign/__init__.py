@@ -4,13 +4,14 @@ from . import _interrupt, parallel, rules  # noqa: F401  (_interrupt: before tor
 from .alignment import alignment
 from .engine import Learner, StepReport
 from .export import compact
-from .factors import RankCut, SVDConv2d, SVDLinear, factorize, fuse, reduce_rank
+from .factors import Muon, RankCut, SVDConv2d, SVDLinear, factorize, fuse, reduce_rank
 from .storage import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Learner",
+    "Muon",
     "RankCut",
     "SVDConv2d",
     "SVDLinear",

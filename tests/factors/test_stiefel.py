@@ -14,6 +14,7 @@ from svdalign.factors.stiefel import (
     RETRACTIONS,
     newton_schulz_retract,
     orthogonality_error,
+    orthogonalize,
     polar_retract,
     qr_retract,
     tangent_project,
@@ -207,3 +208,33 @@ def test_single_precision_qr_is_as_orthonormal_as_householders() -> None:
     X = (point((512, 64), 0) + 0.5 * noise((512, 64), 0)).float()
     ours, torchs = orthogonality_error(qr_retract(X)), orthogonality_error(torch.linalg.qr(X).Q)
     assert ours < 4 * torchs
+
+
+@given(shapes, seeds, st.booleans())
+def test_orthogonalize_is_its_polynomial_of_every_singular_value(shape, seed, wide):
+    X = np.random.default_rng(seed).normal(size=shape)
+    X = X.T if wide else X
+    result = orthogonalize(torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(result, oracle.nearly_polar(X), rtol=0, atol=1e-9)
+
+
+def test_orthogonalize_brings_singular_values_near_one_and_leaves_zero():
+    A, B = point((40, 12), 0), point((30, 12), 1)
+    sigma = torch.logspace(0, -2.3, 12, dtype=torch.float64)  # down to 1/200
+    X = (A * sigma) @ B.mT
+    values = torch.linalg.svdvals(orthogonalize(X))[:12]
+    assert values.min() > 0.68
+    assert values.max() < 1.21
+    assert not orthogonalize(torch.zeros(4, 3)).any()
+    stack = torch.stack([X, 3 * X])  # scale does not matter, and stacks are taken
+    torch.testing.assert_close(orthogonalize(stack), orthogonalize(X).expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_keeps_its_argument_s_dtype(dtype):
+    X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(X.to(dtype))
+    assert result.dtype == dtype
+    expected = torch.from_numpy(oracle.nearly_polar(X.to(dtype).double().numpy()))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)

@@ -22,6 +22,16 @@ def gram_schmidt(X: np.ndarray) -> np.ndarray:
     return Q
 
 
+def nearly_polar(X: np.ndarray) -> np.ndarray:
+    """What five steps of ``a X + b X X^T X + c (X X^T)^2 X`` from ``X / ||X||_F`` come to: the same
+    polynomial of each singular value."""
+    A, sigma, Bt = np.linalg.svd(X, full_matrices=False)
+    sigma = sigma / np.linalg.norm(sigma)
+    for _ in range(5):
+        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    return (A * sigma) @ Bt
+
+
 def tangent_basis(X: np.ndarray) -> np.ndarray:
     """Orthonormal basis of the tangent space at ``X`` (m, r), as rows of (dim, m r).
 

@@ -4,6 +4,7 @@ from .factorize import Factorization, LayerReport, factorize
 from .fuse import fuse
 from .fused import FusedConv2d
 from .layers import FactoredLayer, Scheme, SVDConv2d, SVDLinear, break_even_rank, factored_layers
+from .muon import Muon
 from .rank import RankCut, reduce_rank
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Factorization",
     "FusedConv2d",
     "LayerReport",
+    "Muon",
     "RankCut",
     "SVDConv2d",
     "SVDLinear",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .layers import FactoredLayer
+from .muon import Muon
 from .rediagonalize import Rediagonalized
 
 __all__ = ["cut_layer"]
@@ -24,6 +25,7 @@ CARRIED: tuple[type[Optimizer], ...] = (
     torch.optim.RAdam,
     torch.optim.RMSprop,
     torch.optim.Adagrad,
+    Muon,
 )
 
 

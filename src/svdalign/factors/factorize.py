@@ -129,7 +129,7 @@ def factorize(
     places: dict[int, list[str]] = {}  # one module may stand under several names
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
-    left_dense = None if classifier else _classifier(layers)
+    left_dense = None if classifier else classifier_name(layers)
     reports = []
     for name, layer in layers.items():
         kind = factored_type(layer)
@@ -215,7 +215,7 @@ def _check_not_lazy(net: nn.Module) -> None:
         )
 
 
-def _classifier(layers: Mapping[str, nn.Module]) -> str | None:
+def classifier_name(layers: Mapping[str, nn.Module]) -> str | None:
     """The last layer in the order of definition, if it maps every position by itself and is not the
     only layer there is."""
     if len(layers) < 2:

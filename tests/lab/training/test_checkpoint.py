@@ -69,7 +69,7 @@ def killed_at(step: int, trainer: Trainer) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "ssa"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_killed_and_resumed_is_the_run_that_was_not(
     stripes: ImageData, tmp_path: Path, rule: str, optimizer: str
 ) -> None:

@@ -49,6 +49,8 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -
         ({"nesterov": True}, "nesterov needs optimizer sgd and a momentum above 0"),
         ({"nesterov": True, "optimizer": "sgd", "momentum": 0.0}, "nesterov needs optimizer sgd"),
         ({"bias_lr": 0.0}, "bias_lr must be a positive number, got 0"),
+        ({"bias_lr": 2.0, "optimizer": "muon"}, "bias_lr must be 1 with optimizer muon, got 2"),
+        ({"nesterov": True, "optimizer": "muon"}, "nesterov needs optimizer sgd"),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"tta": 1}, "tta must be true or false, got 1"),
         ({"rank_parameters": 1.5}, "rank_parameters must be a whole number of at least 1"),

@@ -44,7 +44,7 @@ def test_learns(stripes: ImageData, rule: str) -> None:
     assert trainer.history[-1]["loss"] < trainer.history[0]["loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_a_run_is_a_function_of_its_config(stripes: ImageData, optimizer: str) -> None:
     a, b = (make(stripes, optimizer=optimizer, augment=["crop", "flip"]) for _ in range(2))
     torch.manual_seed(1)

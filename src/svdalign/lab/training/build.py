@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import rules
 from ...engine import Learner
 from ...engine.forward import evaluating
-from ...factors import factorize
+from ...factors import Muon, factorize
 from ...factors.fuse import fuse_where_possible
 from ...rules import Rule
 from .. import data as datasets
@@ -144,7 +144,7 @@ def build_learner(
         units=config.units,
         retraction=config.retraction,
         recompute=config.method.checkpointed and rule.horizon is not None,
-        optimizer=lambda parameters: _optimizer(config, groups(parameters)),
+        optimizer=lambda parameters: _optimizer(config, model, groups(parameters)),
         example=example_batch(config, data),
         loss=loss if config.label_smoothing else None,
         seed=config.seed,
@@ -244,7 +244,22 @@ def _groups(config: RunConfig, model: nn.Module, parameters: list[nn.Parameter])
     ]
 
 
-def _optimizer(config: RunConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+def _optimizer(
+    config: RunConfig, model: nn.Module, parameters: Iterable[Any]
+) -> torch.optim.Optimizer:
+    if config.optimizer == "muon":
+        betas = (0.9, config.beta2)
+        muon = Muon(
+            parameters,
+            model,
+            config.rate,
+            momentum=config.momentum,
+            betas=betas,
+            weight_decay=config.weight_decay,
+        )
+        for group in muon.param_groups:
+            group["lr_scale"] = group["lr"] / config.rate
+        return muon
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -214,9 +214,12 @@ class OptimConfig:
 
     epochs: int = option(4, "passes over the training images")
     batch_size: int = option(128, "training images per step")
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "the optimizer")
-    weight_decay: float = option(0.0, "decoupled for adamw, an L2 term for sgd")
-    momentum: float = option(0.9, "of sgd; the first of adamw's two betas")
+    optimizer: Literal["adamw", "sgd", "muon"] = option(
+        "adamw",
+        "the optimizer; muon trains what is no hidden weight by adamw at a tenth of its rate",
+    )
+    weight_decay: float = option(0.0, "decoupled for adamw (and so for muon), an L2 term for sgd")
+    momentum: float = option(0.9, "of sgd and muon; the first of adamw's two betas")
     nesterov: bool = option(False, "use Nesterov momentum; sgd only")
     bias_lr: float = option(
         1.0, "factor on the learning rate of biases; their weight decay a step stays as it is"
@@ -246,6 +249,8 @@ class OptimConfig:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
         _positive(self, "bias_lr")
+        if self.optimizer == "muon" and self.bias_lr != 1:
+            raise ValueError(f"bias_lr must be 1 with optimizer muon, got {self.bias_lr}")
         _switches(self, "nesterov")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs optimizer sgd and a momentum above 0")
