@@ -19,6 +19,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,9 +330,14 @@ def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]
 
 
 BENCH = {
+    "bp-dense-muon": ("BP", "bp-dense-muon"),
+    "bp-muon": ("SVD-BP", "bp-muon"),
+    "ssa-first-muon": ("SSA, first layer and rest", "ssa-first-muon"),
+    "ssa-first-half-muon": ("SSA, first layer and rest, rank 1/2", "ssa-first-muon"),
+    "dfa-muon": ("DFA", "dfa-muon"),
     "bp-dense": ("BP", "bp-dense-sgd"),
     "bp": ("SVD-BP", "bp-adamw"),
-    "ssa-two": ("SSA, two units", "ssa-two-adamw"),
+    "ssa-two": ("SSA, first block and rest", "ssa-two-adamw"),
     "dfa": ("DFA", "dfa-adamw"),
 }  #: files airbench/NAME-SEED.json: label, and the search of the rate, airbench/search-...
 
@@ -372,8 +378,9 @@ def airbench(results: Results) -> str:
     headings = ["method", "test accuracy, %", "six views, %", "seeds", "parameters", "minutes"]
     return (
         f"{markdown([*headings, 'optimizer, rate', 'best of its search'], rows)}\n\n"
-        "`benchmarks/configs/airbench.yaml`: all 50,000 training images, ten epochs in bf16 on one "
-        "thread. Six views: the mean answer to each image as it is, shifted and mirrored. "
+        "`benchmarks/configs/airbench.yaml`, for other optimizers than Muon `airbench_sgd.yaml`: "
+        "all 50,000 training images, ten epochs in bf16 on one thread. Six views: the mean answer "
+        "to each image as it is, shifted and mirrored. "
         f"Parameters: at the end, × BP dense. {source(*made)}"
     )
 
@@ -392,11 +399,22 @@ LEVERS = {
     "units2-alpha0": "the same without similarity",
 }  #: files airbench/lever-NAME.json
 
+MUON_LEVERS = {
+    "muon-bp": "SVD-BP",
+    "muon-first": "two units: the first convolution, all that follows",
+    "muon-first-similarity": "the same with similarity",
+    "muon-block": "two units: the first block, all that follows",
+    "muon-three": "the first convolution, up to the second block, the rest",
+    "muon-blocks": "blocks, the classifier in the last",
+    "muon-bp-half": "SVD-BP, rank 1/2 from the start",
+    "muon-first-half": "the first convolution and the rest, rank 1/2 from the start",
+}
 
-def airbench_levers(results: Results) -> str:
+
+def airbench_levers(results: Results, levers: Mapping[str, str] = LEVERS) -> str:
     """What local learning loses, and where, on the small job of the search."""
     rows, made = [], []
-    for name, label in LEVERS.items():
+    for name, label in levers.items():
         try:
             run = results[f"airbench/lever-{name}"]
         except KeyError:
@@ -557,6 +575,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "whole": whole,
     "image_folder": image_folder,
     "airbench": airbench,
+    "airbench_levers_muon": partial(airbench_levers, levers=MUON_LEVERS),
     "airbench_search": airbench_search,
     "airbench_levers": airbench_levers,
 }

@@ -178,6 +178,10 @@ def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: P
     assert "| blocks, the classifier a unit of its own | 60.0 | 50.0 | 27 |" in (
         script.airbench_levers(tables)
     )
+    write(tmp_path / "airbench", **{"lever-muon-first": lever})
+    assert "| two units: the first convolution, all that follows | 60.0 | 50.0 | 27 |" in (
+        script.TABLES["airbench_levers_muon"](tables)
+    )
     table = script.airbench(tables)
     assert "| BP | 93.5 ± 0.7 | 94.5 ± 0.7 | 2 | 1.00 | 10 | sgd, 1 | 0.01 |" in table
     assert "| SVD-BP | 92.0 | 93.0 | 1 | 0.50 | 10 | sgd, 1 | 0.01 |" in table

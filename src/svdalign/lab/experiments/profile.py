@@ -78,7 +78,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     """profile"""
 
     methods: list[str] = option(DEFAULT, f"of {HELP}")
-    optimizer: Literal["adamw", "sgd"] = option("adamw", "whose state is held: two numbers or one")
+    optimizer: Literal["adamw", "sgd", "muon"] = option(
+        "adamw", "whose state is held: two numbers, or one (of hidden weights for muon)"
+    )
     precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
     settings: dict[str, Any] = option(
         {}, "{method: {field: value}}: what differs for a method, such as units or options"
