@@ -333,8 +333,6 @@ BENCH = {
     "bp-dense-muon": ("BP", "bp-dense-muon"),
     "bp-muon": ("SVD-BP", "bp-muon"),
     "ssa-first-muon": ("SSA, first layer and rest", "ssa-first-muon"),
-    "ssa-first-half-muon": ("SSA, first layer and rest, rank 1/2", "ssa-first-muon"),
-    "dfa-muon": ("DFA", "dfa-muon"),
     "bp-dense": ("BP", "bp-dense-sgd"),
     "bp": ("SVD-BP", "bp-adamw"),
     "ssa-two": ("SSA, first block and rest", "ssa-two-adamw"),
@@ -360,7 +358,6 @@ def airbench(results: Results) -> str:
                 strict=True,
             )
         )
-        minutes = statistics.mean(run["train_seconds"] for run in runs) / 60
         dense = dense or runs[0]["parameters"]
         rows.append(
             [
@@ -369,13 +366,12 @@ def airbench(results: Results) -> str:
                 spread(views),
                 str(len(runs)),
                 f"{runs[0]['parameters'] / dense:.2f}",
-                f"{minutes:.0f}",
                 f"{config['optimizer']}, {config['lr']:g}",
                 f"{rate:g}",
             ]
         )
         made += [*runs, results[search]]
-    headings = ["method", "test accuracy, %", "six views, %", "seeds", "parameters", "minutes"]
+    headings = ["method", "test accuracy, %", "six views, %", "seeds", "parameters"]
     return (
         f"{markdown([*headings, 'optimizer, rate', 'best of its search'], rows)}\n\n"
         "`benchmarks/configs/airbench.yaml`, for other optimizers than Muon `airbench_sgd.yaml`: "
@@ -402,12 +398,8 @@ LEVERS = {
 MUON_LEVERS = {
     "muon-bp": "SVD-BP",
     "muon-first": "two units: the first convolution, all that follows",
-    "muon-first-similarity": "the same with similarity",
-    "muon-block": "two units: the first block, all that follows",
-    "muon-three": "the first convolution, up to the second block, the rest",
-    "muon-blocks": "blocks, the classifier in the last",
-    "muon-bp-half": "SVD-BP, rank 1/2 from the start",
-    "muon-first-half": "the first convolution and the rest, rank 1/2 from the start",
+    "muon-two": "three: the first convolution, the rest of its block, all that follows",
+    "muon-late": "three: the first convolution, up to the third, all that follows",
 }
 
 
@@ -420,11 +412,12 @@ def airbench_levers(results: Results, levers: Mapping[str, str] = LEVERS) -> str
         except KeyError:
             continue
         last = run["history"][-1]
-        row = [label, *(f"{100 * last[key]:.1f}" for key in ("test_accuracy", "train_accuracy"))]
-        rows.append([*row, f"{run['train_seconds']:.0f}"])
+        rows.append(
+            [label, *(f"{100 * last[key]:.1f}" for key in ("test_accuracy", "train_accuracy"))]
+        )
         made.append(run)
     config = made[0]["config"]
-    headings = ["units", "held-out, %", "training, %", "seconds"]
+    headings = ["units", "held-out, %", "training, %"]
     return (
         f"{markdown(headings, rows)}\n\n{config['optimizer']} at {config['lr']:g} for all, "
         f"horizon 0 unless it says otherwise, one seed. {source(*made)}"
