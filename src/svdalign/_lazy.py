@@ -9,7 +9,6 @@ result is always right.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,15 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ._autocast import outside_autocast
+from ._parts import by_parts, memory_format
 
 __all__ = [
     "LazyTensor",
     "Recipe",
-    "by_parts",
     "by_parts_or_lazy",
-    "empty",
-    "memory_format",
-    "parts_of",
     "read",
     "reads_by_parts",
     "recipe_of",
@@ -204,50 +200,3 @@ def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) ->
     if getattr(getattr(node, "_forward_cls", None), "takes_lazy", False):
         return LazyTensor(replace(like, tensors=(), samples=run, latest={}))
     return by_parts(run, like.parts)
-
-
-# --- some samples at a time ---------------------------------------------------------------------
-
-
-#: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
-#: of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 5 << 16, "meta": 5 << 16}
-ELSEWHERE = 1 << 24
-
-PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
-
-
-def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
-    """The samples of a map ``h`` (B, C, h, w), some at a time; ``channels``: how many the widest
-    map has that is made of it, C by default."""
-    each = (h.shape[1] if channels is None else channels) * math.prod(h.shape[2:])
-    fitting = CHUNK.get(h.device.type, ELSEWHERE) // max(1, each)
-    size = max(1, fitting, math.ceil(len(h) / PARTS))
-    return [slice(i, min(i + size, len(h))) for i in range(0, max(1, len(h)), size)]
-
-
-def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
-    """What ``run`` makes of each of ``parts``, in one tensor."""
-    whole: Tensor | None = None
-    for rows in parts:
-        part = run(rows)
-        if len(parts) == 1:
-            return part
-        if whole is None:
-            whole = empty((parts[-1].stop, *part.shape[1:]), like=part)
-        whole[rows] = part
-    assert whole is not None
-    return whole
-
-
-def empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
-    """Of ``like``'s kind and memory format."""
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
-    )
-
-
-def memory_format(t: Tensor) -> torch.memory_format:
-    """Channels last, or contiguous."""
-    last = t.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

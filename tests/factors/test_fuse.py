@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
-from svdalign._lazy import CHUNK
+from svdalign._parts import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
 from svdalign.factors._choice import Cost
 from svdalign.factors.fused import KERNELS, Kernel

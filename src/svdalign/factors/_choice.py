@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._lazy import memory_format
+from .._parts import memory_format
 from .fused import KERNELS, FusedConv2d, Kernel
 
 __all__ = ["choose_kernels"]

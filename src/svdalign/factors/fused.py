@@ -70,7 +70,7 @@ class FusedConv2d(SVDConv2d):
         if isinstance(norm := tail[0], nn.BatchNorm2d):
             kernel, bias = _norm(norm, z, second[:, :, 0, 0], bias)
             second, tail = kernel[:, :, None, None], tail[1:]
-        return expand(self, z, second, bias, tail)
+        return expand(self, z, second, bias, tail, lazy=self.read_by_parts)
 
     def plain(self) -> nn.Module:
         return nn.Sequential(super().plain(), *self.tail)
