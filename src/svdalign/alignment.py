@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
-from .factors import FactoredLayer
+from .factors import FactoredLayer, factored_layers
 
 __all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment", "descent"]
 
@@ -122,17 +122,19 @@ def _backpropagation(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:
 def _layers(
     model: nn.Module, rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]
 ) -> Iterator[LayerAlignment]:
-    for name, module in model.named_modules():
+    factored = factored_layers(model)
+    for name, _ in model.named_modules():
         prefix = f"{name}." if name else ""
-        held = ("U", "s", "V") if isinstance(module, FactoredLayer) else ("weight",)
+        held = ("U", "s", "V") if name in factored else ("weight",)
         keys = [prefix + k for k in held if prefix + k in rule and prefix + k in bp]
         if not keys or any(rule[k].ndim < 2 for k in keys if not k.endswith("s")):
             continue  # norms have no matrix to align
         ours, theirs = [rule[k] for k in keys], [bp[k] for k in keys]
         angle = _angle(_cosine(ours, theirs))
         tangent = angle
-        if isinstance(module, FactoredLayer) and len(keys) == 3:
-            tangent = _angle(_cosine([_change(module, *ours)], [_change(module, *theirs)]))
+        if name in factored and len(keys) == 3:
+            changes = [_change(factored[name], *gradients) for gradients in (ours, theirs)]
+            tangent = _angle(_cosine(changes[:1], changes[1:]))
         yield LayerAlignment(name, angle, tangent, float(_norm(ours) / _norm(theirs)))
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._copying import copied
+from ._encoders import settle_fast_path
 from ._files import replace_file
 from ._tracing import carry_hooks, followers, layers_read, substitute
-from .factors import FactoredLayer
+from .factors import FactoredLayer, factored_layers
 
 __all__ = [
     "FORMATS",
@@ -47,33 +48,17 @@ def compact(model: nn.Module) -> nn.Module:
         module.__dict__.pop("factorization", None)
     read = layers_read(model, FactoredLayer)
     plain: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FactoredLayer):
-            if module not in plain:
-                made = module.dense() if module in read else module.plain()
-                plain[module] = made.eval().requires_grad_(False)
-                carry_hooks(module, plain[module])
-            if not name:
-                return plain[module]
-            model.set_submodule(name, plain[module])
-    _call_every_layer(model)
+    for name, layer in factored_layers(model, every_name=True).items():
+        if layer not in plain:
+            made = layer.dense() if layer in read else layer.plain()
+            plain[layer] = made.eval().requires_grad_(False)
+            carry_hooks(layer, plain[layer])
+        if not name:
+            return plain[layer]
+        model.set_submodule(name, plain[layer])
+    settle_fast_path(model, {m for m in plain.values() if isinstance(m, nn.Sequential)})
     _fold_batch_norms(model)
     return model
-
-
-def _call_every_layer(model: nn.Module) -> None:
-    """Turn off, in place, the fast path of torch's encoders where it would read the one ``weight``
-    of a layer that is two by now."""
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    split = {
-        layer for layer in layers if nn.Sequential in map(type, (layer.linear1, layer.linear2))
-    }
-    for layer in split:
-        layer.activation_relu_or_gelu = 0  # how a layer says that it has no such path
-    for encoder in encoders:
-        if not split.isdisjoint(encoder.layers):
-            encoder.use_nested_tensor = False  # nested tensors are for that path alone
 
 
 # --- batch norms --------------------------------------------------------------------------------

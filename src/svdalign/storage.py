@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._files import read, write
 from .engine import Learner
-from .factors import FactoredLayer
+from .factors import factored_layers
 
 __all__ = [
     "load",
@@ -93,7 +93,7 @@ def restore(learner: Learner, state: Mapping[str, Any], path: str | Path) -> Non
 
 def ranks(model: nn.Module) -> dict[str, int]:
     """Present rank of every factored layer by its name."""
-    return {n: m.rank for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    return {name: layer.rank for name, layer in factored_layers(model).items()}
 
 
 def random_state() -> dict[str, Any]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..factors import FactoredLayer
-from ..factors.registry import factored_type
+from ..factors.registry import kind_of
 
 __all__ = ["AS_IT_IS", "Layout", "layout_of"]
 
@@ -46,8 +45,7 @@ _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 def _channels_last(module: nn.Module) -> bool | None:
     """Whether ``module`` is known for channels in the last axis of its output, or in the second."""
-    kind = type(module) if isinstance(module, FactoredLayer) else factored_type(module)
-    if kind is not None:
+    if (kind := kind_of(module)) is not None:
         return kind.channels_last
     if isinstance(module, _CHANNELS_FIRST):
         return False

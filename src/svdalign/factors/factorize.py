@@ -10,8 +10,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .._copying import copied
+from .._encoders import settle_fast_path
 from .._tracing import carry_hooks
-from .layers import SCHEMES, FactoredLayer, Scheme, absolute_rank, break_even_rank
+from .layers import (
+    SCHEMES,
+    FactoredLayer,
+    Scheme,
+    absolute_rank,
+    break_even_rank,
+    factored_layers,
+)
 from .registry import dense_names, factored_type, own_matrices
 
 __all__ = ["Factorization", "LayerReport", "Rank", "factorize"]
@@ -52,8 +60,8 @@ class Factorization:
     @property
     def layers(self) -> tuple[LayerReport, ...]:
         """The layers as they are now."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        return tuple(_updated(report, modules.get(report.name)) for report in self.first)
+        layers = factored_layers(self.model, every_name=True)
+        return tuple(_updated(report, layers.get(report.name)) for report in self.first)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -71,8 +79,8 @@ class Factorization:
         )
 
 
-def _updated(report: LayerReport, layer: nn.Module | None) -> LayerReport:
-    if not isinstance(layer, FactoredLayer):
+def _updated(report: LayerReport, layer: FactoredLayer | None) -> LayerReport:
+    if layer is None:
         return report
     return replace(report, rank=layer.rank, parameters=_numbers(layer))
 
@@ -178,16 +186,9 @@ def factorize(
         asking = "a mapping {layer name: rank} asks for a layer"
         why = "; ".join([*reasons, asking if layers else f"it has none of {dense_names()}"])
         raise ValueError(f"net has no layer that can be factored ({why})")
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and _has_factors(module):
-            module.use_nested_tensor = False  # nested tensors are for layers with dense weights
+    settle_fast_path(model, set(factored_layers(model).values()))
     model.factorization = Factorization(model, (*reports, *others))  # type: ignore[assignment]
     return model
-
-
-def _has_factors(module: nn.Module) -> bool:
-    """Whether a factored layer stands at or below ``module``."""
-    return any(isinstance(m, FactoredLayer) for m in module.modules())
 
 
 def _check_rank(rank: object) -> None:
@@ -227,10 +228,11 @@ def classifier_name(layers: Mapping[str, nn.Module]) -> str | None:
 
 def _others(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
     """What is said of modules that hold a weight matrix and are of no type that can be factored."""
+    factored = factored_layers(model)
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{layer}.parametrizations.") for layer in layers)
         matrices = own_matrices(module)
-        if name in layers or inside or isinstance(module, FactoredLayer) or not matrices:
+        if name in layers or name in factored or inside or not matrices:
             continue
         if isinstance(module, nn.MultiheadAttention):
             note = "packs its projections into one weight and does not call them as layers"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ._cut import cut_layer
-from .layers import FactoredLayer, absolute_rank
+from .layers import FactoredLayer, absolute_rank, factored_layers
 from .rediagonalize import energy_rank, rediagonalized, spectrum
 
 __all__ = ["RankCut", "parameter_budget", "reduce_rank"]
@@ -74,7 +74,7 @@ def reduce_rank(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizers = _optimizers(model, optimizer)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    layers = factored_layers(model)
     _check(layers, energy, rank, parameters, ratio, min_rank)
     for name, layer in layers.items():
         if not all(X.isfinite().all() for X in (layer.U, layer.s, layer.V)):
@@ -133,7 +133,7 @@ def _affordable_ranks(
 def parameter_budget(model: nn.Module, parameters: int | float) -> int:
     """``parameters`` as a number, if a fraction then of those ``model`` would have with dense
     weights in its factored layers. ValueError if rank 1 in all of these takes more."""
-    layers = [m for m in model.modules() if isinstance(m, FactoredLayer)]
+    layers = factored_layers(model).values()
     others = sum(p.numel() for p in model.parameters()) - sum(_cost(m) * m.rank for m in layers)
     budget = parameters
     if isinstance(parameters, float):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,11 @@ class Feedback(nn.Module):
     the other's gradient, so one method suffices: the gradient of ``<readout(p), e>`` in ``p`` is
     ``B e``. A readout that is not linear has that gradient as well, but no ``project`` and no
     ``directions``: they would depend on ``p``.
+
+    ``fineness``: how many cells along an axis of a map it reads for each cell of a rule's grid.
     """
+
+    fineness: ClassVar[int] = 1
 
     def readout(self, p: Tensor) -> Tensor:
         """``B^T p`` for rows ``p`` (..., d): (..., C)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ class WidenedFeedback(Feedback):
     Source: the auxiliary networks of Belilovsky et al., *Decoupled Greedy Learning of CNNs* (2020);
     this is the smallest.
     """
+
+    fineness: ClassVar[int] = 2
 
     K: Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..feedback import Feedback, GaussianFeedback
 from ._registry import register
@@ -31,13 +31,11 @@ class DFA(Rule):
         return GaussianFeedback(unit.pooled_size(self.grid), unit.classes, generator=generator)
 
     def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
+        self, unit: UnitSpec, feedback: Feedback, h: Tensor, supervision: Supervision
     ) -> Tensor:
-        assert isinstance(feedback, Feedback)
         return task_loss(self.error, feedback, unit.pool(h, self.grid), supervision)
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
-        assert isinstance(feedback, Feedback)
+    def readout(self, unit: UnitSpec, feedback: Feedback, h: Tensor) -> Tensor:
         return feedback.readout(unit.pool(h, self.grid))
 
 

@@ -6,14 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._copying import with_own_weight
-from ..factors import FactoredLayer
-from ..factors.registry import factored_type, own_matrices
+from ..factors.registry import kind_of, own_matrices
 from ..factors.stiefel import qr_retract
 from ._registry import register
 from .bp import BP
@@ -37,6 +36,8 @@ class FA(BP):
 
     name: str = "fa"
 
+    needs_affine_layers: ClassVar[bool] = True
+
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
         """A linear map of ``layer``'s shape, for errors to go back through."""
         mirror = with_own_weight(layer)
@@ -47,12 +48,13 @@ class FA(BP):
         mirrors: dict[str, nn.Module] = {}
         not_mirrored: list[str] = []
         for name, layer in model.named_modules():
-            if isinstance(layer, FactoredLayer) and not layer.affine:
+            kind = kind_of(layer)
+            if kind is not None and not kind.affine:
                 raise ValueError(
                     f"rule {self.name!r} sends errors back through each layer by itself, but "
                     f"{name!r} is fused with what follows it: leave svdalign.fuse out"
                 )
-            if isinstance(layer, FactoredLayer) or factored_type(layer):
+            if kind is not None:
                 mirrors[name] = self.mirror(layer, generator).requires_grad_(False)
             elif _carries_errors(layer) and not any(name.startswith(f"{n}.") for n in mirrors):
                 not_mirrored.append(f"{name!r} ({type(layer).__name__})")
@@ -96,8 +98,9 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
         return torch.randn(like.shape, generator=generator).to(like)
 
     with torch.no_grad():
-        if isinstance(layer, FactoredLayer):
-            layer.set_factors(qr_retract(normal(layer.U)), layer.s, qr_retract(normal(layer.V)))
+        if getattr(layer, "orthonormal", False):
+            for X in (layer.get_parameter("U"), layer.get_parameter("V")):
+                X.copy_(qr_retract(normal(X)))
         else:
             weight = layer.get_parameter("weight")
             weight.copy_(normal(weight) * weight.square().mean().sqrt())

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..feedback import Feedback, StructuredFeedback
 from ..losses import cosine_alignment
 from ._registry import register
-from .base import Rule, Supervision, UnitSpec, check_weights, missed_share, task_loss
+from .base import (
+    ErrorSource,
+    Rule,
+    Supervision,
+    UnitSpec,
+    add_missed_share,
+    check_choice,
+    check_counts,
+    check_weights,
+    task_loss,
+)
 
 __all__ = ["SSAReconstruction"]
 
@@ -49,29 +59,21 @@ class SSAReconstruction(Rule):
     beta: float = 0.1
     grid: int | None = 1
 
+    errors: ClassVar[tuple[ErrorSource, ...]] = ("output",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alignment not in get_args(Alignment):
-            raise ValueError(
-                f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
-            )
+        check_choice("alignment", self.alignment, get_args(Alignment))
         check_weights(task=self.task, alpha=self.alpha)
-        if self.error != "output":
-            raise ValueError(f"rule {self.name!r} needs error 'output', got {self.error!r}")
-        whole = isinstance(self.grid, int) and not isinstance(self.grid, bool)
-        if self.grid is not None and not (whole and self.grid >= 1):
-            raise ValueError(
-                f"grid must be a whole number of at least 1 or None, got {self.grid!r}"
-            )
+        check_counts(grid=self.grid)
 
     def feedback(self, unit: UnitSpec, generator: torch.Generator) -> StructuredFeedback:
         d = unit.pooled_size(self.grid)
         return StructuredFeedback(d, unit.classes, rank=None, learn=False, generator=generator)
 
     def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
+        self, unit: UnitSpec, feedback: Feedback, h: Tensor, supervision: Supervision
     ) -> Tensor:
-        assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
         loss = self.task * task_loss(self.error, feedback, pooled, supervision)
         wanted = self._wanted(supervision)
@@ -89,15 +91,10 @@ class SSAReconstruction(Rule):
         assert supervision.error is not None, "the engine brings the output's error"
         return -supervision.error if self.alignment == "against-error" else supervision.error
 
-    def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
+    def weights_loss(self, unit: UnitSpec, feedback: Feedback | None) -> Tensor | None:
         loss = super().weights_loss(unit, feedback)
-        if not self.alpha or self.alignment != "subspace":
-            return loss
-        missed = missed_share(unit, feedback)
-        if missed is None:
-            return loss
-        return self.alpha * missed if loss is None else loss + self.alpha * missed
+        weight = self.alpha if self.alignment == "subspace" else 0.0
+        return add_missed_share(loss, weight, unit, feedback)
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
-        assert isinstance(feedback, Feedback)
+    def readout(self, unit: UnitSpec, feedback: Feedback, h: Tensor) -> Tensor:
         return feedback.readout(unit.pool(h, self.grid))

@@ -10,8 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .._copying import with_own_weight
-from ..factors import FactoredLayer
+from ..factors.registry import dense_copy
 from ._registry import register
 from .fa import FA, mirrored
 
@@ -35,7 +34,7 @@ class SignSymmetric(FA):
         return weight.abs().mean()
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
-        return layer.dense() if isinstance(layer, FactoredLayer) else with_own_weight(layer)
+        return dense_copy(layer)
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:

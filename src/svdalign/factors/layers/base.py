@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..registry import is_layer_of, register
 from ._read_only import MESSAGE, read_only
 
 __all__ = [
+    "REGISTERED",
     "SCHEMES",
     "FactoredLayer",
     "Scheme",
     "absolute_rank",
     "break_even_rank",
+    "dotted",
     "factored_layers",
     "plain_layer",
     "svd_factors",
@@ -30,6 +31,15 @@ SCHEMES: tuple[str, ...] = get_args(Scheme)
 
 #: Dtypes in which torch multiplies matrices and differentiates the product.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+#: The factored type for each dense type, by the dotted name of the dense one.
+REGISTERED: dict[str, type[FactoredLayer]] = {}
+
+
+def dotted(kind: type) -> str:
+    """The name of a type with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +73,10 @@ class FactoredLayer(nn.Module):
     ``U`` (m, r) and ``V`` (n, r) have orthonormal columns, ``s`` is (r,). What ``m`` and ``n``
     stand for is the subclass's reshape of the framework's weight.
 
-    A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, which
-    registers it (:mod:`svdalign.factors.registry`), and defines :meth:`to_matrix`,
+    A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, or, if
+    that is of a library which need not be installed, its dotted name,
+    ``dense="package.module.Class"``. That registers it (:mod:`svdalign.factors.registry`). It
+    defines :meth:`to_matrix`,
     :meth:`from_matrix`, :meth:`forward`, :meth:`dense`, :meth:`pair` and ``channels_last``; where
     they differ from those of a linear layer also :meth:`output_directions`, :meth:`macs`,
     :meth:`is_pointwise` and :meth:`refusal`.
@@ -86,7 +98,7 @@ class FactoredLayer(nn.Module):
     def __init_subclass__(cls, dense: type[nn.Module] | str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if dense is not None:
-            register(dense, cls)
+            REGISTERED[dense if isinstance(dense, str) else dotted(dense)] = cls
 
     def __init__(
         self,
@@ -133,7 +145,7 @@ class FactoredLayer(nn.Module):
         weight = layer._parameters.get("weight")
         if parametrize.is_parametrized(layer, "weight") or weight is None:
             return "its weight is computed from other parameters"
-        if not is_layer_of(layer, cls):
+        if REGISTERED.get(dotted(type(layer))) is not cls:
             return f"a subclass ({type(layer).__name__}) may not be what its base computes"
         if weight.dtype not in DTYPES:
             return f"its weight is of dtype {weight.dtype}"

@@ -17,11 +17,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FactoredLayer, Scheme, plain_layer
 
-__all__ = ["FactoredConvolution", "FactoredTransposedConvolution"]
+__all__ = [
+    "FactoredConvolution",
+    "FactoredTransposedConvolution",
+    "SVDConv1d",
+    "SVDConv2d",
+    "SVDConv3d",
+    "SVDConvTranspose1d",
+    "SVDConvTranspose2d",
+    "SVDConvTranspose3d",
+]
 
 
 class FactoredConvolution(FactoredLayer):
@@ -267,3 +277,42 @@ def _axes_of_first(axes: int, scheme: Scheme) -> int:
 def _half(total: tuple[int, ...]) -> str | tuple[int, ...]:
     """``total`` padding by axis, shared out evenly between the two sides, or ``"same"``."""
     return "same" if any(n % 2 for n in total) else tuple(n // 2 for n in total)
+
+
+# --- one for each dense type --------------------------------------------------------------------
+
+
+class SVDConv1d(FactoredConvolution, dense=nn.Conv1d):
+    """``nn.Conv1d`` with a factored kernel."""
+
+    convolve, module = F.conv1d, nn.Conv1d
+
+
+class SVDConv2d(FactoredConvolution, dense=nn.Conv2d):
+    """``nn.Conv2d`` with a factored kernel."""
+
+    convolve, module = F.conv2d, nn.Conv2d
+
+
+class SVDConv3d(FactoredConvolution, dense=nn.Conv3d):
+    """``nn.Conv3d`` with a factored kernel."""
+
+    convolve, module = F.conv3d, nn.Conv3d
+
+
+class SVDConvTranspose1d(FactoredTransposedConvolution, dense=nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose1d, nn.ConvTranspose1d
+
+
+class SVDConvTranspose2d(FactoredTransposedConvolution, dense=nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose2d, nn.ConvTranspose2d
+
+
+class SVDConvTranspose3d(FactoredTransposedConvolution, dense=nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose3d, nn.ConvTranspose3d
