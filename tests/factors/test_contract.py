@@ -20,7 +20,7 @@ from svdalign.engine.layout import layout_of
 from svdalign.factors import FactoredLayer, SVDConv2d, break_even_rank
 from svdalign.factors.layers import REGISTERED, SCHEMES
 from svdalign.factors.registry import factored_type
-from svdalign.lab.costs import inference_macs
+from svdalign.lab.costs import inference_macs, pretending
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
@@ -344,6 +344,19 @@ class TestContract:
         if rule == "sign-symmetric":
             W = layer.weight.detach()
             torch.testing.assert_close(feedback, W.sign() * W.abs().mean(), **EXACT)
+
+    @pytest.mark.parametrize("rule", ["ssa", "bp"])
+    def test_a_step_waits_for_no_value(self, kind: tuple[str, str], rule: str) -> None:
+        """On the meta device, where reading a value is an error."""
+        case = example(kind)
+        model = sva.factorize(Net(case.dense), {"layer": 2}, case.scheme).to("meta")
+        x, y = case.x.to("meta"), LABELS.to("meta")
+        with pretending():  # what is checked at the start and of the first batch may read values
+            learner = sva.Learner(
+                model, rule, units="layer", optimizer=lambda p: torch.optim.SGD(p, 0.05), example=x
+            )
+            learner.step(x, y)
+        assert learner.step(x, y).loss.is_meta
 
     def test_channels_stand_where_the_layer_says(self, kind: tuple[str, str]) -> None:
         case = example(kind)
