@@ -10,17 +10,17 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "by_parts", "empty", "memory_format", "parts_of"]
 
-#: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
-#: of one), and elsewhere what keeps it busy.
+#: How many values to work on at a time, by type of device: what a CPU's cache holds (estimates, on
+#: the meta device, are for CPUs).
 CHUNK = {"cpu": 5 << 16, "meta": 5 << 16}
-ELSEWHERE = 1 << 24
+ELSEWHERE = 1 << 24  #: on other devices, enough to keep them busy
 
-PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
+PARTS = 32  #: the most parts: a thirty-second of a map takes little memory, and a loop takes time
 
 
 def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
-    """The samples of a map ``h`` (B, C, h, w), some at a time; ``channels``: how many the widest
-    map has that is made of it, C by default."""
+    """The samples of a map ``h`` (B, C, h, w) in slices of some at a time. ``channels``: the number
+    of channels of the widest map that is computed from ``h``, C by default."""
     each = (h.shape[1] if channels is None else channels) * math.prod(h.shape[2:])
     fitting = CHUNK.get(h.device.type, ELSEWHERE) // max(1, each)
     size = max(1, fitting, math.ceil(len(h) / PARTS))
@@ -28,7 +28,7 @@ def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
 
 
 def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
-    """What ``run`` makes of each of ``parts``, in one tensor."""
+    """The results of ``run`` for each of ``parts``, in one tensor."""
     whole: Tensor | None = None
     for rows in parts:
         part = run(rows)
@@ -42,13 +42,14 @@ def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
 
 
 def empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
-    """Of ``like``'s kind and memory format."""
+    """A new tensor of ``shape``, without values, of the dtype, device and memory format of
+    ``like``."""
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
     )
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
-    """Channels last, or contiguous."""
+    """The memory format of ``t``: channels last, or contiguous."""
     last = t.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

@@ -1,8 +1,8 @@
-"""The arithmetic of a fused convolution: autograd functions that save little and work by parts.
+"""The arithmetic of a fused convolution: autograd functions that save little memory.
 
-Each saves the map of ``r`` channels alone and computes the maps of ``N`` channels again, some
-samples at a time, where its backward pass needs them. Outputs and gradients of ``N`` channels that
-only these functions read are lazy (:mod:`svdalign._lazy`): they are never written as a whole.
+Each saves only the map of ``r`` channels. Maps of ``N`` channels are computed again in the backward
+pass, some samples at a time. Outputs and gradients of ``N`` channels that only these functions read
+are lazy (:mod:`svdalign._lazy`): they are never stored as a whole.
 """
 
 from .expand import expand

@@ -16,8 +16,9 @@ __all__ = ["add_part", "as_map", "gradients_by_parts", "positions", "wanted_grad
 def gradients_by_parts(
     run: Callable[[slice], Iterable[Tensor | None]], parts: list[slice], wanted: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of a map, put together, and of weights, summed, from those that ``run`` finds for
-    ``parts`` of the samples; None where none is wanted."""
+    """The gradients that ``run`` finds for each of ``parts`` of the samples, put together: first
+    that of a map, whose parts are joined, then those of weights, whose parts are summed. None for a
+    gradient that is not wanted."""
     sums: list[Tensor | None] = [None] * len(wanted[1:])
 
     def one(rows: slice) -> Any:
@@ -33,8 +34,8 @@ def gradients_by_parts(
 
 
 def wanted_gradients(ctx: Any, needed: Sequence[bool]) -> list[bool]:
-    """Which of the gradients that are ``needed`` this backward pass is for: of no weights where it
-    only carries a signal upstream."""
+    """Which of the gradients that are ``needed`` in general the running backward pass asks for. It
+    asks for no gradients of weights if it only carries a signal to earlier units."""
     nodes = [node for node, _ in ctx.next_functions]
     if len(nodes) < len(needed):  # there is no bias: for None autograd has no entry
         nodes.insert(2, None)
@@ -42,7 +43,7 @@ def wanted_gradients(ctx: Any, needed: Sequence[bool]) -> list[bool]:
 
 
 def _asked_for(node: Any) -> bool:
-    """Whether the running backward pass goes on to ``node``, the source of a tensor that needs a
+    """Whether the running backward pass goes on to ``node``, which made a tensor that needs a
     gradient."""
     try:
         return bool(torch._C._will_engine_execute_node(node))
@@ -51,7 +52,7 @@ def _asked_for(node: Any) -> bool:
 
 
 def add_part(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sums of parts, in at least single precision."""
+    """``a + b`` in at least single precision, for sums over parts; None counts as zero."""
     if b is None:
         return a
     b = b if b.dtype == torch.float64 else b.float()
@@ -59,7 +60,7 @@ def add_part(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def positions(z: Tensor) -> Tensor:
-    """The positions of a map, (B h w, r): a view of one that is held channels last."""
+    """The positions of a map (B, r, h, w) as rows (B h w, r); a view if it is channels last."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 

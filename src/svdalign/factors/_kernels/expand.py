@@ -45,8 +45,8 @@ def expand(
 
 @reads_by_parts
 class _Expand(torch.autograd.Function):
-    """Second convolution and any ``tail``. Saves ``z`` and the weights, and computes the rest again
-    in the backward pass."""
+    """The second convolution and any ``tail``. Saves ``z`` and the weights; everything else is
+    computed again in the backward pass."""
 
     @staticmethod
     def forward(

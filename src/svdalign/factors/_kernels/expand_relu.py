@@ -27,8 +27,8 @@ aten = torch.ops.aten
 
 @reads_by_parts
 class ExpandReLU(torch.autograd.Function):
-    """Second convolution, ReLU and, if ``pool`` is given, max pooling. Saves ``z`` and, of pooled
-    maps, the output and the places of the maxima."""
+    """The second convolution, ReLU and, if ``pool`` is given, max pooling. Saves ``z``; with
+    pooling also the output and the positions of the maxima."""
 
     @staticmethod
     def forward(
@@ -53,7 +53,7 @@ class ExpandReLU(torch.autograd.Function):
             if not places:
                 ctx.corners, ctx.narrow = _corners(ctx.window, ctx.shape[-1], place)
             places.append(place.sub_(ctx.corners).to(ctx.narrow))
-            return y.relu_()  # after pooling: the same, and a quarter of the work
+            return y.relu_()  # after the pooling, which gives the same with a quarter of the work
 
         unwritten: Tensor | None = None
         if lazy and pool is None:
@@ -78,8 +78,8 @@ class ExpandReLU(torch.autograd.Function):
             g = aten.threshold_backward(read(grad, rows), out, 0)
             del out
             if window:
-                # Of the pooling's input the shape is read alone. Who reads a lazy gradient may
-                # want more samples at a time than these parts.
+                # Of the pooling's input only the shape is read. The reader of a lazy gradient may
+                # ask for more samples at a time than there are in a part.
                 like = (
                     full[: len(g)] if len(g) <= len(full) else empty((len(g), *ctx.shape), like=z)
                 )
@@ -105,8 +105,8 @@ class ExpandReLU(torch.autograd.Function):
 
 
 def _read_once(ctx: Any) -> bool:
-    """Whether the gradient in ``z`` is lazy and read once: by the weights of the first convolution,
-    whose input needs no gradient. Computing it again for that is cheaper than to hold it."""
+    """Whether the gradient in ``z`` will be read once, for the weights of a first convolution whose
+    input needs no gradient. Then computing it by parts is cheaper than storing it."""
     node = ctx.next_functions[0][0]
     first = getattr(node, "_forward_cls", None) is Reduce
     return first and node.next_functions[0][0] is None
@@ -115,7 +115,7 @@ def _read_once(ctx: Any) -> bool:
 def _lazy_if_smaller(
     layer: SVDConv2d, z: Tensor, second: Tensor, bias: Tensor | None, parts: list[slice]
 ) -> LazyTensor | None:
-    """``relu(W z + b)`` as a lazy tensor, if that is larger than ``z``."""
+    """``relu(W z + b)`` as a lazy tensor if it is larger than ``z``, else None."""
     stride, padding, dilation = layer.second_settings()
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -133,7 +133,7 @@ def _lazy_if_smaller(
         return layer.expand(z[rows], second.to(z.dtype), bias).relu_()
 
     tensors = [t.detach() for t in (z, second)]
-    if bias is not None:  # it may be a parameter, which is updated before the last reader comes
+    if bias is not None:  # a parameter may be updated before the last reader comes: copy it
         tensors.append(bias.detach().clone())
     like = replace(recipe_of(z), tensors=tuple(tensors), shape=shape, parts=parts)
     return LazyTensor(replace(like, samples=samples))
@@ -142,8 +142,8 @@ def _lazy_if_smaller(
 def _expansion_gradients(
     layer: SVDConv2d, z: Tensor, second: Tensor, g: Tensor, wanted: list[bool]
 ) -> Iterable[Tensor | None]:
-    """Gradients of the second convolution in ``z``, its kernel and its bias, given that in its
-    output; products of matrices where it is a 1 x 1 convolution."""
+    """Gradients of the second convolution in ``z``, its kernel and its bias, from the gradient
+    ``g`` in its output. For a 1 x 1 convolution they are products of matrices."""
     last = torch.channels_last
     if layer.scheme == "spatial" or not g.is_contiguous(memory_format=last):
         found: Iterable[Tensor | None] = aten.convolution_backward(
@@ -166,8 +166,8 @@ def _settings(pool: nn.MaxPool2d) -> list[Any]:
 
 
 def _corners(window: list[Any], width: int, place: Tensor) -> tuple[Tensor, torch.dtype]:
-    """Where in a map of ``width`` the windows of a max pooling begin, (h, w) of its output, and a
-    dtype for the way from there to a maximum: mostly a byte does."""
+    """The index in a flattened map of ``width`` columns where each window of a max pooling begins,
+    (h, w) of its output; and a dtype for the offset from there to a maximum, mostly one byte."""
     (kh, kw), (sh, sw), (ph, pw), (dh, dw), _ = window
     rows, columns = (torch.arange(n, device=place.device) for n in place.shape[-2:])
     corners = (rows * sh - ph)[:, None] * width + (columns * sw - pw)

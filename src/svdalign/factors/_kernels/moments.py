@@ -28,8 +28,8 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         count, dtype = z.numel() // z.shape[1], accumulation_dtype(z.dtype)
-        # Large squares would lose digits: moments about the mean of the first sample. It is no
-        # farther from the mean of all B than sqrt(B) standard deviations.
+        # Moments about the mean of the first sample: about zero, large squares would lose digits.
+        # That mean is at most sqrt(B) standard deviations away from the mean of all B samples.
         start = positions(z[:1]).to(dtype).mean(0)
         total, cov = torch.zeros_like(start), start.new_zeros(len(start), len(start))
         for rows in parts_of(z):

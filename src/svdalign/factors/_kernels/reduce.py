@@ -19,14 +19,14 @@ __all__ = ["Reduce", "reduce"]
 
 def reduce(layer: SVDConv2d, x: Tensor) -> Tensor:
     """The first convolution of ``layer``: ``x`` (B, C, h, w) to (B, r, h', w')."""
-    if isinstance(layer.paddings()[0], str):  # uneven, which its gradient does not know of
+    if isinstance(layer.paddings()[0], str):  # uneven padding, for which Reduce has no gradient
         return layer.reduce(x)
     return cast(Tensor, Reduce.apply(layer, x, layer.kernels()[0]))  # type: ignore[no-untyped-call]
 
 
 @reads_by_parts
 class Reduce(torch.autograd.Function):
-    """First convolution. Of a lazy input it saves what that is computed from."""
+    """The first convolution. If its input is lazy, it saves what that is computed from."""
 
     @staticmethod
     def forward(ctx: Any, layer: SVDConv2d, x: Tensor, first: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Reduce(torch.autograd.Function):
             return found
 
         def of_input(rows: slice) -> Tensor:
-            # For the input's gradient its shape is enough.
+            # The gradient of the input depends on the input's shape alone.
             (dx, *_) = gradients(rows, recipe.empty(rows), [True, False])
             return cast(Tensor, dx).to(recipe.dtype)
 
