@@ -1,5 +1,5 @@
-"""Factored layers, a file for each dense type. Every file of this folder is imported, so that a new
-one takes part without being listed anywhere."""
+"""Factored layers, each registered for its dense type. Every file of this folder is imported, so a
+new one need not be listed anywhere. Imports nothing of the library."""
 
 from importlib import import_module
 from pkgutil import iter_modules
