@@ -1,4 +1,4 @@
-"""Angles between what a rule does and what backpropagation would, training left undisturbed."""
+"""Angles between a rule's gradients and those of backpropagation; training is not disturbed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment
 class LayerAlignment:
     """One layer's gradient under the rule against its gradient under backpropagation.
 
-    Angles in degrees. ``factor_angle``: between the gradients of the layer's weights as they are
-    held, (U, s, V) or the dense weight. ``tangent_angle``: between the changes of ``W`` that steps
-    along them make to first order, ``dU diag(s) V^T + U diag(ds) V^T + U diag(s) dV^T``.
+    Angles in degrees. ``factor_angle``: between the gradients of the layer's parameters, (U, s, V)
+    or the dense weight. ``tangent_angle``: between the changes of ``W`` to first order that steps
+    along the two gradients make, ``dU diag(s) V^T + U diag(ds) V^T + U diag(s) dV^T``.
     ``norm_ratio``: norm of the rule's gradient over norm of backpropagation's.
     """
 
@@ -36,8 +36,8 @@ class LayerAlignment:
 
 @dataclass(frozen=True)
 class UnitAlignment:
-    """``feedback_angle``, in degrees: between the matrix that brings errors to a unit's output and
-    the transposed Jacobian of the logits in that output, averaged over the batch."""
+    """``feedback_angle``, in degrees: between the matrix that brings errors back to a unit's output
+    and the transposed Jacobian of the logits in that output, averaged over the batch."""
 
     name: str
     feedback_angle: float
@@ -45,8 +45,8 @@ class UnitAlignment:
 
 @dataclass(frozen=True)
 class Alignment:
-    """``descent``: whether the rule's gradient as a whole points downhill on the global loss,
-    ``<g, g_BP> > 0``. ``cosine``: of the angle between the two over all parameters."""
+    """``cosine``: of the angle between the two gradients over all parameters. ``descent``: whether
+    the rule's gradient points downhill on the global loss, ``<g, g_BP> > 0``."""
 
     layers: tuple[LayerAlignment, ...]
     units: tuple[UnitAlignment, ...]
@@ -59,12 +59,12 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Descent:
-    """Shares of ``<g, g_BP> > 0``; NaN where there was nothing to look at.
+    """How often ``<g, g_BP> > 0``, as a share; NaN where there was nothing to compare.
 
-    ``steps``: of the batches, ``g`` being the gradient as a whole. ``layers``: of the batches and
-    hidden layers, ``g`` being that of the layer's weights as they are held. Layers that the task
-    teaches itself are left out, where it is not backpropagation.
-    """
+    ``steps``: share of the batches, with ``g`` the whole gradient. ``layers``: share of all pairs
+    of a batch and a hidden layer, with ``g`` the gradient of that layer's parameters. The layers of
+    the last unit, which learn from the task's exact gradient, are left out, unless the rule is
+    backpropagation."""
 
     steps: float
     layers: float
@@ -73,9 +73,9 @@ class Descent:
 def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignment:
     """Measure ``learner``'s rule on a batch against backpropagation through ``model``.
 
-    Both gradients are taken from the same random state, and parameters, gradients, buffers and
-    random state are left as they were. The Jacobian is taken in evaluation mode, where samples do
-    not act on each other; it costs one backward pass a class. Source: arXiv 2510.25594, figures 2
+    Both gradients start from the same random state. Parameters, gradients, buffers and random state
+    are left as they were. The Jacobian is computed in evaluation mode, where samples do not
+    influence each other, by one backward pass for each class. Source: arXiv 2510.25594, figures 2
     and 3.
     """
     if model is not learner.model:
@@ -89,7 +89,7 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
 
 def descent(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> Descent:
     """How often ``learner``'s gradients on ``batches`` point downhill on the global loss. Training
-    is left undisturbed."""
+    is not disturbed."""
     whole = learner.horizon is None
     taught_by_the_task = set() if whole else set(learner.plan.output.parameters)
     steps, layers = [], []
@@ -106,7 +106,7 @@ def _share(answers: Sequence[bool]) -> float:
 
 
 def _cosine_of_common(rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]) -> float:
-    """Over all parameters that both have a gradient for."""
+    """Cosine over all parameters for which both have a gradient."""
     names = [name for name in bp if name in rule]
     return _cosine([rule[n] for n in names], [bp[n] for n in names])
 
@@ -125,8 +125,8 @@ def _layers(
     factored = factored_layers(model)
     for name, _ in model.named_modules():
         prefix = f"{name}." if name else ""
-        held = ("U", "s", "V") if name in factored else ("weight",)
-        keys = [prefix + k for k in held if prefix + k in rule and prefix + k in bp]
+        own = ("U", "s", "V") if name in factored else ("weight",)
+        keys = [prefix + k for k in own if prefix + k in rule and prefix + k in bp]
         if not keys or any(rule[k].ndim < 2 for k in keys if not k.endswith("s")):
             continue  # norms have no matrix to align
         ours, theirs = [rule[k] for k in keys], [bp[k] for k in keys]
@@ -168,7 +168,7 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
             for handle in handles:
                 handle.remove()
         if z.ndim != 2:
-            return []  # one answer a sample: only there is the Jacobian one matrix a sample
+            return []  # only with one answer a sample is the Jacobian one matrix a sample
         found = []
         for unit in learner.units[:-1]:
             h = outputs.get(unit.name)
@@ -193,7 +193,8 @@ def _readout(learner: Learner, unit: Unit, h: Tensor) -> tuple[Tensor, Tensor] |
 
 
 def _jacobian(z: Tensor, h: Tensor) -> Tensor:
-    """Jacobians (B, C, d) of ``z`` (B, C) in ``h`` (B, ...): one backward pass a class."""
+    """Jacobians (B, C, d) of ``z`` (B, C) in ``h`` (B, ...), by one backward pass for each
+    class."""
     rows = [torch.autograd.grad(z[:, c].sum(), h, retain_graph=True)[0] for c in range(z.shape[1])]
     return torch.stack([row.flatten(1) for row in rows], dim=1)
 

@@ -1,4 +1,4 @@
-"""What is there to ship: a model of plain ``nn`` modules, files that run without this library."""
+"""Shipping a model: plain ``nn`` modules, and files that run without this library."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ __all__ = [
 def compact(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, made of plain ``nn`` modules, in eval mode.
 
-    Every factored layer becomes what costs fewer multiply-accumulates: an ``nn.Sequential`` of two
-    layers, ``s`` merged into the second, or one dense layer. It becomes one dense layer in any case
-    where the code of the model reads more of it than its output, such as its ``weight``: a tied
-    decoder, or T5, which asks for the weight's dtype. A batch norm that reads nothing but a
-    convolution's output, itself read by nothing else, is folded into that convolution and leaves an
-    ``nn.Identity``. This is read off the traced ``forward``; where that cannot be traced (control
-    flow that depends on the data) batch norms stay. The function is kept to rounding.
+    Every factored layer becomes an ``nn.Sequential`` of two layers, with ``s`` merged into the
+    second, or one dense layer, whichever takes fewer multiply-accumulates. It becomes a dense layer
+    in any case if the model's code reads more of it than its output, such as its ``weight``: a tied
+    decoder does, and T5, which asks for the weight's dtype. A batch norm is folded into a
+    convolution if it is the only reader of the convolution's output; an ``nn.Identity`` takes its
+    place. Where ``forward`` cannot be traced (control flow that depends on the data) batch norms
+    stay. The function stays the same to rounding.
     """
     model = copied(model).eval().requires_grad_(False)
     for module in model.modules():
@@ -71,7 +71,7 @@ FOLDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _fold_batch_norms(model: nn.Module) -> None:
-    """Fold in place every batch norm that :func:`compact` says can be."""
+    """Fold every batch norm in ``model`` that can be folded, in place; see :func:`compact`."""
     try:
         pairs = followers(model)
     except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
@@ -92,14 +92,14 @@ def _fold_batch_norms(model: nn.Module) -> None:
 
 
 Runner = Callable[[Tensor], Tensor]
-"""What a file computes."""
+"""Computes what a file does."""
 
 
 def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     """Write the weights of ``model``, for a program that builds the same modules.
 
-    Like all writers it returns what the file, loaded again, computes. Raises ValueError for sparse
-    tensors.
+    Like all writers it returns a function that computes with the file, loaded again. Raises
+    ValueError for sparse tensors.
     """
     if sparse := [n for n, t in model.state_dict().items() if t.layout != torch.strided]:
         raise ValueError(
@@ -167,7 +167,8 @@ FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], Runner]] = {
 
 
 def check_imports(name: str) -> None:
-    """ImportError that says how to come by what format ``name`` needs, if it is not installed."""
+    """Raise ImportError, with the command to install it, if what format ``name`` needs is
+    missing."""
     if name == "onnx":
         try:
             import onnxruntime  # noqa: F401
@@ -178,7 +179,7 @@ def check_imports(name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters have to say about themselves and absent torchvision."""
+    """Silence torch's exporters, which print progress and warn that torchvision is missing."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
