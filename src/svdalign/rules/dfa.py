@@ -17,7 +17,7 @@ __all__ = ["DFA", "DRTP"]
 @register
 @dataclass(frozen=True)
 class DFA(Rule):
-    """The output's error, brought to each unit by a fixed random matrix: ``delta = P^T B e``.
+    """A fixed random matrix brings the output's error to each unit: ``delta = P^T B e``.
 
     ``grid``: feature maps are pooled to ``grid`` x ``grid`` cells; None gives every position its
     own row of ``B``, as in the source. Source: Noekland (2016), eq. 7.
@@ -42,7 +42,7 @@ class DFA(Rule):
 @register
 @dataclass(frozen=True)
 class DRTP(DFA):
-    """DFA with the target in place of the error, so that no unit waits for the output.
+    """DFA with the targets in place of the error, so that no unit has to wait for the output.
 
     Source: Frenkel, Lefebvre and Bol, *Learning Without Feedback: Fixed Random Learning Signals
     Allow for Feedforward Training of Deep Neural Networks* (2021).

@@ -23,12 +23,13 @@ __all__ = ["FA", "mirrored"]
 @register
 @dataclass(frozen=True)
 class FA(BP):
-    """Backpropagation whose errors go back through fixed random weights of the forward weights'
-    shape and scale. A factored layer gets random factors. It holds the whole graph, as BP does.
+    """Backpropagation whose errors go back through fixed random weights of the shape and scale of
+    the forward weights; for a factored layer through random factors. The whole graph is kept, as
+    for BP.
 
-    Linear layers and convolutions, factored or dense, send errors back so, transposed convolutions
-    too. Through other modules with weights (LSTM, attention) errors go back as in backpropagation,
-    and a UserWarning names them.
+    This holds for all registered layer types, factored or dense: linear layers, convolutions,
+    transposed convolutions. Through other modules with weights (LSTM, attention) errors go back as
+    in backpropagation, and a UserWarning names these modules.
 
     Source: Lillicrap, Cownden, Tweed and Akerman, *Random synaptic feedback weights support error
     backpropagation for deep learning* (2016).
@@ -39,7 +40,7 @@ class FA(BP):
     needs_affine_layers: ClassVar[bool] = True
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
-        """A linear map of ``layer``'s shape, for errors to go back through."""
+        """A layer of the shape of ``layer``, for errors to go back through."""
         mirror = with_own_weight(layer)
         _randomise(mirror, generator)
         return mirror
@@ -81,7 +82,7 @@ class FA(BP):
 
 
 def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The layers through which errors travel backwards, each with its mirror."""
+    """The layers of ``model`` that have a mirror in ``transport``, each with its mirror."""
     mirrors = dict(transport.named_children())
     for name, layer in model.named_modules():
         if (mirror := mirrors.get(_key(name))) is not None:
@@ -89,7 +90,7 @@ def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module
 
 
 def _key(name: str) -> str:
-    # An nn.ModuleDict takes no dots, nor "" (the model itself), nor "keys" and the like.
+    # An nn.ModuleDict takes no name with a dot, no "" (the model itself), and no "keys".
     return "/" + name.replace(".", "/")
 
 
@@ -107,7 +108,7 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def _carries_errors(module: nn.Module) -> bool:
-    """Whether ``module`` may send errors back through weights of its own."""
+    """Whether errors may go back through weights of ``module`` itself."""
     return bool(own_matrices(module)) and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
@@ -120,13 +121,13 @@ def _detach_input(
     else:
         name, x = next(iter(kwargs.items()))
         kwargs = {**kwargs, name: x.detach()}
-    # The input with its graph waits here for the forward hook, which bridges it to the output.
+    # The forward hook needs the input with its graph.
     layer._fa_input = x
     return args, kwargs
 
 
 class _Bridge:
-    """Forward hook that joins a layer's output to its detached input through ``mirror``."""
+    """A forward hook that connects a layer's output to its detached input through ``mirror``."""
 
     def __init__(self, mirror: nn.Module) -> None:
         self.mirror = mirror
@@ -148,8 +149,8 @@ class _Bridge:
 
 
 class _Transport(torch.autograd.Function):
-    """``y`` forwards; backwards the error as it is to ``y``, and through ``mirror``, which computes
-    in ``dtype``, to ``x``."""
+    """Forward it returns ``y``. Backward it gives the error unchanged to ``y``, and through
+    ``mirror``, which computes in ``dtype``, to ``x``."""
 
     @staticmethod
     def forward(
@@ -157,13 +158,13 @@ class _Transport(torch.autograd.Function):
     ) -> Tensor:
         ctx.mirror, ctx.mirror_dtype = mirror, dtype
         ctx.shape, ctx.dtype, ctx.device = x.shape, x.dtype, x.device
-        return y.detach()  # as it is it would be a view, not to be changed in place
+        return y.detach()  # ``y`` itself would become a view, which cannot be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            # The mirror is affine, so its vector-Jacobian product does not depend on where.
-            # It keeps the weights' precision also where autocast has lowered the error's.
+            # The mirror is affine, so its vector-Jacobian product does not depend on x. It works
+            # in the weights' precision also where autocast has lowered that of the error.
             x = torch.zeros(ctx.shape, dtype=ctx.mirror_dtype, device=ctx.device).requires_grad_()
             (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad.to(ctx.mirror_dtype))
         return grad, carried.to(ctx.dtype), None, None

@@ -1,4 +1,4 @@
-"""SVD-space alignment as far as the paper tells of it: a reconstruction, not its formulas."""
+"""SVD-space alignment as the paper's public texts describe it: a reconstruction."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ Alignment = Literal["against-error", "with-error", "target", "subspace", "none"]
 @register
 @dataclass(frozen=True)
 class SSAReconstruction(Rule):
-    """``L = task L_CE + alpha L_align + beta L_ortho + gamma L_hoyer`` of each hidden unit, the
-    output's error brought to it by a fixed ``B = B_U diag(B_s) B_V^T``.
+    """``L = task L_CE + alpha L_align + beta L_ortho + gamma L_hoyer`` for each hidden unit. A
+    fixed ``B = B_U diag(B_s) B_V^T`` brings the output's error to it.
 
-    What the paper's alignment term is, is not known. ``alignment``, with ``p`` the unit's output
-    pooled to ``grid`` x ``grid`` cells, a mean over the batch:
+    The paper's alignment term is not known to us. ``alignment`` chooses one; ``p`` is the unit's
+    output pooled to ``grid`` x ``grid`` cells, and the cosines are averaged over the batch:
 
-    - ``"against-error"``: ``1 + cos(p, B e)``; moving against ``e = softmax(z) - y`` is downhill;
+    - ``"against-error"``: ``1 + cos(p, B e)``, as moving against ``e = softmax(z) - y`` is
+    downhill;
     - ``"with-error"``: ``1 - cos(p, B e)``, the other sign;
     - ``"target"``: ``1 - cos(p, B y)``;
-    - ``"subspace"``: ``1 - ||U^T B_U||_F^2 / k``, the share of the feedback's subspace that is not
-      in that of the unit's last layer. ``V`` and ``B_V`` live in different spaces, features that
-      come in and classes, and have no such share;
+    - ``"subspace"``: ``1 - ||U^T B_U||_F^2 / k``, the share of the feedback's subspace that is
+      outside that of the unit's last layer. There is no such share of ``V`` and ``B_V``, whose
+      columns are in different spaces: a layer's inputs, and classes;
     - ``"none"``.
 
-    The cosines are left out where the error does not come in rows like ``p``, as of pixels.
+    The cosines are left out where the error has no rows like those of ``p``, as for pixels.
 
-    To be run as the paper seems to: ``scheme="spatial"``, ``units="layer"``, ``retraction=None``,
-    so that ``beta`` is what keeps the factors orthonormal. Source: arXiv 2510.25594, its abstract,
+    The paper seems to run it with ``scheme="spatial"``, ``units="layer"`` and ``retraction=None``,
+    so that ``beta`` alone keeps the factors orthonormal. Source: arXiv 2510.25594, its abstract,
     captions and reviews of an earlier version.
     """
 
@@ -83,7 +84,7 @@ class SSAReconstruction(Rule):
         return loss + self.alpha * cosine_alignment(pooled, direction)
 
     def _wanted(self, supervision: Supervision) -> Tensor | None:
-        """What brought back by the feedback is where the unit's output is to turn to."""
+        """The direction, in the space of outputs, that the cosine compares ``p`` with."""
         if not self.alpha or self.alignment in ("subspace", "none"):
             return None
         if self.alignment == "target":
