@@ -3,15 +3,17 @@ without changing what they compute."""
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType
 
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["carry_hooks", "followers", "layers_read", "substitute"]
+__all__ = ["carry_hooks", "followers", "layers_read", "substitute", "temporary"]
 
 #: The attributes in which a module keeps the hooks that users register.
 HOOKS = (
@@ -137,6 +139,16 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give ``new``, which takes the place of ``old``, its forward and backward hooks."""
     for name in (*HOOKS, "_is_full_backward_hook"):
         setattr(new, name, getattr(old, name))
+
+
+@contextlib.contextmanager
+def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of these handles on leaving."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def substitute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._tracing import temporary
 from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
 from .factors import FactoredLayer, factored_layers
@@ -147,35 +149,28 @@ def _change(layer: FactoredLayer, dU: Tensor, ds: Tensor, dV: Tensor) -> Tensor:
 def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
     outputs: dict[str, Tensor] = {}
     units = {(unit.exit, unit.call): unit for unit in learner.units[:-1]}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            call = calls[path] = calls.get(path, -1) + 1
-            if (path, call) in units:
-                unit = units[path, call]
+            if (unit := units.get((path, calls[path]))) is not None:
                 outputs[unit.name] = tree_leaves(output)[unit.features[0].index]
+            calls[path] += 1
 
         return hook
 
     model = learner.model
-    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
+    hooks = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
     with preserved(model), torch.enable_grad():
-        try:
-            with evaluating(model):
-                z = forward(model, x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with temporary(hooks), evaluating(model):
+            z = forward(model, x)
         if z.ndim != 2:
             return []  # only with one answer a sample is the Jacobian one matrix a sample
         found = []
         for unit in learner.units[:-1]:
             h = outputs.get(unit.name)
-            if h is None or not h.requires_grad:
-                continue
-            readout = _readout(learner, unit, h)
-            if readout is not None:
+            readout = None if h is None or not h.requires_grad else _readout(learner, unit, h)
+            if h is not None and readout is not None:
                 cosines = _sample_cosines(_jacobian(readout[1], readout[0]), _jacobian(z, h))
                 found.append(UnitAlignment(unit.name, _angle(float(cosines.mean()))))
         return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._tracing import temporary
 from .forward import first_tensor, forward, preserved
 
 __all__ = [
@@ -60,13 +61,9 @@ def trace(model: nn.Module, example: Any) -> list[Call]:
 
         return hook
 
-    handles = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
-    try:
-        with preserved(model), torch.no_grad():
-            forward(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
+    with temporary(hooks), preserved(model), torch.no_grad():
+        forward(model, example)
     return calls
 
 

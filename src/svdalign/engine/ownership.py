@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .._tracing import temporary
 from .cuts import hooked
 from .forward import first_tensor, forward, preserved
 from .layout import Layout
@@ -60,16 +61,11 @@ class Trial:
         self._alive: list[Any] = []
 
     def run(self, example: Any) -> Tensor:
-        handles = [
-            module.register_forward_hook(self._hook(path))
-            for path, module in hooked(self.model).items()
+        hooks = [
+            m.register_forward_hook(self._hook(path)) for path, m in hooked(self.model).items()
         ]
-        try:
-            with preserved(self.model), _unfrozen(self.model), torch.enable_grad():
-                z = forward(self.model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with temporary(hooks), preserved(self.model), _unfrozen(self.model), torch.enable_grad():
+            z = forward(self.model, example)
         if not z.requires_grad:
             raise ValueError(
                 "the output of model does not require a gradient, though parameters do: forward "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
+from .._tracing import temporary
 from .forward import forward
 from .units import Plan, Unit
 
@@ -268,7 +269,10 @@ def stream(
     None.
     """
     state = _Stream(plan, horizon, unit_loss, unit_backward, leave)
-    with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
+    hooks = [
+        model.get_submodule(path).register_forward_hook(state.hook(path)) for path in plan.exits
+    ]
+    with temporary(hooks), torch.enable_grad():
         z: Tensor | None = None
         with contextlib.suppress(_Left):
             z = forward(model, x)
@@ -282,18 +286,6 @@ def stream(
 
 class _Left(BaseException):
     """Ends a pass early. No ``except Exception`` of the model's own stops it."""
-
-
-@contextlib.contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = [
-        model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

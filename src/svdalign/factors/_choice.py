@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._parts import memory_format
+from .._tracing import temporary
 from .fused import KERNELS, FusedConv2d, Kernel
 
 __all__ = ["choose_kernels"]
@@ -81,13 +82,9 @@ def _inputs(model: nn.Module, run: Callable[[], object]) -> dict[FusedConv2d, Te
             x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)
         )
 
-    handles = [layer.register_forward_pre_hook(note) for _, layer in _fused(model)]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [layer.register_forward_pre_hook(note) for _, layer in _fused(model)]
+    with temporary(hooks), torch.no_grad():
+        run()
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._copying import with_own_weight
+from .._tracing import temporary
 from ..factors.registry import kind_of, own_matrices
 from ..factors.stiefel import qr_retract
 from ._registry import register
@@ -70,15 +71,12 @@ class FA(BP):
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
-        handles = []
+        hooks = []
         for layer, mirror in mirrored(model, transport):
-            handles.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
-        try:
+            hooks.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
+        with temporary(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
