@@ -218,7 +218,7 @@ def test_every_alignment_trains(alignment: str) -> None:
 
 # --- rules that send errors back through each layer ---------------------------------------------
 
-LAYERWISE = ["fa", "sign-symmetric", "brsf"]
+LAYERWISE = [name for name in rules.available() if rules.get(name).needs_affine_layers]
 
 
 def layerwise_gradients(rule: str, model: nn.Module, *shape: int) -> list[torch.Tensor]:
