@@ -58,7 +58,7 @@ def test_backpropagating_rules_refuse_a_horizon(rule) -> None:
 
 @pytest.mark.parametrize("rule", [BP, FA])
 def test_backpropagating_rules_take_no_source_of_errors(rule) -> None:
-    with pytest.raises(ValueError, match=r"error must be one of 'output' for rule .* got 'local'"):
+    with pytest.raises(ValueError, match=r"error must be 'output' for rule .* got 'local'"):
         rule(error="local")
 
 

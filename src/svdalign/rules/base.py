@@ -163,10 +163,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.error not in self.errors:
-            allowed = ", ".join(map(repr, self.errors))
-            raise ValueError(
-                f"error must be one of {allowed} for rule {self.name!r}, got {self.error!r}"
-            )
+            allowed = "one of " * (len(self.errors) > 1) + ", ".join(map(repr, self.errors))
+            raise ValueError(f"error must be {allowed} for rule {self.name!r}, got {self.error!r}")
         h = self.horizon
         if h is not None and (isinstance(h, bool) or not isinstance(h, int) or h < 0):
             raise ValueError(
