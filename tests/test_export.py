@@ -169,6 +169,14 @@ def test_torchs_encoder(options: dict[str, bool], padded: bool, rank) -> None:
         torch.testing.assert_close(small(x, padding)[inside], model(x, padding)[inside], **EQUAL)
 
 
+@pytest.mark.parametrize(("rank", "dense"), [(32, True), (2, False)])
+def test_an_encoder_packs_its_input_again_where_all_layers_are_dense_again(rank, dense) -> None:
+    model = factorize(Encoder(), {"encoder.layers.1.linear2": rank})
+    assert not model.encoder.use_nested_tensor
+    assert compact(model).encoder.use_nested_tensor == dense
+    assert not compact(factorize(Encoder(norm_first=True), 0.2)).encoder.use_nested_tensor
+
+
 # --- code that reads a layer instead of calling it ------------------------------------------------
 
 

@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdalign._lazy import (
-    CHUNK,
-    LazyTensor,
-    Recipe,
-    by_parts,
-    by_parts_or_lazy,
-    parts_of,
-    read,
-    reads_by_parts,
-    recipe_of,
-)
+from svdalign._lazy import LazyTensor, Recipe, by_parts_or_lazy, read, reads_by_parts, recipe_of
+from svdalign._parts import CHUNK, by_parts, parts_of
 from svdalign.lab.costs import LiveTensors
 
 PARTS = [slice(0, 2), slice(2, 5)]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdalign._lazy import CHUNK
 from svdalign._map_statistics import grid_means, grid_means_and_spread, spread
+from svdalign._parts import CHUNK
 from svdalign.lab.costs import LiveTensors
 
 

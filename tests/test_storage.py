@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import svdalign
-from svdalign import Learner, _files, factorize, reduce_rank, storage
+from svdalign import Learner, _files, factorize, reduce_rank, rules, storage
 
 
 def net() -> nn.Module:
@@ -101,7 +101,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
 # --- a learner ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "drtp", "ssa", "ssa-reconstruction"])
+@pytest.mark.parametrize("rule", rules.available())
 @pytest.mark.parametrize("cut", [False, True], ids=["as made", "after a cut"])
 def test_resumed_learner_goes_on_bit_for_bit(tmp_path, rule, cut):
     path = tmp_path / "checkpoint.safetensors"

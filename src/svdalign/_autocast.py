@@ -1,4 +1,4 @@
-"""Autocast around arithmetic of our own."""
+"""Turning autocast off around the library's own arithmetic, and on again in backward passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEVICES = ("cpu", "cuda")
 
 @contextlib.contextmanager
 def outside_autocast() -> Iterator[None]:
-    """Full precision inside: gradients take the dtypes of the forward pass by themselves, and
+    """Turn autocast off inside. Backward passes take their dtypes from the forward pass, and
     arithmetic on weights must not be rounded because the caller's loop runs under autocast."""
     with contextlib.ExitStack() as stack:
         for device in _DEVICES:
@@ -26,7 +26,8 @@ def outside_autocast() -> Iterator[None]:
 
 
 def present_autocast() -> Callable[[], AbstractContextManager[object]]:
-    """What makes the autocast of this moment hold again, in a backward pass later on."""
+    """Remember the present settings of autocast. What is returned makes a context in which they
+    hold again, for a backward pass that runs part of the forward pass again."""
     dtypes = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
 
     def again() -> AbstractContextManager[object]:
@@ -39,7 +40,7 @@ def present_autocast() -> Callable[[], AbstractContextManager[object]]:
 
 
 def autocasted(t: Tensor) -> Tensor:
-    """What a convolution or a product would make of ``t`` by itself, for those who hold it."""
+    """``t`` in the dtype that autocast would cast it to for a convolution or a matrix product."""
     device = t.device.type
     if device in _DEVICES and torch.is_autocast_enabled(device) and t.dtype == torch.float32:
         return t.to(torch.get_autocast_dtype(device))

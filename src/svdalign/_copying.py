@@ -1,4 +1,4 @@
-"""Copies of modules that hold tensors which ``copy.deepcopy`` refuses."""
+"""Copies of modules that hold tensors which ``copy.deepcopy`` refuses to copy."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copied(model: M) -> M:
-    """``copy.deepcopy(model)``, also where a module keeps tensors that ``copy`` refuses: those
-    computed from its parameters, as pruning and the older weight and spectral norm do, and sparse
-    ones."""
+    """``copy.deepcopy(model)``, also for modules that hold sparse tensors, or tensors computed from
+    their parameters, as pruning and the older weight and spectral norms keep them."""
     found = (t for module in model.modules() for t in tree_leaves(vars(module)))
     refused = {
         id(t): t
@@ -31,15 +30,15 @@ def copied(model: M) -> M:
 @torch.no_grad()
 def with_own_weight(layer: M) -> M:
     """A copy of ``layer`` whose weight is a parameter, also where it is computed from others."""
-    plain = copied(layer)
-    if parametrize.is_parametrized(plain, "weight"):
+    own = copied(layer)
+    if parametrize.is_parametrized(own, "weight"):
         # Not by ``remove_parametrizations``: the class that it would change is that of ``layer``.
-        plain.__class__ = parametrize.type_before_parametrizations(plain)
-        for name, _ in plain.get_submodule("parametrizations").named_children():
-            plain.register_parameter(name, nn.Parameter(getattr(layer, name).clone()))
-        del plain._modules["parametrizations"]
-    elif isinstance(weight := vars(plain).get("weight"), Tensor):
-        plain._forward_pre_hooks.clear()  # those that compute it
-        del plain.__dict__["weight"]
-        plain.weight = nn.Parameter(weight)
-    return plain
+        own.__class__ = parametrize.type_before_parametrizations(own)
+        for name, _ in own.get_submodule("parametrizations").named_children():
+            own.register_parameter(name, nn.Parameter(getattr(layer, name).clone()))
+        del own._modules["parametrizations"]
+    elif isinstance(weight := vars(own).get("weight"), Tensor):
+        own._forward_pre_hooks.clear()  # those that compute it
+        del own.__dict__["weight"]
+        own.weight = nn.Parameter(weight)
+    return own

@@ -1,8 +1,8 @@
-"""Files that are written all or nothing, and nested state in a safetensors file, without pickle.
+"""Files that are written completely or not at all, and nested state in safetensors files.
 
-The tensors of a state are the file's tensors. How they nest is JSON in its header (``state``),
-beside the format's version (``svdalign``) and what else the writer adds.
-"""
+The tensors of the state are the file's tensors. How they nest is JSON in the file's header
+(``state``), beside the format's version (``svdalign``) and entries of the caller. No pickle is
+used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
-    """Write a nested ``state``; ``header`` is JSON that goes beside it."""
+    """Write a nested ``state``; ``header``: further entries of the header, as JSON."""
     tensors: dict[str, Tensor] = {}
     skeleton = flatten(state, (), tensors)
     storages: set[int] = set()
@@ -42,7 +42,7 @@ def write(path: str | Path, state: Mapping[str, Any], **header: Any) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The state in a file of :func:`write`; ValueError if it is not a whole one."""
+    """The state in a file that :func:`write` wrote; ValueError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -70,9 +70,9 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Make ``path`` what ``write`` puts into the temporary file that it is given, all or nothing.
+    """Have ``write`` fill a temporary file, then give that file the name ``path``.
 
-    What was at ``path`` stays until the new content is on the disk, for good if ``write`` fails.
+    A file at ``path`` stays until the new content is on the disk, and for good if ``write`` fails.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")

@@ -1,15 +1,14 @@
 """Tensors that are computed when they are read, some samples at a time.
 
-A map of N channels that is expanded from one of r channels need not be written: whoever needs it
-computes the samples it is working on from the smaller map. The same goes for gradients of such a
-map. A :class:`LazyTensor` stands for such a tensor. Code that knows about it reads some samples at
-a time (:func:`read`); any other operation gets the whole tensor, computed for it, so that the
-result is always right.
+A map of N channels that is expanded from one of r channels need not be stored: the code that reads
+it computes the samples that it works on from the smaller map. The same holds for the gradient of
+such a map. A :class:`LazyTensor` stands for such a tensor. Code that knows about it reads some
+samples at a time (:func:`read`); any other operation gets the whole tensor, computed on demand, so
+that results are always right.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,15 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ._autocast import outside_autocast
+from ._parts import by_parts, memory_format
 
 __all__ = [
     "LazyTensor",
     "Recipe",
-    "by_parts",
     "by_parts_or_lazy",
-    "empty",
-    "memory_format",
-    "parts_of",
     "read",
     "reads_by_parts",
     "recipe_of",
@@ -41,8 +37,8 @@ class Recipe:
 
     ``samples(rows, *tensors)`` computes the samples ``rows``; None where ``tensors`` is the tensor
     itself. ``parts``: the samples to compute at a time. ``cheap``: computing them costs far less
-    than a convolution. ``latest``: the samples computed last, as
-    long as somebody uses them, so that two readers of the same part share it.
+    than a convolution. ``latest``: the samples computed last, for as long as they are in use, so
+    that two readers of the same part share them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -56,7 +52,8 @@ class Recipe:
     latest: dict[tuple[int, int], weakref.ref[Tensor]] = field(default_factory=dict)
 
     def read(self, rows: slice, tensors: Sequence[Tensor]) -> Tensor:
-        """The samples ``rows``, not to be changed, from ``tensors`` as autograd gives them back."""
+        """The samples ``rows``, which must not be changed. ``tensors``: as autograd has saved
+        them."""
         if self.samples is None:
             return tensors[0][rows]
         key = (rows.start, rows.stop)
@@ -70,7 +67,7 @@ class Recipe:
         return made
 
     def without_tensors(self) -> Recipe:
-        """All but ``tensors``, for a context that has autograd save them."""
+        """The recipe without its ``tensors``, for code that has autograd save these."""
         return replace(self, tensors=())
 
     def empty(self, rows: slice) -> Tensor:
@@ -80,10 +77,10 @@ class Recipe:
 
 
 class LazyTensor(Tensor):
-    """A tensor (B, ...) that follows a :class:`Recipe` and has no memory of its own.
+    """A tensor (B, ...) that is computed by a :class:`Recipe` and has no memory of its own.
 
-    An operation that does not know it gets the whole tensor, which is then kept. Sums with tensors
-    of the same shape are lazy again.
+    An operation that does not know this class gets the whole tensor, which is then kept. A sum with
+    a tensor of the same shape is lazy again.
     """
 
     recipe: Recipe
@@ -104,7 +101,7 @@ class LazyTensor(Tensor):
         if self.whole is None:
             recipe = self.recipe
             self.whole = by_parts(lambda rows: recipe.read(rows, recipe.tensors), recipe.parts)
-            if len(recipe.parts) == 1:  # which somebody else may be reading
+            if len(recipe.parts) == 1:  # which another reader may share
                 self.whole = self.whole.clone()
         return self.whole
 
@@ -132,7 +129,7 @@ class LazyTensor(Tensor):
 
 
 def _strides(shape: tuple[int, ...], format: torch.memory_format) -> tuple[int, ...]:
-    """Of a tensor of ``shape`` (B, C, ...), contiguous or channels last."""
+    """The strides of a tensor of ``shape`` (B, C, ...), contiguous or channels last."""
     order = list(range(len(shape)))
     if format == torch.channels_last:
         order = [0, 2, 3, 1]
@@ -143,7 +140,7 @@ def _strides(shape: tuple[int, ...], format: torch.memory_format) -> tuple[int, 
     return tuple(strides)
 
 
-#: Give the same tensor again (a view, if it is of the same shape, as autograd makes them).
+#: Operations that return the same tensor: autograd makes such views, of the same shape.
 _ALIASES = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -178,7 +175,7 @@ def _add_to(a: Tensor, b: LazyTensor) -> Tensor:
 
 
 def recipe_of(t: Tensor) -> Recipe:
-    """How to have ``t`` (B, ...) again: what a backward pass that needs it has to save."""
+    """How to compute ``t`` (B, ...) again: what a backward pass that needs ``t`` has to save."""
     if isinstance(t, LazyTensor):
         if t.whole is None:
             return t.recipe
@@ -187,7 +184,7 @@ def recipe_of(t: Tensor) -> Recipe:
 
 
 def read(t: Tensor, rows: slice) -> Tensor:
-    """The samples ``rows`` of ``t``, not to be changed."""
+    """The samples ``rows`` of ``t``, which must not be changed."""
     recipe = recipe_of(t)
     return recipe.read(rows, recipe.tensors)
 
@@ -199,55 +196,9 @@ def reads_by_parts(function: type[torch.autograd.Function]) -> type[torch.autogr
 
 
 def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) -> Tensor:
-    """A gradient like the tensor ``like``, of which ``run`` makes some samples, for ``node`` of an
-    autograd graph: lazy if that reads it by parts."""
+    """A gradient of the shape and dtype of ``like``; ``run`` computes some of its samples. It is
+    lazy if ``node``, the node of the autograd graph that reads it, is marked by
+    :func:`reads_by_parts`."""
     if getattr(getattr(node, "_forward_cls", None), "takes_lazy", False):
         return LazyTensor(replace(like, tensors=(), samples=run, latest={}))
     return by_parts(run, like.parts)
-
-
-# --- some samples at a time ---------------------------------------------------------------------
-
-
-#: Values at a time, by device: what a processor's cache holds (estimates, on the meta device, are
-#: of one), and elsewhere what keeps it busy.
-CHUNK = {"cpu": 5 << 16, "meta": 5 << 16}
-ELSEWHERE = 1 << 24
-
-PARTS = 32  #: at most so many parts: a thirty-second of a map is little, and steps in Python cost
-
-
-def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
-    """The samples of a map ``h`` (B, C, h, w), some at a time; ``channels``: how many the widest
-    map has that is made of it, C by default."""
-    each = (h.shape[1] if channels is None else channels) * math.prod(h.shape[2:])
-    fitting = CHUNK.get(h.device.type, ELSEWHERE) // max(1, each)
-    size = max(1, fitting, math.ceil(len(h) / PARTS))
-    return [slice(i, min(i + size, len(h))) for i in range(0, max(1, len(h)), size)]
-
-
-def by_parts(run: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
-    """What ``run`` makes of each of ``parts``, in one tensor."""
-    whole: Tensor | None = None
-    for rows in parts:
-        part = run(rows)
-        if len(parts) == 1:
-            return part
-        if whole is None:
-            whole = empty((parts[-1].stop, *part.shape[1:]), like=part)
-        whole[rows] = part
-    assert whole is not None
-    return whole
-
-
-def empty(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
-    """Of ``like``'s kind and memory format."""
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
-    )
-
-
-def memory_format(t: Tensor) -> torch.memory_format:
-    """Channels last, or contiguous."""
-    last = t.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

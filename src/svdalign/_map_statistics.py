@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._lazy import Recipe, by_parts_or_lazy, parts_of, recipe_of
+from ._lazy import Recipe, by_parts_or_lazy, recipe_of
+from ._parts import parts_of
 
 __all__ = ["accumulation_dtype", "grid_means", "grid_means_and_spread", "spread"]
 

@@ -1,7 +1,8 @@
 """Nested state as JSON and tensors, and back.
 
 The state is made of dicts, lists, tuples, tensors, numbers, strings and None. Its tensors go into
-one flat dict by path, such as ``model.0.U``; what is left of it is JSON that says how they nest.
+one flat dict by path, such as ``model.0.U``; the rest becomes JSON, with the names of the tensors
+in their places.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 __all__ = ["flatten", "unflatten"]
 
-KIND = "$"  #: marks a JSON object that stands for something else than a dict of strings
+KIND = "$"  #: the key of a JSON object that stands for anything but a dict with strings as keys
 
 
 def flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """``value``, which stands at ``path`` of the state, as JSON; its tensors are added to
-    ``tensors``. TypeError for what a state cannot hold."""
+    """``value``, which is at ``path`` in the state, as JSON; its tensors are added to ``tensors``.
+    TypeError for a value of any other type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -54,8 +55,8 @@ def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Ten
     name = ".".join(path)
     while name in tensors:  # {"a": {"b": x}, "a.b": y}
         name += "'"
-    # The order of a tensor's dimensions in memory decides which of torch's kernels works on it, and
-    # kernels differ in their last bit: a run that goes on bit for bit needs it back.
+    # Torch chooses kernels by the order of a tensor's dimensions in memory, and kernels differ in
+    # the last bit. To go on bit for bit, a run needs that order back.
     order = sorted(range(value.ndim), key=value.stride, reverse=True)
     tensors[name] = value.contiguous()
     entry: dict[str, Any] = {KIND: "tensor", "name": name}
@@ -73,7 +74,8 @@ SPARSE: dict[str, torch.layout] = {
 
 
 def _parts_of_sparse(value: Tensor) -> tuple[Tensor, ...]:
-    """Indices and values of a sparse tensor, and of the COO layout whether it is coalesced."""
+    """The indices and values of a sparse tensor; for the COO layout also whether it is
+    coalesced."""
     if value.layout == torch.sparse_coo:
         return value._indices(), value._values(), torch.tensor(value.is_coalesced())
     if value.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -82,7 +84,7 @@ def _parts_of_sparse(value: Tensor) -> tuple[Tensor, ...]:
 
 
 def _sparse(layout: torch.layout, parts: list[Tensor], shape: list[int]) -> Tensor:
-    # Invariants are checked, for indices out of range in a damaged file would reach past memory.
+    # With checks: in a damaged file, indices out of range would read outside the memory.
     if layout == torch.sparse_coo:
         indices, values, coalesced = parts
         return torch.sparse_coo_tensor(
@@ -95,7 +97,7 @@ def _sparse(layout: torch.layout, parts: list[Tensor], shape: list[int]) -> Tens
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that :func:`flatten` made ``value`` and ``tensors`` of."""
+    """The inverse of :func:`flatten`."""
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):

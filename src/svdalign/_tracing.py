@@ -1,18 +1,21 @@
-"""Which module alone reads which: read off the traced ``forward``, for rewriting models safely."""
+"""What a traced ``forward`` says about who reads a module's output, so that models can be rewritten
+without changing what they compute."""
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType
 
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["carry_hooks", "followers", "layers_read", "substitute"]
+__all__ = ["carry_hooks", "followers", "layers_read", "substitute", "temporary"]
 
-#: Where a module keeps what users register to run with its forward and backward pass.
+#: The attributes in which a module keeps the hooks that users register.
 HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -32,17 +35,18 @@ class _Tracer(fx.Tracer):
 def followers(
     model: nn.Module, leaf: type[nn.Module] | tuple[type[nn.Module], ...] = ()
 ) -> dict[str, str]:
-    """By path of a module, the path of the one module that reads its output, and nothing else does.
+    """The pairs of modules of which the second is the only reader of the first one's output, as a
+    dict from path to path.
 
-    Both are called once, have no hooks, and share no parameter with another module. ``leaf``:
-    modules to take as one beside those of ``torch.nn``. Raises an exception of any kind where the
-    model cannot be traced (control flow that depends on the data).
+    Both are called once, have no hooks and share no parameter with another module. ``leaf``: types
+    of modules that are not looked into, beside those of ``torch.nn``. Raises an exception of any
+    kind where the model cannot be traced (control flow that depends on the data).
     """
     graph = _Tracer(leaf).trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(n.target)]) for n in graph.nodes if n.op == "call_module")
     uses = Counter(id(p) for m in set(modules.values()) for p in m.parameters(recurse=False))
-    # Modules whose weights the forward reads by itself.
+    # Modules of which ``forward`` reads a weight directly.
     read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
     alone = {
         name
@@ -63,11 +67,11 @@ def followers(
 
 
 def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
-    """Modules of type ``leaf`` of which the code of ``model`` reads more than their output.
+    """The modules of type ``leaf`` of which ``model`` reads more than the output.
 
-    Found are parameters and what is computed from them, such as ``weight``, in a ``forward`` that
-    can be traced; and, traced or not, attributes that a module's own code reads off its children by
-    name, as in ``self.out.weight.dtype`` or ``self.out.in_features``.
+    That is a parameter, or what is computed from one such as ``weight``, in a ``forward`` that can
+    be traced; and, traced or not, any attribute of a child that a module's code names, as in
+    ``self.out.weight.dtype`` or ``self.out.in_features``.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {
@@ -93,8 +97,8 @@ def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
 
 
 def _attributes_read(module: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the modules below ``module``, at ``path``, of which its code reads an attribute:
-    ``path.a.b`` for ``self.a.b.weight``."""
+    """Paths of the modules inside ``module``, which stands at ``path``, of which its code reads an
+    attribute: ``path.a.b`` for ``self.a.b.weight``."""
     if type(module).__module__.startswith("torch.nn."):
         return
     prefix = f"{path}." if path else ""
@@ -107,14 +111,14 @@ def _attributes_read(module: nn.Module, path: str) -> Iterator[str]:
             continue
         seen.add(name)
         code = function.__code__
-        for chain in _chains(code, code.co_varnames[0] if code.co_varnames else "self"):
-            names.append(chain[0])  # a method that the code calls
+        for chain in _attribute_chains(code, code.co_varnames[0] if code.co_varnames else "self"):
+            names.append(chain[0])  # if it is a method, its code is read too
             if len(chain) > 1 and chain[-1] != "forward":
                 yield prefix + ".".join(chain[:-1])
 
 
-def _chains(code: CodeType, this: str) -> Iterator[list[str]]:
-    """``["a", "weight"]`` for each ``this.a.weight`` that ``code`` loads, and its beginnings."""
+def _attribute_chains(code: CodeType, this: str) -> Iterator[list[str]]:
+    """For each expression ``this.a.weight`` in ``code``: ``["a"]``, then ``["a", "weight"]``."""
     chain: list[str] | None = None
     for instruction in dis.get_instructions(code):
         name = instruction.argval
@@ -128,13 +132,23 @@ def _chains(code: CodeType, this: str) -> Iterator[list[str]]:
             chain = None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _chains(constant, this)
+            yield from _attribute_chains(constant, this)
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hand the forward and backward hooks of ``old`` on to ``new``, which takes its place."""
+    """Give ``new``, which takes the place of ``old``, its forward and backward hooks."""
     for name in (*HOOKS, "_is_full_backward_hook"):
         setattr(new, name, getattr(old, name))
+
+
+@contextlib.contextmanager
+def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of these handles on leaving."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def substitute(
@@ -142,8 +156,9 @@ def substitute(
     replaced: Mapping[nn.Module, nn.Module],
     leaf: type[nn.Module] | tuple[type[nn.Module], ...] = (),
 ) -> None:
-    """Put the values of ``replaced`` where its keys stand, in place. If ``forward`` can then not be
-    traced any more, it reaches a replaced module by another way than its name: all is put back."""
+    """Replace in ``model`` each key of ``replaced`` by its value. If ``forward`` cannot be traced
+    afterwards, it reaches a replaced module in some other way than by its name; then all is put
+    back."""
     _replace(model, replaced)
     try:
         _Tracer(leaf).trace(model)

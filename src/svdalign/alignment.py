@@ -1,8 +1,9 @@
-"""Angles between what a rule does and what backpropagation would, training left undisturbed."""
+"""Angles between a rule's gradients and those of backpropagation; training is not disturbed."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._tracing import temporary
 from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
-from .factors import FactoredLayer
+from .factors import FactoredLayer, factored_layers
 
 __all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment", "descent"]
 
@@ -22,9 +24,9 @@ __all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment
 class LayerAlignment:
     """One layer's gradient under the rule against its gradient under backpropagation.
 
-    Angles in degrees. ``factor_angle``: between the gradients of the layer's weights as they are
-    held, (U, s, V) or the dense weight. ``tangent_angle``: between the changes of ``W`` that steps
-    along them make to first order, ``dU diag(s) V^T + U diag(ds) V^T + U diag(s) dV^T``.
+    Angles in degrees. ``factor_angle``: between the gradients of the layer's parameters, (U, s, V)
+    or the dense weight. ``tangent_angle``: between the changes of ``W`` to first order that steps
+    along the two gradients make, ``dU diag(s) V^T + U diag(ds) V^T + U diag(s) dV^T``.
     ``norm_ratio``: norm of the rule's gradient over norm of backpropagation's.
     """
 
@@ -36,8 +38,8 @@ class LayerAlignment:
 
 @dataclass(frozen=True)
 class UnitAlignment:
-    """``feedback_angle``, in degrees: between the matrix that brings errors to a unit's output and
-    the transposed Jacobian of the logits in that output, averaged over the batch."""
+    """``feedback_angle``, in degrees: between the matrix that brings errors back to a unit's output
+    and the transposed Jacobian of the logits in that output, averaged over the batch."""
 
     name: str
     feedback_angle: float
@@ -45,8 +47,8 @@ class UnitAlignment:
 
 @dataclass(frozen=True)
 class Alignment:
-    """``descent``: whether the rule's gradient as a whole points downhill on the global loss,
-    ``<g, g_BP> > 0``. ``cosine``: of the angle between the two over all parameters."""
+    """``cosine``: of the angle between the two gradients over all parameters. ``descent``: whether
+    the rule's gradient points downhill on the global loss, ``<g, g_BP> > 0``."""
 
     layers: tuple[LayerAlignment, ...]
     units: tuple[UnitAlignment, ...]
@@ -59,12 +61,12 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Descent:
-    """Shares of ``<g, g_BP> > 0``; NaN where there was nothing to look at.
+    """How often ``<g, g_BP> > 0``, as a share; NaN where there was nothing to compare.
 
-    ``steps``: of the batches, ``g`` being the gradient as a whole. ``layers``: of the batches and
-    hidden layers, ``g`` being that of the layer's weights as they are held. Layers that the task
-    teaches itself are left out, where it is not backpropagation.
-    """
+    ``steps``: share of the batches, with ``g`` the whole gradient. ``layers``: share of all pairs
+    of a batch and a hidden layer, with ``g`` the gradient of that layer's parameters. The layers of
+    the last unit, which learn from the task's exact gradient, are left out, unless the rule is
+    backpropagation."""
 
     steps: float
     layers: float
@@ -73,9 +75,9 @@ class Descent:
 def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignment:
     """Measure ``learner``'s rule on a batch against backpropagation through ``model``.
 
-    Both gradients are taken from the same random state, and parameters, gradients, buffers and
-    random state are left as they were. The Jacobian is taken in evaluation mode, where samples do
-    not act on each other; it costs one backward pass a class. Source: arXiv 2510.25594, figures 2
+    Both gradients start from the same random state. Parameters, gradients, buffers and random state
+    are left as they were. The Jacobian is computed in evaluation mode, where samples do not
+    influence each other, by one backward pass for each class. Source: arXiv 2510.25594, figures 2
     and 3.
     """
     if model is not learner.model:
@@ -89,7 +91,7 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
 
 def descent(learner: Learner, batches: Iterable[tuple[Any, Tensor]]) -> Descent:
     """How often ``learner``'s gradients on ``batches`` point downhill on the global loss. Training
-    is left undisturbed."""
+    is not disturbed."""
     whole = learner.horizon is None
     taught_by_the_task = set() if whole else set(learner.plan.output.parameters)
     steps, layers = [], []
@@ -106,7 +108,7 @@ def _share(answers: Sequence[bool]) -> float:
 
 
 def _cosine_of_common(rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]) -> float:
-    """Over all parameters that both have a gradient for."""
+    """Cosine over all parameters for which both have a gradient."""
     names = [name for name in bp if name in rule]
     return _cosine([rule[n] for n in names], [bp[n] for n in names])
 
@@ -122,17 +124,19 @@ def _backpropagation(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:
 def _layers(
     model: nn.Module, rule: Mapping[str, Tensor], bp: Mapping[str, Tensor]
 ) -> Iterator[LayerAlignment]:
-    for name, module in model.named_modules():
+    factored = factored_layers(model)
+    for name, _ in model.named_modules():
         prefix = f"{name}." if name else ""
-        held = ("U", "s", "V") if isinstance(module, FactoredLayer) else ("weight",)
-        keys = [prefix + k for k in held if prefix + k in rule and prefix + k in bp]
+        own = ("U", "s", "V") if name in factored else ("weight",)
+        keys = [prefix + k for k in own if prefix + k in rule and prefix + k in bp]
         if not keys or any(rule[k].ndim < 2 for k in keys if not k.endswith("s")):
             continue  # norms have no matrix to align
         ours, theirs = [rule[k] for k in keys], [bp[k] for k in keys]
         angle = _angle(_cosine(ours, theirs))
         tangent = angle
-        if isinstance(module, FactoredLayer) and len(keys) == 3:
-            tangent = _angle(_cosine([_change(module, *ours)], [_change(module, *theirs)]))
+        if name in factored and len(keys) == 3:
+            changes = [_change(factored[name], *gradients) for gradients in (ours, theirs)]
+            tangent = _angle(_cosine(changes[:1], changes[1:]))
         yield LayerAlignment(name, angle, tangent, float(_norm(ours) / _norm(theirs)))
 
 
@@ -145,35 +149,28 @@ def _change(layer: FactoredLayer, dU: Tensor, ds: Tensor, dV: Tensor) -> Tensor:
 def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
     outputs: dict[str, Tensor] = {}
     units = {(unit.exit, unit.call): unit for unit in learner.units[:-1]}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            call = calls[path] = calls.get(path, -1) + 1
-            if (path, call) in units:
-                unit = units[path, call]
+            if (unit := units.get((path, calls[path]))) is not None:
                 outputs[unit.name] = tree_leaves(output)[unit.features[0].index]
+            calls[path] += 1
 
         return hook
 
     model = learner.model
-    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
+    hooks = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
     with preserved(model), torch.enable_grad():
-        try:
-            with evaluating(model):
-                z = forward(model, x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with temporary(hooks), evaluating(model):
+            z = forward(model, x)
         if z.ndim != 2:
-            return []  # one answer a sample: only there is the Jacobian one matrix a sample
+            return []  # only with one answer a sample is the Jacobian one matrix a sample
         found = []
         for unit in learner.units[:-1]:
             h = outputs.get(unit.name)
-            if h is None or not h.requires_grad:
-                continue
-            readout = _readout(learner, unit, h)
-            if readout is not None:
+            readout = None if h is None or not h.requires_grad else _readout(learner, unit, h)
+            if h is not None and readout is not None:
                 cosines = _sample_cosines(_jacobian(readout[1], readout[0]), _jacobian(z, h))
                 found.append(UnitAlignment(unit.name, _angle(float(cosines.mean()))))
         return found
@@ -191,7 +188,8 @@ def _readout(learner: Learner, unit: Unit, h: Tensor) -> tuple[Tensor, Tensor] |
 
 
 def _jacobian(z: Tensor, h: Tensor) -> Tensor:
-    """Jacobians (B, C, d) of ``z`` (B, C) in ``h`` (B, ...): one backward pass a class."""
+    """Jacobians (B, C, d) of ``z`` (B, C) in ``h`` (B, ...), by one backward pass for each
+    class."""
     rows = [torch.autograd.grad(z[:, c].sum(), h, retain_graph=True)[0] for c in range(z.shape[1])]
     return torch.stack([row.flatten(1) for row in rows], dim=1)
 

@@ -1,4 +1,4 @@
-"""What is there to ship: a model of plain ``nn`` modules, files that run without this library."""
+"""Shipping a model: plain ``nn`` modules, and files that run without this library."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._copying import copied
+from ._encoders import settle_fast_path
 from ._files import replace_file
 from ._tracing import carry_hooks, followers, layers_read, substitute
-from .factors import FactoredLayer
+from .factors import FactoredLayer, factored_layers
 
 __all__ = [
     "FORMATS",
@@ -34,46 +35,30 @@ __all__ = [
 def compact(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, made of plain ``nn`` modules, in eval mode.
 
-    Every factored layer becomes what costs fewer multiply-accumulates: an ``nn.Sequential`` of two
-    layers, ``s`` merged into the second, or one dense layer. It becomes one dense layer in any case
-    where the code of the model reads more of it than its output, such as its ``weight``: a tied
-    decoder, or T5, which asks for the weight's dtype. A batch norm that reads nothing but a
-    convolution's output, itself read by nothing else, is folded into that convolution and leaves an
-    ``nn.Identity``. This is read off the traced ``forward``; where that cannot be traced (control
-    flow that depends on the data) batch norms stay. The function is kept to rounding.
+    Every factored layer becomes an ``nn.Sequential`` of two layers, with ``s`` merged into the
+    second, or one dense layer, whichever takes fewer multiply-accumulates. It becomes a dense layer
+    in any case if the model's code reads more of it than its output, such as its ``weight``: a tied
+    decoder does, and T5, which asks for the weight's dtype. A batch norm is folded into a
+    convolution if it is the only reader of the convolution's output; an ``nn.Identity`` takes its
+    place. Where ``forward`` cannot be traced (control flow that depends on the data) batch norms
+    stay. The function stays the same to rounding.
     """
     model = copied(model).eval().requires_grad_(False)
     for module in model.modules():
         module.__dict__.pop("factorization", None)
     read = layers_read(model, FactoredLayer)
     plain: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, FactoredLayer):
-            if module not in plain:
-                made = module.dense() if module in read else module.plain()
-                plain[module] = made.eval().requires_grad_(False)
-                carry_hooks(module, plain[module])
-            if not name:
-                return plain[module]
-            model.set_submodule(name, plain[module])
-    _call_every_layer(model)
+    for name, layer in factored_layers(model, every_name=True).items():
+        if layer not in plain:
+            made = layer.dense() if layer in read else layer.plain()
+            plain[layer] = made.eval().requires_grad_(False)
+            carry_hooks(layer, plain[layer])
+        if not name:
+            return plain[layer]
+        model.set_submodule(name, plain[layer])
+    settle_fast_path(model, {m for m in plain.values() if isinstance(m, nn.Sequential)})
     _fold_batch_norms(model)
     return model
-
-
-def _call_every_layer(model: nn.Module) -> None:
-    """Turn off, in place, the fast path of torch's encoders where it would read the one ``weight``
-    of a layer that is two by now."""
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    split = {
-        layer for layer in layers if nn.Sequential in map(type, (layer.linear1, layer.linear2))
-    }
-    for layer in split:
-        layer.activation_relu_or_gelu = 0  # how a layer says that it has no such path
-    for encoder in encoders:
-        if not split.isdisjoint(encoder.layers):
-            encoder.use_nested_tensor = False  # nested tensors are for that path alone
 
 
 # --- batch norms --------------------------------------------------------------------------------
@@ -86,7 +71,7 @@ FOLDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _fold_batch_norms(model: nn.Module) -> None:
-    """Fold in place every batch norm that :func:`compact` says can be."""
+    """Fold every batch norm in ``model`` that can be folded, in place; see :func:`compact`."""
     try:
         pairs = followers(model)
     except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
@@ -107,14 +92,14 @@ def _fold_batch_norms(model: nn.Module) -> None:
 
 
 Runner = Callable[[Tensor], Tensor]
-"""What a file computes."""
+"""Computes what a file does."""
 
 
 def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     """Write the weights of ``model``, for a program that builds the same modules.
 
-    Like all writers it returns what the file, loaded again, computes. Raises ValueError for sparse
-    tensors.
+    Like all writers it returns a function that computes with the file, loaded again. Raises
+    ValueError for sparse tensors.
     """
     if sparse := [n for n, t in model.state_dict().items() if t.layout != torch.strided]:
         raise ValueError(
@@ -182,7 +167,8 @@ FORMATS: Mapping[str, Callable[[nn.Module, Tensor, str | Path], Runner]] = {
 
 
 def check_imports(name: str) -> None:
-    """ImportError that says how to come by what format ``name`` needs, if it is not installed."""
+    """Raise ImportError, with the command to install it, if what format ``name`` needs is
+    missing."""
     if name == "onnx":
         try:
             import onnxruntime  # noqa: F401
@@ -193,7 +179,7 @@ def check_imports(name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters have to say about themselves and absent torchvision."""
+    """Silence torch's exporters, which print progress and warn that torchvision is missing."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a learner in one file, and what to check before it is taken back.
+"""Checkpoints: the state of a learner in one file, which is checked before it is loaded.
 
-A checkpoint is nested state (:mod:`svdalign._files`), with the rank of every factored layer in the
-file's header (``ranks``). Other tools read its tensors by path, such as ``model.0.U``.
+A checkpoint is nested state (:mod:`svdalign._files`); the file's header also has the rank of every
+factored layer (``ranks``). Other tools read the tensors by path, such as ``model.0.U``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._files import read, write
 from .engine import Learner
-from .factors import FactoredLayer
+from .factors import factored_layers
 
 __all__ = [
     "load",
@@ -28,25 +28,25 @@ __all__ = [
     "write",
 ]
 
-LEARNED = ("model", "feedback", "transport", "loss")  #: what has tensors by name
+LEARNED = ("model", "feedback", "transport", "loss")  #: the parts that are dicts of named tensors
 
 
 def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
-    """Write all that ``learner`` needs to go on to ``path``, and torch's random state.
+    """Write to ``path`` everything that ``learner`` needs to go on, and torch's random state.
 
-    ``extra``: anything of your loop's own made of dicts, lists, numbers, strings and tensors, such
-    as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file at ``path`` is replaced in one
-    go: at every moment, power cuts included, it is the old one or the new one.
+    ``extra``: anything that your loop needs, made of dicts, lists, numbers, strings and tensors,
+    such as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file that exists at ``path`` is
+    replaced at once: at any moment, even in a power cut, it is the old file or the new one.
 
-    Raises TypeError for what is no learner, for a value that cannot be written, and for a module's
-    extra state that is no tensor; OSError where the disk refuses.
+    Raises TypeError if ``learner`` is none, for a value that cannot be written, and for a module's
+    extra state that is no tensor; OSError if the file cannot be written.
     """
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a svdalign.Learner, got {type(learner).__name__}")
     state = {**learner.state_dict(), "random": random_state(), "extra": extra}
     for part in LEARNED:
         for name, value in state[part].items():
-            # Whether it fits another learner could not be told before that one has been changed.
+            # It could not be checked on loading before the learner has been changed.
             if not isinstance(value, Tensor):
                 raise TypeError(
                     f"{part} has extra state {name!r}, a {type(value).__name__}; only tensors can "
@@ -58,16 +58,16 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
 def load(path: str | Path, into: Learner | nn.Module | None = None) -> dict[str, Any]:
     """The state that :func:`save` wrote, as nested dicts of tensors on the CPU.
 
-    ``into``: a learner built as the saved one was (same model but for its ranks, same rule, same
-    kind of optimizer). It is made to go on where the saved one stopped, bit for bit, and torch's
-    random state with it. Or a model built as the saved one was: it gets the weights, and needs no
-    optimizer for it. Without ``into`` nothing but the file is read; ``learner.load_state_dict``
+    ``into``: a learner built like the saved one (the same model, whose ranks may differ, the same
+    rule, the same kind of optimizer). It goes on where the saved one stopped, bit for bit; torch's
+    random state is restored as well. Or a model built like the saved one, which gets the weights
+    and needs no optimizer. Without ``into`` the file is only read; ``learner.load_state_dict``
     takes the result. A model cannot be rebuilt from the file alone: that would mean running code
     from it.
 
-    Raises FileNotFoundError, and ValueError for a file that is truncated, foreign or of a newer
-    format, or does not fit ``into``, TypeError for an ``into`` that is neither; ``into`` is then
-    left as it was.
+    Raises FileNotFoundError; ValueError for a file that is truncated, was not written by
+    :func:`save`, has a newer format or does not fit ``into``; TypeError for an ``into`` that is
+    neither. ``into`` is then left as it was.
     """
     if not (into is None or isinstance(into, Learner | nn.Module)):
         raise TypeError(
@@ -85,25 +85,25 @@ def load(path: str | Path, into: Learner | nn.Module | None = None) -> dict[str,
 
 
 def restore(learner: Learner, state: Mapping[str, Any], path: str | Path) -> None:
-    """Make ``learner`` go on from ``state``, which :func:`load` read from ``path``; see there."""
+    """Load into ``learner`` the ``state`` that :func:`load` has read from ``path``."""
     _check_fits(learner, state, path)
     learner.load_state_dict(dict(state))
     restore_random_state(state["random"])
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Present rank of every factored layer by its name."""
-    return {n: m.rank for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    """The present rank of every factored layer, by name."""
+    return {name: layer.rank for name, layer in factored_layers(model).items()}
 
 
 def random_state() -> dict[str, Any]:
-    """State of torch's generators, of the CPU and of every CUDA device in use."""
+    """The state of torch's random generators, of the CPU and of every CUDA device in use."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Undo :func:`random_state`; devices that are not there are left out."""
+    """Set the state that :func:`random_state` returned; for devices that exist."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):

@@ -18,7 +18,7 @@ from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import RETRACTIONS, orthogonality_error
 from svdalign.losses import hoyer_sparsity
 
-RULES = ["bp", "dfa", "drtp", "fa", "ssa", "ssa-local", "ssa-reconstruction"]
+RULES = rules.available()
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -424,7 +424,10 @@ def test_targets_are_counted_along_the_axis_of_the_batch() -> None:
         learner = sva.Learner(
             model, "dfa", units="layer", optimizer=adamw, example=torch.randn(example)
         )  # fmt: skip
-        learner.step(torch.randn(shape), y)
+        right = 6 * learner.step(torch.randn(shape), y).accuracy
+        torch.testing.assert_close(right, right.round())
+        with pytest.raises(ValueError, match="y must hold a target for each"):
+            learner.step(torch.randn(shape), y[:5])
 
 
 def test_pixels_and_probabilities_are_targets_too() -> None:
@@ -432,8 +435,11 @@ def test_pixels_and_probabilities_are_targets_too() -> None:
     body = [nn.Conv2d(2, 6, 3, padding=1), nn.ReLU()]
     x, _ = batch()
     pixels = learner_of(model=nn.Sequential(*body, nn.Conv2d(6, 3, 1)))
-    pixels.step(x, torch.randint(3, (12, 6, 6)))
-    learner_of().step(x, torch.rand(12, 3).softmax(1))
+    assert pixels.step(x, torch.randint(3, (12, 6, 6))).accuracy is not None
+    soft = torch.rand(12, 3).softmax(1)
+    report = learner_of().step(x, soft)
+    assert report.loss.isfinite()
+    assert report.accuracy is None  # a distribution is not right or wrong
 
 
 @pytest.mark.parametrize(

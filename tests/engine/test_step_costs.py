@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import svdalign as sva
-from svdalign._lazy import CHUNK
+from svdalign._parts import CHUNK
 from svdalign.lab import models
 from svdalign.lab.costs import pretending, step_memory
 

@@ -18,15 +18,15 @@ import svdalign as sva
 from svdalign import export, rules
 from svdalign.engine.layout import layout_of
 from svdalign.factors import FactoredLayer, SVDConv2d, break_even_rank
-from svdalign.factors.layers import SCHEMES
-from svdalign.factors.registry import factored_type, registered
-from svdalign.lab.costs import inference_macs
+from svdalign.factors.layers import REGISTERED, SCHEMES
+from svdalign.factors.registry import factored_type
+from svdalign.lab.costs import inference_macs, pretending
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
 def test_every_registered_type_is_under_contract() -> None:
-    assert set(registered()) == set(KINDS)
+    assert set(REGISTERED) == set(KINDS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Case:
 
     def factored(self, rank: int | None = None) -> FactoredLayer:
         rank = self.rank if rank is None else rank
-        return registered()[self.kind].from_dense(self.dense, rank, self.scheme)
+        return REGISTERED[self.kind].from_dense(self.dense, rank, self.scheme)
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         return KINDS[self.kind].matrix(weight.detach(), self.scheme)
@@ -272,7 +272,7 @@ class TestContract:
     def test_factorize_reports_it_and_a_cut_is_of_least_error(self, kind: tuple[str, str]) -> None:
         case = example(kind)
         model = sva.factorize(Net(case.dense), {"layer": 3}, case.scheme)
-        assert type(model.layer) is registered()[case.kind] is factored_type(case.dense)
+        assert type(model.layer) is REGISTERED[case.kind] is factored_type(case.dense)
         before = case.matrix_of(model.layer.merged_weight())
         (row, _) = model.factorization
         assert (row.rank, row.kind, row.full_rank) == (
@@ -344,6 +344,19 @@ class TestContract:
         if rule == "sign-symmetric":
             W = layer.weight.detach()
             torch.testing.assert_close(feedback, W.sign() * W.abs().mean(), **EXACT)
+
+    @pytest.mark.parametrize("rule", ["ssa", "bp"])
+    def test_a_step_waits_for_no_value(self, kind: tuple[str, str], rule: str) -> None:
+        """On the meta device, where reading a value is an error."""
+        case = example(kind)
+        model = sva.factorize(Net(case.dense), {"layer": 2}, case.scheme).to("meta")
+        x, y = case.x.to("meta"), LABELS.to("meta")
+        with pretending():  # what is checked at the start and of the first batch may read values
+            learner = sva.Learner(
+                model, rule, units="layer", optimizer=lambda p: torch.optim.SGD(p, 0.05), example=x
+            )
+            learner.step(x, y)
+        assert learner.step(x, y).loss.is_meta
 
     def test_channels_stand_where_the_layer_says(self, kind: tuple[str, str]) -> None:
         case = example(kind)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
-from svdalign._lazy import CHUNK
+from svdalign import rules
+from svdalign._parts import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
 from svdalign.factors._choice import Cost
 from svdalign.factors.fused import KERNELS, Kernel
@@ -542,7 +543,9 @@ def test_units_end_where_they_do_without_fusing(pool: nn.Module, size: tuple[int
     assert taught[0][1] == pytest.approx(taught[1][1], rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", ["fa", "sign-symmetric", "brsf"])
+@pytest.mark.parametrize(
+    "rule", [name for name in rules.available() if rules.get(name).needs_affine_layers]
+)
 def test_rules_that_need_each_layer_by_itself_refuse_fused_ones(rule: str) -> None:
     model = sva.fuse(chain("norm, relu", "channel"))
     with pytest.raises(ValueError, match=f"rule '{rule}' .* leave svdalign.fuse out"):

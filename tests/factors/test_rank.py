@@ -536,7 +536,8 @@ def test_no_warning_for_what_is_carried():
     train(model, optimizer, range(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reduce_rank(model, optimizer, rank=2)
+        cuts = reduce_rank(model, optimizer, rank=2)
+    assert [cut.after for cut in cuts] == [2]
 
 
 # --- a budget of parameters ---------------------------------------------------------------------

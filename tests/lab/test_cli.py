@@ -80,7 +80,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --options.alhpa 1", "rule 'ssa' has no option alhpa; it has"),
         ("train --options.alpha abc", "alpha must be a number of at least 0, got 'abc'"),
         ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
-        ("train --rule bp --error local", "rule 'bp' takes no source of errors"),
+        ("train --rule bp --error local", "error must be 'output' for rule 'bp'"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("trian", "; did you mean train?"),
         ("train --epoch 3", "; did you mean --epochs?"),

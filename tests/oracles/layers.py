@@ -1,11 +1,13 @@
-"""Dense layers of every type that can be factored, with the settings that their users give them.
+"""Dense layers of every registered type, with the settings that their users give them: how to draw
+a layer and an input, and its weight as a matrix, entry by entry.
 
-The one list that a new layer type joins: how to draw a layer and an input, and its weight as a
-matrix, entry by entry.
+Convolutions of any number of axes join by themselves; a layer type of another sort joins
+:data:`KINDS` by hand, and a test fails until it has.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +15,9 @@ import torch
 from hypothesis import strategies as st
 from tests.oracles.kernels import kernel_matrix
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from svdalign.factors.layers import REGISTERED
 
 
 class Conv1D(nn.Module):
@@ -94,6 +99,21 @@ def _transposed(weight: Tensor, scheme: str) -> Tensor:
     return kernel_matrix(weight.transpose(0, 1), scheme)
 
 
+def _convolution(kind: type[nn.Module]) -> Kind:
+    transposed = issubclass(kind, _ConvTransposeNd)
+    axes = kind(1, 1, 1).weight.ndim - 2
+    more = ((0, 1, 0) if transposed else (1, 2, 1))[:axes]  # output padding, or dilation
+
+    def example() -> nn.Module:
+        settings = ((3, 2, 1), (1, 2, 1), (1, 0, 0))  # kernel, stride, padding
+        kernel, stride, padding = (values[:axes] for values in settings)
+        name = "output_padding" if transposed else "dilation"
+        return kind(3, 4, kernel, stride, padding, **{name: more})
+
+    matrix = _transposed if transposed else kernel_matrix
+    return Kind(_convolutions(kind, axes, transposed), matrix, example)
+
+
 KINDS = {
     "torch.nn.modules.linear.Linear": Kind(
         _matrices(nn.Linear), kernel_matrix, lambda: nn.Linear(3, 4)
@@ -101,30 +121,8 @@ KINDS = {
     "transformers.pytorch_utils.Conv1D": Kind(
         _matrices(lambda into, out, bias: Conv1D(out, into)), _transposed, lambda: Conv1D(4, 3)
     ),
-    "torch.nn.modules.conv.Conv1d": Kind(
-        _convolutions(nn.Conv1d, 1), kernel_matrix, lambda: nn.Conv1d(3, 4, 3, 2, 1)
-    ),
-    "torch.nn.modules.conv.Conv2d": Kind(
-        _convolutions(nn.Conv2d, 2),
-        kernel_matrix,
-        lambda: nn.Conv2d(3, 4, (3, 2), (1, 2), (1, 0), (1, 2)),
-    ),
-    "torch.nn.modules.conv.Conv3d": Kind(
-        _convolutions(nn.Conv3d, 3), kernel_matrix, lambda: nn.Conv3d(3, 4, (2, 3, 1), (1, 2, 1))
-    ),
-    "torch.nn.modules.conv.ConvTranspose1d": Kind(
-        _convolutions(nn.ConvTranspose1d, 1, transposed=True),
-        _transposed,
-        lambda: nn.ConvTranspose1d(3, 4, 3, 2, 1, 1),
-    ),
-    "torch.nn.modules.conv.ConvTranspose2d": Kind(
-        _convolutions(nn.ConvTranspose2d, 2, transposed=True),
-        _transposed,
-        lambda: nn.ConvTranspose2d(3, 4, (3, 2), (1, 2), (1, 0), (0, 1)),
-    ),
-    "torch.nn.modules.conv.ConvTranspose3d": Kind(
-        _convolutions(nn.ConvTranspose3d, 3, transposed=True),
-        _transposed,
-        lambda: nn.ConvTranspose3d(3, 4, (2, 2, 1), (2, 1, 1)),
-    ),
 }
+for _name in sorted(REGISTERED.keys() - KINDS.keys()):
+    _module, _, _class = _name.rpartition(".")
+    if issubclass(_kind := getattr(importlib.import_module(_module), _class), _ConvNd):
+        KINDS[_name] = _convolution(_kind)

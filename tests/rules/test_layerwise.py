@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import svdalign as sva
+from svdalign import rules
 
-RULES = ["fa", "sign-symmetric"]
+RULES = [name for name in rules.available() if rules.get(name).needs_affine_layers]
 LABELS = torch.arange(6) % 3
 
 

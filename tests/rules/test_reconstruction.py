@@ -186,5 +186,5 @@ def test_fields_out_of_range_are_refused(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("error", ["local", "target"])
 def test_it_learns_from_the_outputs_error_alone(error: str) -> None:
-    with pytest.raises(ValueError, match=r"needs error 'output', got"):
+    with pytest.raises(ValueError, match=r"error must be 'output' for rule"):
         SSAReconstruction(error=error)  # type: ignore[arg-type]

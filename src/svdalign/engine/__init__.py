@@ -1,4 +1,5 @@
-"""The streaming engine: units, one batch through them, and the learner that users hold."""
+"""The streaming engine: where units end, one batch through them, and the learner. Imports factors,
+feedback, losses, rules and the task; alignment, storage and parallel import it."""
 
 from .learner import Learner, StepReport
 from .plan import make_plan

@@ -1,4 +1,4 @@
-"""Where to cut a model: after which of its modules a unit ends, read off one traced run."""
+"""After which modules of a model units end, found by one run that records all module calls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._tracing import temporary
 from .forward import first_tensor, forward, preserved
 
 __all__ = [
@@ -31,7 +32,7 @@ Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Call:
-    """A module call in the trace; tensors are kept alive so that identity means identity."""
+    """A module call. Its tensors stay alive, so that no two of them share an ``id``."""
 
     path: str
     module: nn.Module
@@ -60,18 +61,14 @@ def trace(model: nn.Module, example: Any) -> list[Call]:
 
         return hook
 
-    handles = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
-    try:
-        with preserved(model), torch.no_grad():
-            forward(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
+    with temporary(hooks), preserved(model), torch.no_grad():
+        forward(model, example)
     return calls
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    """Whether the module itself, not a child, multiplies by a matrix. Embeddings only look up."""
+    """Whether the module itself, not a child, multiplies by a matrix; embeddings do not."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return False
     own = list(module.parameters(recurse=False))
@@ -101,10 +98,11 @@ def exits(model: nn.Module, units: Units, calls: list[Call]) -> frozenset[str]:
             "units must be 'layer', 'block', 'stage', a whole number, a list of module names or a "
             f"callable, got {units!r}"
         )
-    # A norm after a block most often is the next block's own first step: only layers have chains.
+    # A norm after a block is mostly the first step of the next block, so only units that end at a
+    # layer take in what follows.
     ends = [_chain_end(p, calls) if p in found else _last_call(p, calls) for p in bases]
     if units == "stage":
-        # The layer's or block's own shape: the pooling that ends a stage belongs to it.
+        # The shape before what follows the layer: pooling that ends a stage belongs to the stage.
         shapes = [tuple(first_tensor(_last_call(p, calls).output).shape) for p in bases]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
     return frozenset(end.path for end in ends)
@@ -113,12 +111,12 @@ def exits(model: nn.Module, units: Units, calls: list[Call]) -> frozenset[str]:
 def layers(calls: Sequence[Call]) -> set[str]:
     """Paths of the modules that multiply by a matrix of their own."""
     found = {call.path for call in calls if _has_weight_matrix(call.module)}
-    # Where layers stand inside, an own matrix is a table (positions, a class token) beside them.
+    # A module with layers inside has a matrix of its own for positions or a class token.
     return {p for p in found if not any(_inside(other, p) for other in found)}
 
 
 def in_order(calls: Sequence[Call], paths: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that were called, in order of execution, each once."""
+    """The ``paths`` that were called, in order of execution, each once."""
     wanted = set(paths)
     return [path for path in dict.fromkeys(call.path for call in calls) if path in wanted]
 
@@ -128,13 +126,13 @@ def _inside(path: str, other: str) -> bool:
 
 
 def blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
-    """Paths of the blocks: the innermost modules below which no list of further blocks stands."""
+    """Paths of the blocks: the outermost modules that hold layers but no list of further blocks."""
 
     def weights(path: str) -> int:
         return sum(p == path or _inside(p, path) for p in layers)
 
     def lists_blocks(path: str, module: nn.Module) -> bool:
-        """Whether a Sequential or ModuleList at or below holds an element of several layers."""
+        """Whether a Sequential or ModuleList in ``module`` has an element with several layers."""
         return any(
             weights(f"{path}.{name}.{child}" if name else f"{path}.{child}") > 1
             for name, m in module.named_modules()
@@ -145,8 +143,8 @@ def blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
     def descend(prefix: str, module: nn.Module) -> Iterator[str]:
         for name, child in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            plain = type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-            if path not in layers and (plain or lists_blocks(path, child)):
+            container = type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+            if path not in layers and (container or lists_blocks(path, child)):
                 yield from descend(path, child)
             elif weights(path):
                 yield path
@@ -157,7 +155,7 @@ def blocks(model: nn.Module, layers: set[str]) -> Iterator[str]:
 def blocks_and_neighbours(
     model: nn.Module, layers: set[str], calls: Sequence[Call]
 ) -> Iterator[str]:
-    """Paths of the blocks, each the outermost module with no layer beside those of the block."""
+    """Paths of the blocks, or of the outermost modules around them that add no further layer."""
     called = {call.path for call in calls}
     for path in blocks(model, layers):
         inside = {p for p in layers if p == path or _inside(p, path)}
@@ -174,31 +172,32 @@ def _last_call(path: str, calls: list[Call]) -> Call:
 
 
 def _chain_end(path: str, calls: list[Call]) -> Call:
-    """The last of the norm, activation, pooling and dropout modules that alone follow ``path``.
+    """The last of the norm, activation, pooling and dropout modules that follow ``path`` in a
+    chain.
 
-    A chain link reads the output so far and nothing else does; it keeps the number of dimensions
-    and shrinks the map at most like a 2 x 2 pooling, so that what is left is still features.
+    Each is the only reader of the output before it, keeps the number of axes, and shrinks a map no
+    more than a 2 x 2 pooling does, so that the result is still a map of features.
     """
     start = next(i for i, call in enumerate(calls) if call.path == path)
     end = calls[start]
     times = Counter(call.path for call in calls)
-    if times[path] > 1:  # every call is to end a unit, and what follows each of them differs
+    if times[path] > 1:  # every call ends a unit, and different modules follow each of them
         return end
     for i, call in enumerate(calls[start + 1 :], start + 1):
         if not isinstance(end.output, Tensor) or call.input is not end.output:
             continue
-        plain = not any(_has_weight_matrix(module) for module in call.module.modules())
+        has_layers = any(_has_weight_matrix(module) for module in call.module.modules())
         same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
-        # A link that works in place hands the same tensor on: what reads it later reads the link's.
+        # A module that works in place returns the same tensor: later readers read its output.
         until = i if call.output is end.output else len(calls)
         readers = sum(
             c.input is end.output and next(c.module.children(), None) is None
             for c in calls[start + 1 : until + 1]
         )
-        if not plain or not same or readers > 1 or times[call.path] > 1:
+        if has_layers or not same or readers > 1 or times[call.path] > 1:
             break
         least = end.output.numel() / 4
-        if end.output.ndim == 4:  # a 2 x 2 pooling leaves a last odd row or column out
+        if end.output.ndim == 4:  # a 2 x 2 pooling drops an odd last row or column
             least = math.prod((*end.output.shape[:2], *(n // 2 for n in end.output.shape[2:])))
         if call.output.numel() < least:
             break

@@ -1,4 +1,4 @@
-"""Running a user's model: inputs and outputs in any of the usual shapes, its state untouched."""
+"""Running a user's model on inputs of any usual form, with its state left as it was."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def first_tensor(out: Any) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model inside in eval mode; each of its modules comes back in the mode it was in."""
+    """Put ``model`` into eval mode inside. Afterwards each module has its former mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -55,9 +55,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the model inside without a trace: buffers (batch-norm statistics) and random state, of
-    torch, numpy and Python, come back as they were, so that a second run repeats the first and
-    counts once."""
+    """Undo what a run of ``model`` inside changes: buffers such as batch-norm statistics, and the
+    random state of torch, numpy and Python. A second run then repeats the first."""
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
     of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
     try:
@@ -70,8 +69,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """:func:`preserved`, but for random state. Graphs that hold a buffer which the run does not
-    change stay usable."""
+    """:func:`preserved` for buffers alone. Autograd graphs that saved a buffer stay usable if the
+    run does not change it."""
     buffers = [
         (module, name, buffer, _copy(buffer))
         for module in model.modules()
@@ -83,15 +82,15 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, saved in buffers:
             module._buffers[name] = buffer  # the model may have put another one there
             if buffer is not None and saved is not None:
-                # Through `data`, for a graph that holds the buffer takes a new version of it for a
-                # change. Versions do not tell what has changed: models write so too.
+                # Through `data`, which leaves the version counter as it is: autograd refuses to use
+                # a saved tensor whose counter has changed.
                 buffer.data.copy_(saved)
-        # Autocast caches low-precision copies of weights; those made without grad stay without.
+        # Autocast caches low-precision copies of weights. Copies made under no_grad have no graph.
         torch.clear_autocast_cache()
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
-    """None where there is nothing to write back: an expanded tensor cannot be written to."""
+    """A copy to write back later; None for an expanded tensor, which cannot be written to."""
     if buffer is None:
         return None
     if buffer.layout == torch.strided:
@@ -102,7 +101,7 @@ def _copy(buffer: Tensor | None) -> Tensor | None:
 
 
 def values_of(t: Tensor) -> Tensor:
-    """The numbers that ``t`` holds, of a sparse tensor those that are not left out."""
+    """The stored numbers of ``t``, which may be sparse."""
     if t.layout == torch.strided:
         return t
     return t._values() if t.layout == torch.sparse_coo else t.values()

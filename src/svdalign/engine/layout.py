@@ -1,4 +1,4 @@
-"""Which axis of a unit's output is which: rules see one convention, whatever the model uses."""
+"""The axes of a unit's output: rules see them in one order, whatever the model's own order is."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..factors import FactoredLayer
-from ..factors.registry import factored_type
+from ..factors.registry import kind_of
 
 __all__ = ["AS_IT_IS", "Layout", "layout_of"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an output becomes (B, d), (B, T, d) or (B, C, h, w), B as in the network's output.
+    """How an output becomes (B, d), (B, T, d) or (B, C, h, w), with B as in the network's output.
 
-    ``axes``: permutation of its axes, None for none. ``fold``: the first two are samples and tokens
-    of a network whose output has them in one axis, (B T, classes). Further axes of space are
-    folded into h.
+    ``axes``: a permutation of its axes, None for none. ``fold``: merge the first two axes, samples
+    and tokens, as the network's output (B T, classes) does. Further axes of space become one with
+    h.
     """
 
     axes: tuple[int, ...] | None = None
@@ -35,7 +34,7 @@ class Layout:
         return h.flatten(2, -2) if h.ndim > 4 else h
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that an output of ``shape`` is given."""
+        """The shape that an output of ``shape`` gets."""
         return tuple(self(torch.empty(shape, device="meta")).shape)
 
 
@@ -45,9 +44,9 @@ _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 
 def _channels_last(module: nn.Module) -> bool | None:
-    """Whether ``module`` is known for channels in the last axis of its output, or in the second."""
-    kind = type(module) if isinstance(module, FactoredLayer) else factored_type(module)
-    if kind is not None:
+    """Whether channels are the last axis of the output of ``module``, or the second; None if
+    unknown."""
+    if (kind := kind_of(module)) is not None:
         return kind.channels_last
     if isinstance(module, _CHANNELS_FIRST):
         return False
@@ -60,11 +59,11 @@ def layout_of(
     output_shape: tuple[int, ...],
     calls: Iterable[tuple[str, nn.Module, tuple[int, ...]]],
 ) -> Layout | None:
-    """The layout of the output, of ``shape``, of module ``path``; None if its batch is no axis.
+    """The layout of the output, of ``shape``, of module ``path``; None if the batch is not an axis.
 
-    ``calls``: (path, module, shape of its output) of every module call in order. Where channels
-    stand is what the last layer up to ``path`` that gave this shape is known for; else they come
-    last of three axes and second of more.
+    ``calls``: (path, module, shape of its output) for all module calls in order. The last module up
+    to ``path`` with an output of this shape decides where channels are, if that is known of it.
+    Otherwise they are the last of three axes, and the second of more.
     """
     channels_last: bool | None = None
     for other, module, other_shape in calls:

@@ -1,4 +1,4 @@
-"""What users hold: a model, a rule, an optimizer, and one method that takes a batch."""
+"""The learner: a model, a rule and an optimizer, with a method that learns from a batch."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ Scale = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step saw, as tensors on the model's device: reading a value is up to the caller.
+    """The losses of one step, as tensors on the model's device, which nothing has waited for yet.
 
-    ``loss``: task loss of the network's output. ``accuracy``: share of right
-    answers among the targets that are not to be ignored, None where the task has no right and
-    wrong. ``unit_losses``: each unit's own loss by its name; that of the last unit, ``"output"``,
-    is ``loss``.
+    ``loss``: task loss of the network's output. ``accuracy``: share of right answers, targets that
+    the loss ignores left out; None for tasks without right and wrong answers. ``unit_losses``: each
+    unit's own loss by its name; that of the last unit, ``"output"``, is ``loss``.
     """
 
     loss: Tensor
@@ -63,8 +62,8 @@ _DEFAULT: Any = _Default()
 class Learner:
     """Trains ``model`` by ``rule``, unit by unit.
 
-    ``model``: any ``nn.Module``, factored or dense; it is trained in place and its ``forward`` is
-    used as it is. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`;
+    ``model``: any ``nn.Module``, factored or dense; it is trained in place, and its ``forward``
+    runs unchanged. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`;
     ``horizon`` and ``error`` replace the rule's own. ``units``: where units end, see
     :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
@@ -72,11 +71,11 @@ class Learner:
     kind of :class:`svdalign.task.Task`; found from the first batch by default, by ``loss`` being
     called on small outputs. ``retraction``: "qr", "polar", "newton-schulz" (for small steps) or
     None, brings ``U`` and ``V`` back onto the manifold after every ``retract_every`` steps.
-    ``recompute``: residual or transformer blocks (layers where there are none) hold their inputs
-    alone and run again for their gradients, once for each unit of the horizon and once more.
-    ``seed``: of the feedback's random matrices.
+    ``recompute``: residual or transformer blocks (layers where there are none) save only their
+    inputs and run again in the backward pass, ``horizon + 1`` times. ``seed``: of the feedback's
+    random matrices.
 
-    Raises TypeError or ValueError that name the argument when something does not fit.
+    Raises TypeError or ValueError, which name the argument, for arguments that do not fit.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Learner:
         self._kind: Kind | None = "classes" if loss is None and task is None else task
         self.retraction, self.retract_every = retraction, retract_every
         self.steps = 0
-        # What training on several processes replaces (svdalign.parallel).
+        # Training on several processes (svdalign.parallel) replaces these two.
         self._one_pass: Callable[..., Tensor | None] = stream
         self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
         self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
@@ -158,8 +157,8 @@ class Learner:
         return self.plan.units
 
     def feedback_of(self, unit: Unit, feature: int = 0) -> nn.Module | None:
-        """The module that brings errors to ``unit``, None where the rule has none. ``feature``:
-        which of the unit's features is meant, where there are several."""
+        """The module that brings errors to ``unit``, None where the rule has none. ``feature``: the
+        number of the feature, for a unit with several."""
         return self._local.feedback_of(unit, feature)
 
     def unit_spec(self, unit: Unit, feature: int = 0) -> UnitSpec:
@@ -167,7 +166,8 @@ class Learner:
         return self._local.spec(unit, feature)
 
     def step(self, x: Any, y: Tensor) -> StepReport:
-        """Learn from one batch: gradients, optimizer step, retraction. Forces no host sync.
+        """Learn from one batch: gradients, optimizer step, retraction. Does not wait for the
+        device.
 
         ``x``: inputs laid out as ``example``, (B, ...) for most models; B may differ, and lengths
         and sizes of maps where the model and the rule's ``grid`` let them. ``y``: what ``loss``
@@ -195,8 +195,8 @@ class Learner:
         return reports[0]
 
     def update(self) -> None:
-        """The second half of :meth:`step`: the optimizer's step on the present gradients, and the
-        retraction. Between :meth:`backward` and this is the place to clip gradients.
+        """The second half of :meth:`step`: the optimizer's step with the present gradients, then
+        the retraction. Clip gradients after :meth:`backward` and before this.
 
         Raises TypeError for an optimizer that evaluates the loss by itself, such as LBFGS."""
         if _needs_closure(self.optimizer):
@@ -211,7 +211,7 @@ class Learner:
         self.after_update()
 
     def _check_ranks(self) -> None:
-        """Refuse to step an optimizer whose state is of ranks that the model no longer has."""
+        """Refuse to step if the optimizer's state has ranks that the model no longer has."""
         for layer, before in self._ranks.items():
             for p in (layer.U, layer.s, layer.V) if layer.rank != before else ():
                 stale = (*p.shape[:-1], before)
@@ -225,15 +225,16 @@ class Learner:
             self._ranks[layer] = layer.rank
 
     def after_update(self) -> None:
-        """Retract the factors if it is time. For loops that call ``optimizer.step`` themselves."""
+        """Retract the factors every ``retract_every`` steps. For loops that call ``optimizer.step``
+        themselves."""
         self.steps += 1
         torch.clear_autocast_cache()  # of copies of the weights before the update
         if self.steps % self.retract_every == 0:
             self.retract()
 
     def retract(self) -> None:
-        """Bring the factors back onto the manifold, for who has changed them since the last step.
-        Nothing is done without a ``retraction``."""
+        """Make the columns of the factors orthonormal again, for loops that change factors between
+        steps. Without a ``retraction`` it does nothing."""
         if self.retraction is not None:
             retract(self._on_the_manifold, self.optimizer, self.retraction)
 
@@ -253,8 +254,8 @@ class Learner:
         return self._stream(x, y, scale)
 
     def gradients(self, x: Any, y: Tensor) -> dict[str, Tensor]:
-        """The rule's gradients for a batch, of each parameter's shape by its name; nothing is
-        changed by the call. ``x``, ``y`` and errors are those of :meth:`step`."""
+        """The rule's gradients for a batch, by the parameters' names; the call changes nothing.
+        ``x``, ``y`` and errors are those of :meth:`step`."""
         named = dict(self.model.named_parameters())
         everything: list[Tensor] = [*named.values(), *self.feedback.parameters()]
         everything += self._task_loss.parameters
@@ -270,8 +271,8 @@ class Learner:
                 p.grad = saved.get(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: model, feedback, transport, optimizer, step count, and
-        what the targets are."""
+        """All that a resumed run needs: model, feedback, transport, optimizer, the number of steps
+        and the kind of task."""
         return {
             "model": self.model.state_dict(),
             "feedback": self.feedback.state_dict(),
@@ -284,7 +285,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`; factored layers take the ranks that were saved.
+        """Load what :meth:`state_dict` returned; factored layers take the ranks that were saved.
 
         Raises ValueError for the state of a learner with other units."""
         self.check_units(state)
@@ -300,8 +301,8 @@ class Learner:
             self._kind, self.task = state.get("task"), None
 
     def check_units(self, state: Mapping[str, Any]) -> None:
-        """ValueError if ``state``, of a :meth:`state_dict`, is that of a learner with other units:
-        their feedback would not fit."""
+        """ValueError if ``state``, of :meth:`state_dict`, is that of a learner with other units, as
+        the feedback would not fit."""
         units = [unit.name for unit in self.units]
         if (saved := state.get("units", units)) != units:
             raise ValueError(f"state is of a learner with units {saved}, this one has {units}")
@@ -380,10 +381,10 @@ class Learner:
         return recomputing(self.model, self.plan.blocks)
 
     def _output_error(self, x: Any, y: Tensor) -> Tensor:
-        """``dL/dz``, from a first pass that leaves no trace."""
+        """``dL/dz``, from a first pass that changes no buffers and no random state."""
         with preserved(self.model), torch.no_grad():
             z = forward(self.model, x)
-        # In the weights' precision: float16 would round entries of the size of 1 / batch away.
+        # In the weights' precision: in float16, entries of the size of 1 / batch could become 0.
         z = z.detach().to(self._local.dtype).requires_grad_()
         return torch.autograd.grad(self._task_loss(z, y), z)[0]
 

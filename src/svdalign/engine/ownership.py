@@ -1,4 +1,4 @@
-"""Who owns what: a trial run, cut where units end, shows what each unit's output depends on."""
+"""Which parameters belong to which unit: a trial run shows what each unit's output depends on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .._tracing import temporary
 from .cuts import hooked
 from .forward import first_tensor, forward, preserved
 from .layout import Layout
@@ -21,31 +22,37 @@ __all__ = ["Trial", "depends", "leaves_of", "reached"]
 
 
 def reached(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of ``parameters`` that the graph of ``outputs`` leads to."""
+    """The ``parameters`` that ``outputs`` depend on."""
     found = leaves_of(outputs)
     return [p for p in parameters if p in found]
 
 
 def leaves_of(outputs: Sequence[Tensor]) -> dict[Tensor, None]:
-    """The leaf tensors that require grad in the graph of ``outputs``, nearest first."""
+    """The leaf tensors that require grad and that ``outputs`` depend on, nearest first."""
     nodes = below(*(t.grad_fn for t in outputs if t.grad_fn is not None))
     return {v: None for n in nodes if (v := getattr(n, "variable", None)) is not None}
 
 
 def depends(output: Tensor, on: Tensor) -> bool:
-    """Whether the graph of ``output`` leads to that of ``on``."""
+    """Whether ``output`` depends on the tensor ``on``."""
     return output is on or (output.grad_fn is not None and on.grad_fn in below(output.grad_fn))
 
 
 class Trial:
-    """A forward pass cut at ``exits`` that reads each unit's parameters off its autograd graph."""
+    """A forward pass in which the outputs of the modules ``exits`` are detached, so that each
+    unit's autograd graph shows its parameters.
+
+    After :meth:`run`: ``segments``, the units but for the last; ``output_parameters``, those of the
+    last; ``shared``, a module whose graph two units have in common, or None, and ``owner``, the
+    first of the two.
+    """
 
     def __init__(self, model: nn.Module, exits: frozenset[str]) -> None:
         self.model, self.exits = model, exits
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.segments: list[Unit] = []
         self.output_parameters: tuple[str, ...] = ()
-        self.shared: str | None = None  # a module that two units' graphs have in common
+        self.shared: str | None = None
         self.owner = ""
         self._counts: dict[str, int] = {}
         self._owners: dict[Node, str] = {}
@@ -54,16 +61,11 @@ class Trial:
         self._alive: list[Any] = []
 
     def run(self, example: Any) -> Tensor:
-        handles = [
-            module.register_forward_hook(self._hook(path))
-            for path, module in hooked(self.model).items()
+        hooks = [
+            m.register_forward_hook(self._hook(path)) for path, m in hooked(self.model).items()
         ]
-        try:
-            with preserved(self.model), _unfrozen(self.model), torch.enable_grad():
-                z = forward(self.model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with temporary(hooks), preserved(self.model), _unfrozen(self.model), torch.enable_grad():
+            z = forward(self.model, example)
         if not z.requires_grad:
             raise ValueError(
                 "the output of model does not require a gradient, though parameters do: forward "
@@ -73,8 +75,8 @@ class Trial:
         return z
 
     def finished(self, layouts: Sequence[Sequence[Layout]]) -> list[Unit]:
-        """The units with the layouts of their features, now that the rest of the pass has shown
-        which outputs are changed in place."""
+        """The units with the layouts of their features, and with ``inplace`` as the rest of the
+        pass has shown it."""
         return [
             replace(
                 unit,
@@ -91,7 +93,7 @@ class Trial:
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not torch.is_grad_enabled():  # the streaming pass does not see such calls either
+            if not torch.is_grad_enabled():  # the streaming pass leaves such calls out as well
                 return None
             leaves = tree_leaves(output)
             tensors = [t for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
@@ -104,9 +106,9 @@ class Trial:
             call = self._counts.get(path, 0)
             self._counts[path] = call + 1
             parameters = self._parameters(tensors, path)
-            # Unique: a module may be called as the output's unit is, or as another's second call.
-            plain = call == 0 and path != OUTPUT and "#" not in path
-            name = path if plain else f"{path}#{call}"
+            # The path alone could be the name of the last unit, or of a second call.
+            unique = call == 0 and path != OUTPUT and "#" not in path
+            name = path if unique else f"{path}#{call}"
             taught = self._taught(tensors, parameters) or [first_tensor(output)]
             features = tuple(
                 Feature(i, tuple(leaf.shape))
@@ -122,7 +124,8 @@ class Trial:
         return hook
 
     def _parameters(self, outputs: list[Tensor], unit: str) -> tuple[str, ...]:
-        """Names of the trainable parameters that ``outputs`` depend on; notes shared pieces."""
+        """Names of the trainable parameters that ``outputs`` of ``unit`` depend on. Notes a piece
+        of graph that another unit has as well."""
         seen = below(*(t.grad_fn for t in outputs if t.grad_fn is not None))
         if any(node.name().startswith("CheckpointFunction") for node in seen):
             raise ValueError(
@@ -140,8 +143,8 @@ class Trial:
         return tuple(name for name in self.names.values() if name in found)
 
     def _taught(self, tensors: list[Tensor], parameters: tuple[str, ...]) -> list[Tensor]:
-        """The first tensor that depends on all ``parameters``, so that to teach it teaches them;
-        else those that together do."""
+        """The first of ``tensors`` that depends on all ``parameters``, so that a loss on it trains
+        them all; if there is none, several that together do."""
         if len(tensors) < 2:
             return tensors
         taught, missing = [], set(parameters)
@@ -158,13 +161,14 @@ class Trial:
         return any(id(getattr(n, "variable", None)) in self.names for n in below(node))
 
     def _producer_of(self, node: Node) -> str:
-        """The module whose output is nearest below ``node``."""
+        """The module that made the nearest tensor that ``node`` depends on."""
         return next((self._producers[n] for n in below(node) if n in self._producers), "")
 
 
 @contextlib.contextmanager
 def _unfrozen(model: nn.Module) -> Iterator[None]:
-    """Units do not depend on what is frozen at the moment, so that it can be thawed later."""
+    """Make frozen parameters require grad inside, so that units own them as well: they may be
+    unfrozen later."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
         for parameter in frozen:
@@ -176,7 +180,7 @@ def _unfrozen(model: nn.Module) -> Iterator[None]:
 
 
 def below(*nodes: Node) -> list[Node]:
-    """``nodes`` and all that they lead to, nearest first."""
+    """``nodes`` and all nodes of the graph that they depend on, nearest first."""
     queue = list(dict.fromkeys(nodes))
     seen = set(queue)
     for current in queue:

@@ -1,4 +1,5 @@
-"""Cutting a model into units: where they end and what belongs to them, brought together."""
+"""The plan of a model's units: where they end (:mod:`.cuts`) and what belongs to each
+(:mod:`.ownership`)."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     activation and pooling modules that follow it; ``"block"`` after every residual or transformer
     block (after every layer where there are none); ``"stage"`` after every run of blocks of one
     feature shape; an int after that many blocks; a list of module names after each of these; a
-    callable ``(name, module) -> bool`` where it says so. ``example``: a batch the model can run on.
-    ``whole``: a plan of one unit will do though the model has several layers; it is
-    backpropagation.
+    callable ``(name, module) -> bool`` after each module for which it is true. ``example``: a batch
+    that the model can run on. ``whole``: allow a plan of one unit for a model of several layers,
+    which is backpropagation.
 
-    The layers that lead to the output belong to the output's own unit, which learns from the task.
-    A unit ends only where its output has the batch as an axis. Layers that are dropped at random
-    in training have their units all the same.
+    The layers after the last of these ends belong to the output's own unit, which learns from the
+    task. A unit ends only where its output has the batch as an axis. Layers that are dropped at
+    random in training get units as well.
 
     Raises ValueError for a specification that names no place to cut, for one that leaves a model of
     several layers in one piece (unless ``whole``), for a model whose units share a piece of their
@@ -91,7 +92,7 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module], bool]:
-    """Ends units at the modules of these names."""
+    """A specification that ends units at the modules of these names."""
     known = [name for name, _ in model.named_modules() if name]
     if not names or (unknown := [name for name in names if name not in known]):
         what = f"no module {', '.join(map(repr, unknown))}" if names else "an empty list"
@@ -100,8 +101,8 @@ def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module],
 
 
 def _run(model: nn.Module, example: Any) -> tuple[Any, list[Call]]:
-    """The calls of a run over two samples of ``example``, or all of it where the model takes no
-    other number."""
+    """The first two samples of ``example`` (all of it if the model does not run on two), and the
+    calls of a run over them."""
     if isinstance(example, Tensor) and len(example) > 2:
         with contextlib.suppress(Exception):  # the model's own, of whatever kind
             return example[:2], cuts.trace(model, example[:2])
@@ -111,8 +112,8 @@ def _run(model: nn.Module, example: Any) -> tuple[Any, list[Call]]:
 def _mode_that_runs_all(
     model: nn.Module, example: Any, calls: list[Call]
 ) -> tuple[Callable[[], AbstractContextManager[None]], list[Call]]:
-    """What makes a context in which ``model`` runs all its layers, and its calls there:
-    evaluation if it drops some at random in training, else the present mode."""
+    """A maker of contexts in which ``model`` runs all its layers, and its calls there. The context
+    is evaluation mode if training drops layers at random, otherwise it does nothing."""
     if model.training:
         with contextlib.suppress(Exception), evaluating(model):  # not all models can be evaluated
             evaluated = cuts.trace(model, example)
@@ -137,17 +138,17 @@ def _plan(
     found = {name for unit in (*trial.segments, last) for name in unit.parameters}
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and n not in found]
     units = (*trial.finished(layouts), last)
-    # The head is left out: it would be recomputed at once.
+    # Not the last one: its backward pass comes right after its forward pass.
     blocks = cuts.in_order(calls, cuts.blocks_and_neighbours(model, cuts.layers(calls), calls))[:-1]
     shape = example.shape if isinstance(example, Tensor) else ()
     batch_axes = tuple(axis for axis, n in enumerate(shape[:2]) if z.shape[:1] == (n,))
-    if batch_axes[:1] != (0,):  # of both, sequences that come first have the second
+    if batch_axes[:1] != (0,):  # with both axes of that length, the batch may be the second
         batch_axes = ()
     return Plan(units, tuple(z.shape), tuple(unreached), tuple(blocks), batch_axes)
 
 
 def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None:
-    """ValueError if ``model`` has more than one layer: the one unit would be backpropagation."""
+    """ValueError if ``model`` has several layers: with one unit that would be backpropagation."""
     layers = cuts.layers(calls)
     if len(layers) > 1:
         blocks = len(cuts.in_order(calls, cuts.blocks(model, layers)))

@@ -1,4 +1,4 @@
-"""Blocks that are computed again for their gradients, in place of holding what they made."""
+"""Gradient checkpointing: blocks keep their inputs alone and run again for their gradients."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["recomputing"]
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
-    """While active, the modules at these paths hold their inputs alone when they run (gradient
-    checkpointing). Running again leaves no trace: batch norms take notice of a batch once."""
+    """While active, the modules at the paths ``blocks`` save only their inputs when they run. The
+    second run changes no buffer, so that batch norms count each batch once."""
     modules = [model.get_submodule(path) for path in blocks]
     own = [module.__dict__.get("forward") for module in modules]
     try:
@@ -38,7 +38,7 @@ def _recomputed(module: nn.Module, forward: Callable[..., Any]) -> Callable[...,
         runs = itertools.count()
 
         def counted_once(*args: Any, **kwargs: Any) -> Any:
-            again = next(runs) > 0  # with the random state of the first time
+            again = next(runs) > 0  # checkpoint gives it the random state of the first run
             with preserved_buffers(module) if again else contextlib.nullcontext():
                 return forward(*args, **kwargs)
 

@@ -1,19 +1,22 @@
-"""The local step: a forward pass that teaches each unit as it goes, and forgets it.
+"""One forward pass in which each unit learns as soon as its output, and those of the next
+``horizon`` units, have been computed.
 
-At a unit's exit its output ``h`` is cut off its graph and handed on, and the rule's loss on ``h``
-joins the unit's graph. Once the losses of ``horizon`` units more are there, the oldest of them
-retires: signals travel from the newest unit back to it, a unit at a time, each unit's own loss
-adding to what comes from beyond it. Its graph dies there. At any moment ``horizon + 1`` units hold
-activations, and between retirements no signal is held: a unit's own is a loss away. Nor does the
-window hold ``h``, only the edges of the graph where signals leave a unit and enter the one before:
-what of ``h`` is needed backward is for those to hold that need it.
+Where a unit ends, its output ``h`` is detached from its graph before the next unit reads it, and
+the rule's loss on ``h`` is added to the unit's graph. The units whose graphs are still alive form a
+window of at most ``horizon + 1`` units. When one more unit has run, the oldest leaves the window:
+gradients travel from the newest unit back to the oldest, one unit at a time, each unit adding that
+of its own loss; then the oldest unit's graph is freed.
+
+The window keeps no activations itself. It keeps the places (edges) in the autograd graph where
+gradients leave a unit and enter the one before; operations that need ``h`` in their backward save
+it themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
+from .._tracing import temporary
 from .forward import forward
 from .units import Plan, Unit
 
@@ -33,15 +37,19 @@ UnitLoss = Callable[[Unit, dict[int, Tensor]], Tensor]
 not frozen), 0-dim, part of its graph."""
 
 UnitBackward = Callable[[Unit, list[Tensor], bool], None]
-"""``(unit, heads, planned)``: take the unit's gradients, those of the 0-dim ``heads``, its own loss
-and all that reaches it from units after it, in one backward pass. ``planned``: the exits before it
-came in the plan's order, so that it is made of what the plan says; else control flow went another
-way than for the example."""
+"""``(unit, heads, planned)``: run the unit's backward pass from the 0-dim tensors ``heads``, which
+stand for its own loss and for the gradients that reach it from later units. ``planned``: the units
+before it ended in the plan's order, so that its parameters are those in the plan; otherwise control
+flow went another way than for the example."""
 
 
 class _Segment:
-    """A unit in the window: where signals for its outputs come from (``edges``, in the graphs of
-    units after it) and where they enter its own graph (``ports``), and its own loss."""
+    """A unit in the window, with its own loss.
+
+    ``edges``: where the gradients of its outputs arrive, in the graphs of later units. ``signals``:
+    the gradients that have arrived and are not yet passed on, for each output. ``ports``: where
+    they enter the unit's own graph.
+    """
 
     def __init__(
         self, unit: Unit, outputs: list[Tensor], edges: list[GradientEdge], planned: bool
@@ -54,12 +62,14 @@ class _Segment:
             self.outputs, self.ports = map(list, zip(*entered, strict=True))
 
     def learn(self, unit_loss: UnitLoss, features: dict[int, int]) -> None:
-        """Have the unit's own loss, on these of its outputs, join its graph."""
+        """Add the unit's own loss to its graph. ``features``: the outputs that the rule reads, by
+        the number of the feature."""
         self.loss = unit_loss(self.unit, {i: self.outputs[at] for i, at in features.items()})
-        self.outputs.clear()  # which are not to be held
+        self.outputs.clear()  # frees them
 
     def heads(self) -> list[Tensor]:
-        """0-dim tensors whose gradients are those of the loss and of the signals, which go."""
+        """0-dim tensors from which a backward pass gives the gradients of the loss and of the
+        signals; that pass uses the signals up."""
         heads = [port for port, signals in zip(self.ports, self.signals, strict=True) if signals]
         return [self.loss, *heads] if self.loss.requires_grad else heads
 
@@ -81,14 +91,14 @@ class _Stream:
         self.window: deque[_Segment] = deque()
         self.calls: dict[str, int] = {}
         self.active = True
-        self.anchor = torch.zeros((), requires_grad=True)  # makes what is handed on require grad
+        self.anchor = torch.zeros((), requires_grad=True)  # makes detached outputs require grad
 
     def hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            # Recomputation (gradient checkpointing) runs modules again while a unit goes backward:
-            # it has to meet the same cuts, and nothing else.
+            # Gradient checkpointing runs modules again during a unit's backward pass. Their outputs
+            # have to be detached as before, and nothing else may happen.
             if not self.active:
                 return self.cut(path, output)[0]
             handed_on = self.exit(path, output)
@@ -97,12 +107,13 @@ class _Stream:
                 raise _Left
             return handed_on
 
-        # A module that is compiled with its hooks would take the edges into its own graph.
+        # torch.compile would otherwise make the hook a part of the module's own graph.
         return cast(Callable[..., Any], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
     def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[GradientEdge]]:
-        """What is handed on for ``output``, its tensors that require grad, and where the gradients
-        of what is handed on for them arrive (nowhere at horizon 0)."""
+        """Detach ``output``. Returns what the next unit reads in its place, the tensors of
+        ``output`` that require grad, and the edges where their gradients will arrive (none at
+        horizon 0)."""
         values, structure = tree_flatten(output)
         outputs, edges = [], []
         for i, value in enumerate(values):
@@ -128,7 +139,7 @@ class _Stream:
                 "around it, for example units=callable naming the enclosing module"
             )
         handed_on, outputs, edges = self.cut(path, output)
-        if not outputs:  # frozen, and so is all before it
+        if not outputs:  # frozen, as is everything before it
             self.advance(index)
             return output
         leaves = tree_leaves(output)
@@ -139,7 +150,7 @@ class _Stream:
         return handed_on
 
     def advance(self, index: int) -> bool:
-        """Note that unit ``index`` ends; whether it was this one's turn."""
+        """Note that unit ``index`` ends. Returns whether the plan has it end now."""
         planned, self.next = index == self.next, index + 1
         return planned
 
@@ -148,7 +159,7 @@ class _Stream:
     ) -> None:
         self.active = False
         unit, planned = self.plan.units[index], self.advance(index)
-        # Whoever watches over what the model's own graph saves (checkpointing) need not see this.
+        # Hooks on saved tensors, such as those of checkpointing, are for the model's own graph.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             segment = _Segment(unit, outputs, edges, planned)
             segment.learn(self.unit_loss, features)
@@ -158,7 +169,7 @@ class _Stream:
         self.active = True
 
     def pop(self) -> None:
-        """UnitBackward the oldest unit in the window, by all that reaches it from the others."""
+        """Bring all gradients to the oldest unit, run its backward pass, and drop it."""
         segments = list(self.window)
         with outside_autocast():
             for i in range(len(segments) - 1, 0, -1):
@@ -169,14 +180,14 @@ class _Stream:
 
 
 def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
-    """Carry all that ``segment`` has, its own signal included, to the units it took inputs from."""
+    """Pass the gradients of ``segment``, its own loss's included, on to the units that it reads."""
     edges = [edge for s in upstream for edge in s.edges]
     heads = segment.heads()
     grads: tuple[Tensor | None, ...] = (None,) * len(edges)
     if heads and edges:
         grads = torch.autograd.grad(heads, edges, retain_graph=True, allow_unused=True)
     for signals in segment.signals:
-        signals.clear()  # those that led to none of the edges too: they come again
+        signals.clear()  # some may not lead to an edge; the next pop finds them all again
     inboxes = [signals for s in upstream for signals in s.signals]
     known: set[int] = set()
     for signals, grad in zip(inboxes, grads, strict=True):
@@ -185,8 +196,8 @@ def _carry(segment: _Segment, upstream: list[_Segment]) -> None:
 
 
 def _own(grad: Tensor, known: set[int]) -> Tensor:
-    """``grad``, or a copy if it shares its memory with itself or another: to be added to in place.
-    ``known``: storages that are taken."""
+    """``grad``, or a copy of it if other tensors share its memory or it overlaps itself, so that it
+    can be added to in place. ``known``: addresses of memory that is in use."""
     if isinstance(grad, LazyTensor):
         return grad
     dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
@@ -198,17 +209,18 @@ def _own(grad: Tensor, known: set[int]) -> Tensor:
 
 
 def _add(signal: Tensor, other: Tensor) -> Tensor:
-    """Their sum; in the memory of ``signal`` if it has any."""
+    """Their sum, written into ``signal`` unless that is lazy."""
     return signal + other if isinstance(signal, LazyTensor) else signal.add_(other)
 
 
 @reads_by_parts
 class _Entry(torch.autograd.Function):
-    """``h`` as it is, with an edge to take its gradient at. A leaf would hold ``h`` for that."""
+    """The identity on ``h``, which gives autograd an edge to return the gradient of ``h`` at. (A
+    leaf tensor would do too, but it would keep ``h`` alive.)"""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, h: Tensor) -> Tensor:
-        return h.detach()  # as it is it would be a view, not to be changed in place
+        return h.detach()  # ``h`` itself would become a view, which cannot be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
@@ -217,12 +229,12 @@ class _Entry(torch.autograd.Function):
 
 @reads_by_parts
 class _Port(torch.autograd.Function):
-    """``h`` as it is, and a 0-dim head. ``signals`` join the gradient of what is made of ``h``;
-    where nothing is, the head's gradient, whatever it is, brings them in.
+    """The identity on ``h``, and a 0-dim head. Its backward pass adds ``signals``, the gradients
+    from later units, to the gradient of ``h``. The head makes it run where nothing else needs
+    ``h``; the value of the head's gradient does not matter.
 
-    Given to autograd as an argument, a signal, as large as ``h``, would live until the whole unit
-    has gone backward. This way it becomes the sum with what the unit's own loss brings, and dies
-    where that has been used.
+    Passed to autograd as an argument, a signal would stay in memory until the whole unit's backward
+    pass is over. Added here, it is freed as soon as it has been used.
     """
 
     @staticmethod
@@ -251,12 +263,16 @@ def stream(
 ) -> Tensor | None:
     """One streaming pass over ``x``; returns the network's output, detached.
 
-    ``unit_loss`` is called once for each unit as its output is computed, the output's own unit
-    last; ``unit_backward`` is called once for each unit, in order, before its graph is dropped.
-    ``leave``: given what the last unit but the output's hands on; the pass ends there, with None.
+    ``unit_loss`` is called for each unit once its output is computed, the output's own unit last.
+    ``unit_backward`` is called for each unit, in order, before its graph is freed. ``leave``: is
+    given the output of the last unit before the network's output; the pass ends there and returns
+    None.
     """
     state = _Stream(plan, horizon, unit_loss, unit_backward, leave)
-    with _hooked(model, {path: state.hook(path) for path in plan.exits}), torch.enable_grad():
+    hooks = [
+        model.get_submodule(path).register_forward_hook(state.hook(path)) for path in plan.exits
+    ]
+    with temporary(hooks), torch.enable_grad():
         z: Tensor | None = None
         with contextlib.suppress(_Left):
             z = forward(model, x)
@@ -270,18 +286,6 @@ def stream(
 
 class _Left(BaseException):
     """Ends a pass early. No ``except Exception`` of the model's own stops it."""
-
-
-@contextlib.contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = [
-        model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

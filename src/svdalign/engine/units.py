@@ -1,10 +1,10 @@
-"""The units of a model, on an unchanged ``forward``.
+"""What a unit is.
 
-A unit ends at an *exit*: a module whose output is handed on as a fresh leaf, so that no gradient
-passes unless the engine carries it. Everything that the output depends on since the previous exits,
-norms, embeddings, functional activations and skips included, belongs to the unit: this is read off
-the autograd graph of a trial run, not off names. Where units end is :mod:`.cuts`, what belongs to
-them :mod:`.ownership`; here the two are brought together.
+A unit ends at an *exit*: a module whose output is detached before later modules read it, so that no
+gradient passes unless the engine carries it. Everything that the output depends on since the
+previous exits belongs to the unit, norms, embeddings, functional activations and skips included.
+This follows from the autograd graph of a trial run, not from names. The model's ``forward`` runs
+unchanged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ OUTPUT = "output"  #: name of the last unit, from the last exit to the network's
 
 @dataclass(frozen=True)
 class Feature:
-    """A tensor at which a unit is taught: the ``index``-th in the output of the unit's module, of
-    ``shape`` for the example, as ``layout`` presents it to rules."""
+    """A tensor on which a rule puts a unit's loss: the ``index``-th in the output of the unit's
+    module. Rules see it in ``layout``, where its shape for the example is ``shape``."""
 
     index: int
     shape: tuple[int, ...]
@@ -34,9 +34,9 @@ class Unit:
 
     ``name``: unique in its plan. ``exit``: path of the module whose output ends the unit, at its
     ``call``-th call (from 0) in a forward pass. ``parameters``: names of the parameters that its
-    output depends on, frozen ones too. ``features``: the tensors of that output at which it is
-    taught; one, unless there are several of which none depends on all ``parameters``. ``inplace``:
-    the model goes on to change the output in place, so that a copy has to be handed on.
+    output depends on, frozen ones too. ``features``: the tensors of that output on which its loss
+    is put; one, unless no single one depends on all ``parameters``. ``inplace``: the model changes
+    the output in place later, so that it must be given a copy.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""Weights held as ``U diag(s) V^T``: layers, the manifold they live on, and how to get there."""
+"""Weights as ``U diag(s) V^T``: factored layers, how a dense network gets them, how ranks are cut
+and how convolutions are fused with what follows them. Imports nothing of the library but its
+plumbing (``_*.py``)."""
 
 from .factorize import Factorization, LayerReport, factorize
 from .fuse import fuse

@@ -1,4 +1,4 @@
-"""Which of its kernels each fused convolution computes fastest with: measured once, and kept."""
+"""The fastest kernel for each fused convolution: measured once for each setting, and remembered."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._lazy import memory_format
+from .._parts import memory_format
+from .._tracing import temporary
 from .fused import KERNELS, FusedConv2d, Kernel
 
 __all__ = ["choose_kernels"]
 
 GAIN = 0.05  #: another kernel is taken if it is faster by this share: less is noise
-RUNS = 5  #: the fastest counts: what else runs on the machine makes runs longer, never shorter
+RUNS = 5  #: the fastest counts, as other programs on the machine can only make a run longer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a layer's forward and backward pass. ``held``: bytes saved between the two."""
+    """The cost of a layer's forward and backward pass. ``saved``: bytes saved between the two."""
 
     seconds: float
-    held: int
+    saved: int
 
 
 _known: dict[Hashable, dict[Kernel, Cost]] = {}
@@ -36,17 +37,17 @@ class _Offer:
     layer: FusedConv2d
     kernel: Kernel
     seconds: float  # gained
-    held: int  # bytes more
+    saved: int  # bytes more
 
 
 def choose_kernels(
     model: nn.Module, run: Callable[[], object], memory: int | None = None
 ) -> dict[str, Kernel]:
-    """Give every fused convolution of ``model`` its fastest kernel for the inputs that ``run``, a
-    forward pass, brings; returns the kernels by the layers' names.
+    """Give every fused convolution of ``model`` its fastest kernel for the inputs that it gets in
+    ``run``, a forward pass. Returns the kernels by the layers' names.
 
-    ``memory``: bytes that the layers together may hold beyond what fused kernels hold, None for
-    any; they go to those that gain the most time for a byte.
+    ``memory``: the bytes that all layers together may save beyond what fused kernels save, None for
+    any number. They go to the layers that gain the most time for each byte.
     """
     offers = []
     for layer, x in _inputs(model, run).items():
@@ -55,12 +56,12 @@ def choose_kernels(
         best = min(costs, key=lambda kernel: costs[kernel].seconds)
         gained = fused.seconds - costs[best].seconds
         if gained > GAIN * fused.seconds:
-            offers.append(_Offer(layer, best, gained, max(0, costs[best].held - fused.held)))
+            offers.append(_Offer(layer, best, gained, max(0, costs[best].saved - fused.saved)))
     left = math.inf if memory is None else memory
-    for offer in sorted(offers, key=lambda o: o.seconds / (1 + o.held), reverse=True):
-        if offer.held <= left:
+    for offer in sorted(offers, key=lambda o: o.seconds / (1 + o.saved), reverse=True):
+        if offer.saved <= left:
             offer.layer.kernel = offer.kernel
-            left -= offer.held
+            left -= offer.saved
     return {name: layer.kernel for name, layer in _fused(model)}
 
 
@@ -71,7 +72,7 @@ def _fused(model: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:
 
 
 def _inputs(model: nn.Module, run: Callable[[], object]) -> dict[FusedConv2d, Tensor]:
-    """Tensors like the inputs that the fused convolutions get in ``run``."""
+    """Empty tensors like the inputs that the fused convolutions get in ``run``."""
     found: dict[FusedConv2d, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -81,13 +82,9 @@ def _inputs(model: nn.Module, run: Callable[[], object]) -> dict[FusedConv2d, Te
             x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)
         )
 
-    handles = [layer.register_forward_pre_hook(note) for _, layer in _fused(model)]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [layer.register_forward_pre_hook(note) for _, layer in _fused(model)]
+    with temporary(hooks), torch.no_grad():
+        run()
     return found
 
 

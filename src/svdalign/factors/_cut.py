@@ -1,4 +1,4 @@
-"""Cutting one factored layer, its gradients and its optimizer's state with it."""
+"""Cutting one factored layer to a lower rank, with its gradients and its optimizer's state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def cut_layer(
     keep: Tensor,
     optimizers: tuple[Optimizer, ...],
 ) -> None:
-    """Give the layer the columns ``keep`` of its SVD, gradients and optimizer state with them."""
+    """Keep the columns ``keep`` of the layer's SVD, with their gradients and optimizer state.
+
+    ``turned``: the layer's SVD, or None where its factors are that already.
+    """
     before: dict[Tensor, torch.Size] = {p: p.shape for p in (layer.U, layer.s, layer.V)}
     factors: tuple[Tensor, ...] = (layer.U, layer.s, layer.V)
     maps: dict[Tensor, Tensor] | None = None
@@ -78,7 +81,7 @@ def _columns(X: Tensor, keep: Tensor) -> Tensor:
 
 
 def _reset_lbfgs(optimizer: torch.optim.LBFGS, cut: Mapping[Tensor, torch.Size]) -> None:
-    # Its history is one flat vector over all parameters, and it remembers that vector's length.
+    # Its state is flat vectors over all parameters, whose length it remembers.
     if any(p is q for group in optimizer.param_groups for p in group["params"] for q in cut):
         optimizer.state.clear()
         optimizer._numel_cache = None

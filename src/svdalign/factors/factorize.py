@@ -1,4 +1,4 @@
-"""Turn the layers of any ``nn.Module`` into factored ones, and say what was left dense and why."""
+"""Turn the layers of any ``nn.Module`` into factored ones, and report what stayed dense and why."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .._copying import copied
+from .._encoders import settle_fast_path
 from .._tracing import carry_hooks
-from .layers import SCHEMES, FactoredLayer, Scheme, absolute_rank, break_even_rank
+from .layers import (
+    SCHEMES,
+    FactoredLayer,
+    Scheme,
+    absolute_rank,
+    break_even_rank,
+    factored_layers,
+)
 from .registry import dense_names, factored_type, own_matrices
 
 __all__ = ["Factorization", "LayerReport", "Rank", "factorize"]
@@ -23,10 +31,10 @@ Rank = (
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer with a weight.
+    """What :func:`factorize` did to one layer with a weight.
 
-    ``rank`` is None where it stayed dense; ``note`` then says why. It also says where a rank was
-    capped. ``parameters`` counts the weight as it is now, ``dense_parameters`` as it was.
+    ``rank`` is None if it stayed dense; ``note`` says why, and also where a rank was capped.
+    ``parameters`` is the size of the weight as it is now, ``dense_parameters`` as it was.
     """
 
     name: str
@@ -42,8 +50,8 @@ class LayerReport:
 class Factorization:
     """What :func:`factorize` did, a :class:`LayerReport` for each layer with a weight.
 
-    Ranks and parameters are read off the model's layers each time, and so are those of the moment,
-    whatever has cut or loaded them since.
+    Ranks and parameters are read from the model each time, so they are right also after a rank cut
+    or a load.
     """
 
     model: nn.Module = field(repr=False)
@@ -52,8 +60,8 @@ class Factorization:
     @property
     def layers(self) -> tuple[LayerReport, ...]:
         """The layers as they are now."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        return tuple(_updated(report, modules.get(report.name)) for report in self.first)
+        layers = factored_layers(self.model, every_name=True)
+        return tuple(_updated(report, layers.get(report.name)) for report in self.first)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -71,8 +79,8 @@ class Factorization:
         )
 
 
-def _updated(report: LayerReport, layer: nn.Module | None) -> LayerReport:
-    if not isinstance(layer, FactoredLayer):
+def _updated(report: LayerReport, layer: FactoredLayer | None) -> LayerReport:
+    if layer is None:
         return report
     return replace(report, rank=layer.rank, parameters=_numbers(layer))
 
@@ -95,15 +103,15 @@ def factorize(
     are kept as well as the rank allows. Forward and backward hooks of a layer go over to its
     factored one.
 
-    Factored are ``nn.Linear``, convolutions, transposed ones too, of one to three axes, and the
-    ``Conv1D`` of Hugging Face's transformers. A layer whose factors would hold no fewer numbers
-    than its weight, a grouped convolution, a shared weight, one computed from other parameters (as
-    ``weight_norm`` does) and the classifier (the last layer, if it maps every position by itself)
-    stay dense; ``classifier`` factors the last of these as well, and naming a layer in a mapping
-    overrides the first and the last. Every other module with a weight matrix of its own stays
-    dense too, such as ``nn.MultiheadAttention``, which packs its projections into one. The
-    returned module's ``factorization`` attribute (:class:`Factorization`) tells what was left
-    dense and why.
+    It factors ``nn.Linear``, convolutions and transposed convolutions of one to three axes, and the
+    ``Conv1D`` of Hugging Face's transformers. These stay dense: a layer whose factors would hold no
+    fewer numbers than its weight, a grouped convolution, a shared weight, one computed from other
+    parameters (as ``weight_norm`` does), and the classifier (the last layer, if it maps every
+    position by itself). ``classifier=True`` factors the classifier as well; a mapping that names a
+    layer overrides the first and the last of these reasons. Every other module with a weight matrix
+    stays dense too, such as ``nn.MultiheadAttention``, which packs its projections into one. The
+    returned module's ``factorization`` attribute (:class:`Factorization`) tells what stayed dense
+    and why.
 
     Raises TypeError or ValueError for a rank or scheme that is not allowed, a mapping that names no
     layer, a net without any layer that can be factored, and for a layer to be factored that has no
@@ -178,16 +186,9 @@ def factorize(
         asking = "a mapping {layer name: rank} asks for a layer"
         why = "; ".join([*reasons, asking if layers else f"it has none of {dense_names()}"])
         raise ValueError(f"net has no layer that can be factored ({why})")
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and _has_factors(module):
-            module.use_nested_tensor = False  # nested tensors are for layers with dense weights
+    settle_fast_path(model, set(factored_layers(model).values()))
     model.factorization = Factorization(model, (*reports, *others))  # type: ignore[assignment]
     return model
-
-
-def _has_factors(module: nn.Module) -> bool:
-    """Whether a factored layer stands at or below ``module``."""
-    return any(isinstance(m, FactoredLayer) for m in module.modules())
 
 
 def _check_rank(rank: object) -> None:
@@ -226,11 +227,12 @@ def classifier_name(layers: Mapping[str, nn.Module]) -> str | None:
 
 
 def _others(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
-    """What is said of modules that hold a weight matrix and are of no type that can be factored."""
+    """Reports on modules that have a weight matrix and are of no type that can be factored."""
+    factored = factored_layers(model)
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{layer}.parametrizations.") for layer in layers)
         matrices = own_matrices(module)
-        if name in layers or inside or isinstance(module, FactoredLayer) or not matrices:
+        if name in layers or name in factored or inside or not matrices:
             continue
         if isinstance(module, nn.MultiheadAttention):
             note = "packs its projections into one weight and does not call them as layers"

@@ -17,7 +17,7 @@ from .layers import SVDConv2d
 
 __all__ = ["fuse", "fuse_where_possible"]
 
-#: What treats every sample by itself, draws no random numbers and keeps no state.
+#: Modules that treat every sample by itself, draw no random numbers and keep no state.
 PER_SAMPLE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
@@ -30,25 +30,26 @@ def fuse(
 ) -> nn.Module:
     """A copy of ``model`` in which factored convolutions take in what alone follows them.
 
-    That is a batch norm (in the channel scheme), then activations, pooling and group norms, as far
-    as they are modules of these types that the traced ``forward`` calls once; an ``nn.Identity`` is
-    left in the place of each. The function is kept to rounding, training and evaluation alike, and
-    a training step holds less: see :class:`FusedConv2d`. Parameters keep their values; those of
-    a norm that was taken in go by the name of its convolution: ``CONV.tail.0.weight``.
+    These are a batch norm (in the channel scheme), then activations, pooling and group norms, if
+    they are modules of such types that the traced ``forward`` calls once. An ``nn.Identity`` is
+    left in the place of each. The function stays the same to rounding, in training and in
+    evaluation, and a training step takes less memory: see :class:`FusedConv2d`. Parameters keep
+    their values; those of a norm get the name of its convolution: ``CONV.tail.0.weight``.
 
-    Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that the units
-    of layers end where they do without fusing. A unit that is to end amid what was taken in (a
-    block whose pooling stands outside it) ends after it.
+    Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that units of
+    single layers end where they do without fusing. A unit that would end between modules that were
+    taken in (a block whose pooling stands outside it) ends after them.
 
     ``example``: a batch of inputs as it comes in training. With it each fused convolution is timed
-    on the maps that it gets, once for each shape, and computes with its fastest kernel, which is
+    on the maps that it gets, once for each shape, and then uses its fastest kernel, which computes
     the same function: see :class:`FusedConv2d`. On small maps and at high ranks that saves time and
-    holds more; ``memory`` bounds the bytes that the layers together may hold beyond what they hold
-    fused, None is any number. Which kernel is the fastest depends on the machine, so a run that is
-    to be repeated bit by bit is fused without ``example``, or sets each layer's ``kernel``.
+    takes more memory. ``memory`` is the most bytes that all layers together may save for their
+    backward passes beyond what fused kernels save; None for any number. Which kernel is the fastest
+    depends on the machine, so for a run that can be repeated bit by bit leave ``example`` out, or
+    set each layer's ``kernel``.
 
-    To be called before a learner or an optimizer is made. Where nothing can be fused the copy is
-    like ``model``, and a UserWarning says why. Raises ValueError for a model whose ``forward``
+    Call this before you make a learner or an optimizer. Where nothing can be fused the copy is like
+    ``model``, and a UserWarning says why. Raises ValueError for a model whose ``forward``
     cannot be traced (control flow that depends on the data).
     """
     fused = fuse_where_possible(model)
@@ -86,7 +87,7 @@ def _why_not(model: nn.Module) -> str:
 
 
 def fuse_where_possible(model: nn.Module) -> nn.Module:
-    """:func:`fuse` without a word where there is nothing to fuse."""
+    """:func:`fuse` without a warning where there is nothing to fuse."""
     model = copied(model)
     leaf = (SVDConv2d,)
     try:
@@ -96,7 +97,7 @@ def fuse_where_possible(model: nn.Module) -> nn.Module:
             f"model cannot be fused, as its forward cannot be traced: {error}"
         ) from error
     replaced: dict[nn.Module, nn.Module] = {}
-    readers: dict[FusedConv2d, nn.Module] = {}  # of the outputs; the tail's own last where unknown
+    readers: dict[FusedConv2d, nn.Module] = {}  # what reads the output, or the tail's own end
     for path in follows:
         layer = model.get_submodule(path)
         if type(layer) is not SVDConv2d:
@@ -128,8 +129,8 @@ def _can_be_taken_in(module: nn.Module) -> bool:
 
 
 def _shrinks_little(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
-    """Whether of a map of any size, n along an axis, at least ``n // 2`` are left: then a unit goes
-    on (:mod:`svdalign.engine.units`)."""
+    """Whether at least ``n // 2`` of the ``n`` positions along an axis are left: after such pooling
+    a unit goes on (:mod:`svdalign.engine.cuts`)."""
     by_axis = (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
     return all(
         stride <= 2 and dilation * (kernel - 1) <= 2 * padding + 1

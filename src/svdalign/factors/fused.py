@@ -1,17 +1,17 @@
 """A factored convolution fused with the batch norm, activation and pooling that follow it.
 
-In the channel scheme a convolution ends in ``y = W z + b``, ``z`` (B, r, h, w) a map of only ``r``
-channels, ``W = U diag(s)`` (N, r). Two things follow, and both are exact:
+In the channel scheme a convolution ends in ``y = W z + b``, where ``z`` (B, r, h, w) has only ``r``
+channels and ``W = U diag(s)`` is (N, r). Two things follow, and both are exact:
 
-- The batch statistics that a norm takes of ``y`` are those of ``z`` seen through ``W``: mean
-  ``W mean(z) + b``, variance ``diag(W cov(z) W^T)``. The norm becomes a change of ``W`` and ``b``,
-  and the map that it would read, of ``N`` channels, need not exist.
-- What is left, ``W z + b``, activation, pooling, treats every sample by itself, so it can be
-  computed for some samples at a time, and again where it is needed (:mod:`._kernels`). Only ``z``
-  is saved for the backward pass, and where a ReLU's output is pooled, that and the places of the
+- The batch statistics of ``y`` that a norm needs follow from those of ``z``: the mean is
+  ``W mean(z) + b``, the variance ``diag(W cov(z) W^T)``. So the norm becomes a change of ``W`` and
+  ``b``, and the map of ``N`` channels that it would read need not exist.
+- What is left, ``W z + b``, activation and pooling, treats every sample by itself. So it can be
+  computed for some samples at a time, and again in the backward pass (:mod:`._kernels`). Only ``z``
+  is saved; where the output of a ReLU is pooled, also the pooled map and the positions of the
   maxima.
 
-A training step so holds ``r`` channels of full resolution where it held ``2 N`` to ``3 N``.
+A training step so keeps ``r`` channels at full resolution in place of ``2 N`` to ``3 N``.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 class FusedConv2d(SVDConv2d):
     """``layer``, a factored convolution, and ``tail``, the modules that follow it.
 
-    Takes over the parameters of ``layer``. In evaluation it is nothing but ``layer`` and then
-    ``tail``; see the text of the module for training. Input (B, C, h, w).
+    It has the parameters of ``layer`` itself, not copies. In evaluation it runs ``layer`` and then
+    ``tail``; for training see the text of the module. Input (B, C, h, w).
 
-    ``read_by_parts``: a fused convolution alone reads the output, which is then not written.
-    ``kernel``: how a training step computes, always the same function: ``"fused"`` holds the least;
-    ``"factored"`` is ``layer`` and then ``tail``; ``"merged"`` forms ``W = U diag(s) V^T`` once a
-    step and runs the dense convolution, which is the fastest on small maps and at high ranks.
+    ``read_by_parts``: only another fused convolution reads the output, which need not be stored
+    then. ``kernel``: how a training step is computed; the function is always the same. ``"fused"``
+    takes the least memory; ``"factored"`` runs ``layer`` and then ``tail``; ``"merged"`` forms
+    ``W = U diag(s) V^T`` once a step and runs the dense convolution, the fastest on small maps and
+    at high ranks.
     """
 
     affine = False
@@ -50,12 +51,12 @@ class FusedConv2d(SVDConv2d):
     def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
         U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
         super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
-        for name in ("U", "s", "V", "bias"):  # the very objects: frozen ones stay frozen
+        for name in ("U", "s", "V", "bias"):  # the same objects, so that frozen ones stay frozen
             self.register_parameter(name, layer._parameters[name])
         self.tail = nn.Sequential(*tail)
         self.read_by_parts = False
         self.kernel: Kernel = "fused"
-        self.training = layer.training  # and what is in the tail keeps its own mode
+        self.training = layer.training  # modules of the tail keep their own mode
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == "merged" and self.training:
@@ -70,7 +71,7 @@ class FusedConv2d(SVDConv2d):
         if isinstance(norm := tail[0], nn.BatchNorm2d):
             kernel, bias = _norm(norm, z, second[:, :, 0, 0], bias)
             second, tail = kernel[:, :, None, None], tail[1:]
-        return expand(self, z, second, bias, tail)
+        return expand(self, z, second, bias, tail, lazy=self.read_by_parts)
 
     def plain(self) -> nn.Module:
         return nn.Sequential(super().plain(), *self.tail)
@@ -80,10 +81,10 @@ class FusedConv2d(SVDConv2d):
 
 
 def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight (N, r) and bias (N,) whose ``W z + b`` is ``norm`` of that of ``W`` and ``bias``.
-    Found in at least single precision, returned in that of ``W``.
+    """Weight (N, r) and bias (N,) that give for ``z`` what ``norm`` gives for ``W z + bias``.
+    Computed in at least single precision, returned in the dtype of ``W``.
 
-    Takes notice of the batch in the running statistics as ``norm`` would.
+    Updates the running statistics of ``norm`` as its own forward pass would.
     """
     dtype, W = W.dtype, W.to(accumulation_dtype(W.dtype))
     shift = W.new_zeros(len(W)) if bias is None else bias
@@ -94,13 +95,13 @@ def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tu
                 "batch norm needs more than one value per channel in training, "
                 f"got a map of shape {tuple(z.shape)}"
             )
-        with outside_autocast():  # variances do not bear rounding
+        with outside_autocast():  # rounding would spoil small variances
             mean_z, cov_z = moments(z)
             centre = W @ mean_z
             variance = ((W @ cov_z) * W).sum(1).clamp_min(0.0)
         if norm.training and norm.running_mean is not None:
-            _take_notice(norm, (centre + shift).detach(), variance.detach(), count)
-        offset = centre + 0.0 * shift  # a bias before a norm has no effect, but a gradient: zero
+            _update_statistics(norm, (centre + shift).detach(), variance.detach(), count)
+        offset = centre + 0.0 * shift  # a bias before a norm has no effect; its gradient is zero
     else:
         assert norm.running_var is not None
         offset, variance = norm.running_mean - shift, norm.running_var.to(W.dtype)
@@ -112,7 +113,7 @@ def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tu
 
 
 @torch.no_grad()
-def _take_notice(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None

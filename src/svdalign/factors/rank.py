@@ -1,4 +1,4 @@
-"""Rank that shrinks while training: how far each layer is cut."""
+"""Lowering ranks during training: how far each layer is cut."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ._cut import cut_layer
-from .layers import FactoredLayer, absolute_rank
+from .layers import FactoredLayer, absolute_rank, factored_layers
 from .rediagonalize import energy_rank, rediagonalized, spectrum
 
 __all__ = ["RankCut", "parameter_budget", "reduce_rank"]
 
 
 class Trainer(Protocol):
-    """What has the optimizer of a model, as a learner does."""
+    """Anything with the optimizer of a model, such as a learner."""
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -54,18 +54,18 @@ def reduce_rank(
     ``energy`` in (0, 1]: keep the smallest rank whose share of ``sum s^2`` is at least this. Or
     ``rank``: an absolute rank, a fraction in (0, 1] of each layer's full rank, or a mapping
     ``{layer name: either}`` that leaves other layers alone. Or ``parameters``: of the whole model,
-    a number or a fraction in (0, 1] of what it would have with dense weights; kept are the
-    directions with the largest share of their layer's energy for each parameter that they cost.
-    Never below ``ceil(ratio * r)``, ``r`` the present rank, nor below ``min_rank``, absolute or a
-    fraction of full rank; ``parameters`` gives way to these limits.
-    ``||W - W'||_F^2`` is the energy of what is dropped, the least for any matrix of that rank;
-    what is kept is not rescaled.
+    a number or a fraction in (0, 1] of what it would have with dense weights. It keeps the
+    directions with the largest share of their layer's energy for each parameter that they take. No
+    rank falls below ``ceil(ratio * r)``, ``r`` the present rank, nor below ``min_rank``, absolute
+    or a fraction of full rank; ``parameters`` gives way to these limits. ``||W - W'||_F^2`` is the
+    dropped energy, the least for any matrix of that rank; what is kept is not rescaled.
 
-    ``optimizer``: of the model's parameters, or the learner that has it, or several of them; an
-    optimizer that has stepped and is left out cannot go on. Its state is carried with the basis and
-    cut (see :mod:`svdalign.factors.rediagonalize`); of a kind not known here the state of the
-    layers that are cut is reset, with a warning. Parameters stay the same objects, ``step`` counts
-    and pending gradients go on, and a layer that is not cut is not touched at all.
+    ``optimizer``: the one that trains the model's parameters, or the learner that has it, or
+    several of these. Give every optimizer that has already stepped: it could not go on otherwise.
+    Its state is rotated with the basis and cut (see :mod:`svdalign.factors.rediagonalize`); an
+    optimizer of an unknown kind has its state reset for the layers that are cut, with a warning.
+    Parameters stay the same objects, ``step`` counts and pending gradients are kept, and a layer
+    that is not cut is not changed at all.
 
     Returns a :class:`RankCut` for each factored layer, cut or not. Raises ValueError or TypeError
     that name the argument, ValueError that names the layer for factors that are not finite; nothing
@@ -74,7 +74,7 @@ def reduce_rank(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizers = _optimizers(model, optimizer)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    layers = factored_layers(model)
     _check(layers, energy, rank, parameters, ratio, min_rank)
     for name, layer in layers.items():
         if not all(X.isfinite().all() for X in (layer.U, layer.s, layer.V)):
@@ -96,7 +96,7 @@ def reduce_rank(
             of_layer = rank.get(name) if isinstance(rank, Mapping) else rank
             wanted = r if of_layer is None else absolute_rank(of_layer, layer.full_rank)
         after = min(r, max(wanted, floors[name]))
-        # The largest, in the order they stand in: a column that stays keeps its place.
+        # The largest ones, in their present order: columns that stay are not permuted.
         keep = s.abs().argsort(descending=True, stable=True)[:after].sort().values
         whole, kept = s.square().sum().item(), s[keep].square().sum().item()
         if after < r:
@@ -112,8 +112,8 @@ def _affordable_ranks(
     floors: Mapping[str, int],
     parameters: int | float,
 ) -> dict[str, int]:
-    """Ranks at which ``model`` has at most ``parameters``, if the floors let it: of all directions
-    of all layers the ones with the largest share of their layer's energy per parameter."""
+    """Ranks at which ``model`` has at most ``parameters``, if ``floors`` allow it: kept are, of all
+    directions of all layers, those with the largest share of their layer's energy per parameter."""
     ranks = {name: min(floors[name], layer.rank) for name, layer in layers.items()}
     left = parameter_budget(model, parameters) - sum(p.numel() for p in model.parameters())
     left += sum(_cost(layer) * (layer.rank - ranks[name]) for name, layer in layers.items())
@@ -131,9 +131,9 @@ def _affordable_ranks(
 
 
 def parameter_budget(model: nn.Module, parameters: int | float) -> int:
-    """``parameters`` as a number, if a fraction then of those ``model`` would have with dense
-    weights in its factored layers. ValueError if rank 1 in all of these takes more."""
-    layers = [m for m in model.modules() if isinstance(m, FactoredLayer)]
+    """``parameters`` as a number; a fraction is of what ``model`` would have if all its layers were
+    dense. ValueError if more are needed even at rank 1."""
+    layers = factored_layers(model).values()
     others = sum(p.numel() for p in model.parameters()) - sum(_cost(m) * m.rank for m in layers)
     budget = parameters
     if isinstance(parameters, float):
@@ -147,7 +147,7 @@ def parameter_budget(model: nn.Module, parameters: int | float) -> int:
 
 
 def _cost(layer: FactoredLayer) -> int:
-    """Parameters of a direction."""
+    """The number of parameters of one direction."""
     return len(layer.U) + 1 + len(layer.V)
 
 

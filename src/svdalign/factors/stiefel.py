@@ -30,8 +30,8 @@ def _check_tall(X: Tensor) -> None:
 
 
 def _in_single_precision(retract: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``retract`` computed in at least single precision and returned in that of its argument: torch
-    decomposes no half-precision matrices."""
+    """``retract`` computed in at least single precision, as torch decomposes no half-precision
+    matrices, and returned in the dtype of its argument."""
 
     @functools.wraps(retract)
     def in_single_precision(X: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def qr_retract(X: Tensor) -> Tensor:
     """Q of the QR decomposition of ``X`` with the diagonal of R made positive, ``(..., m, r)``.
 
     The sign convention makes the result unique and continuous: a matrix with orthonormal columns
-    is returned as it is. On the CPU it is found through the Cholesky factor of ``X^T X`` where that
-    is accurate, as it is near the manifold: products, in a third of the time.
+    is returned as it is. On the CPU it is computed from the Cholesky factor of ``X^T X`` where that
+    is accurate, as it is near the manifold; that takes a third of the time.
     """
     _check_tall(X)
     if (X.is_cpu or X.is_meta) and (Q := _cholesky_q(X)) is not None:
@@ -62,7 +62,7 @@ def _cholesky_q(X: Tensor) -> Tensor | None:
     None where that loses digits. Deciding reads a value, which would stall another device."""
     L, failed = torch.linalg.cholesky_ex(X.mT @ X)
     Q = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
-    # What Householder's QR keeps to. Where X is nearly of lower rank the error is larger, or NaN.
+    # The accuracy of Householder's QR. If X is close to a lower rank, the error is larger, or NaN.
     bound = 4 * torch.finfo(X.dtype).eps * X.shape[-1] ** 0.5
     accurate = (orthogonality_error(Q) <= bound).logical_and_(failed == 0).all()
     return Q.contiguous() if X.is_meta or accurate else None  # of meta tensors: as on the CPU
@@ -76,7 +76,7 @@ def polar_retract(X: Tensor) -> Tensor:
     where ``X`` has an entry that is not finite.
     """
     _check_tall(X)
-    # The SVD of what is not finite raises on some devices and would end a run that diverges.
+    # On some devices the SVD of values that are not finite raises, which would end a training run.
     finite = X.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     A, _, Bt = torch.linalg.svd(X.where(finite, 0.0), full_matrices=False)
     result: Tensor = (A @ Bt).where(finite, torch.nan)

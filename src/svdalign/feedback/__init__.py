@@ -1,4 +1,5 @@
-"""How an error comes back to a unit: feedback matrices, and pooling that shrinks a feature map."""
+"""How an error comes back to a unit: feedback matrices, and the pooling of what they read. Imports
+the factors, nothing else of the library but its plumbing."""
 
 from .matrices import Feedback, GaussianFeedback, StructuredFeedback
 from .pooling import grid_size, pool, pooled_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +13,18 @@ __all__ = ["Feedback", "GaussianFeedback", "StructuredFeedback"]
 
 
 class Feedback(nn.Module):
-    """A (d, C) matrix ``B``, read in both directions.
+    """A (d, C) matrix ``B``, used in both directions: ``B e`` brings an error ``e`` back to a unit,
+    ``B^T p`` reads logits from the unit's pooled features ``p``.
 
-    Bringing an error ``e`` back is ``B e``; reading logits off features ``p`` is ``B^T p``. Each is
-    the other's gradient, so one method suffices: the gradient of ``<readout(p), e>`` in ``p`` is
-    ``B e``. A readout that is not linear has that gradient as well, but no ``project`` and no
-    ``directions``: they would depend on ``p``.
+    The gradient of ``<readout(p), e>`` in ``p`` is ``B e``, so that :meth:`readout` is enough to
+    teach a unit. A readout that is not linear needs no ``project`` and ``directions``, which would
+    depend on ``p``.
+
+    ``fineness``: the maps that it reads are pooled to this many times as many cells along each axis
+    as a rule's grid has.
     """
+
+    fineness: ClassVar[int] = 1
 
     def readout(self, p: Tensor) -> Tensor:
         """``B^T p`` for rows ``p`` (..., d): (..., C)."""
@@ -28,12 +35,13 @@ class Feedback(nn.Module):
         raise NotImplementedError
 
     def directions(self) -> Tensor:
-        """(d, k) matrix whose columns span what ``B`` can bring back."""
+        """A (d, k) matrix whose columns span all vectors ``B e``."""
         raise NotImplementedError
 
 
 class GaussianFeedback(Feedback):
-    """Fixed dense Gaussian ``B`` of direct feedback alignment, entries of variance ``1 / C``.
+    """The fixed dense Gaussian ``B`` of direct feedback alignment, with entries of variance
+    ``1 / C``.
 
     Source: Noekland, *Direct Feedback Alignment Provides Learning in Deep Neural Networks* (2016).
     """
@@ -57,10 +65,10 @@ class GaussianFeedback(Feedback):
 class StructuredFeedback(Feedback):
     """``B = B_U diag(B_s) B_V^T`` with orthonormal ``B_U`` (d, k), ``B_V`` (C, k), k <= min(d, C).
 
-    ``learn`` makes the factors parameters, trained by the gradient of the unit's own loss.
+    With ``learn`` the factors are parameters, trained by the unit's own loss.
     """
 
-    orthonormal = True  #: ``U`` and ``V`` are to be kept so
+    orthonormal = True  #: ``U`` and ``V`` are kept orthonormal
 
     U: Tensor
     s: Tensor

@@ -1,4 +1,4 @@
-"""The linear map ``P`` from a unit's features to what its feedback matrix reads."""
+"""Pooling ``P``: the linear map from a unit's features to the vectors that its feedback reads."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def pool(
     *,
     like: Sequence[int] | None = None,
 ) -> Tensor:
-    """``P(h)``: features as rows that a feedback matrix can read, aligned to the network's output.
+    """``P(h)``: the features as rows for a feedback matrix, one row for each answer of the network.
 
-    ``output_shape`` is the shape of the network's output, classes included: (B, C) for one answer a
+    ``output_shape``: the shape of the network's output, with its classes: (B, C) for one answer a
     sample, (B, T, C) for one a token, (B, C, H, W) for one a pixel.
 
-    - (B, d): as it is.
+    - (B, d): as they are.
     - (B, C, h, w) and one answer a sample: averaged onto ``grid`` x ``grid`` cells (``None``
       keeps every position), flattened to (B, C g g). One answer a pixel: channels last,
       (B, h, w, C).
     - (B, T, d): per token if the output is per token, else averaged over tokens, (B, d).
 
-    ``like``: shape of the features that set the grid, that of ``h`` by default. A map that is
-    smaller is spread over it, so that a matrix made for one size reads any other.
+    ``like``: the shape of the features for which the grid is made, by default that of ``h``. A
+    smaller map is spread over that grid, so that a matrix made for maps of one size reads any size.
 
-    What autocast hands on, in half precision, is too coarse for sums: the result is in ``dtype``,
-    that of ``h`` by default.
+    ``dtype``: of the result, by default that of ``h``. Under autocast that is half precision, which
+    is too coarse for sums.
     """
     dtype = h.dtype if dtype is None else dtype
     if h.ndim == 4:
@@ -56,7 +56,8 @@ def pool(
 def grid_size(
     shape: Sequence[int], grid: int | None, output_shape: Sequence[int]
 ) -> tuple[int, int] | None:
-    """The grid that features of ``shape`` are averaged onto; None where they are not."""
+    """The height and width of the grid onto which features of ``shape`` are averaged; None where
+    they are not averaged."""
     if len(shape) != 4 or len(output_shape) == 4 or grid is None:
         return None
     return min(grid, shape[2]), min(grid, shape[3])

@@ -1,8 +1,9 @@
-"""A readout of maps that are too narrow for a matrix to tell classes apart by."""
+"""A readout for maps of too few channels for a matrix to tell classes apart."""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,18 @@ __all__ = ["WidenedFeedback"]
 
 
 class WidenedFeedback(Feedback):
-    """``B^T P(relu(K * p))``: a matrix that reads a map through a convolution.
+    """``B^T P(relu(K * p))``: a convolution, then a matrix.
 
-    ``p`` (B, C h w) is a pooled map of ``shape`` (C, h, w); ``K``, 3 x 3, makes ``wide``
-    channels of it; ``P`` averages them onto at most ``grid`` x ``grid`` cells. ``K`` and the
-    matrix are trained by the unit's own loss if ``learn``. What ``K`` makes, larger than ``p``, is
-    not held but made again for the gradient, some samples at a time.
+    ``p`` (B, C h w) is a pooled map of ``shape`` (C, h, w). The 3 x 3 convolution ``K`` turns it
+    into ``wide`` channels; ``P`` averages these onto at most ``grid`` x ``grid`` cells. With
+    ``learn``, ``K`` and the matrix are trained by the unit's own loss. The wide map is not saved
+    but computed again in the backward pass, some samples at a time.
 
     Source: the auxiliary networks of Belilovsky et al., *Decoupled Greedy Learning of CNNs* (2020);
     this is the smallest.
     """
+
+    fineness: ClassVar[int] = 2
 
     K: Tensor
 
@@ -52,7 +55,7 @@ class WidenedFeedback(Feedback):
         self.matrix = StructuredFeedback(d, classes, rank=rank, learn=learn, generator=generator)
 
     def readout(self, p: Tensor) -> Tensor:
-        # As wide, no part is larger than p.
+        # So many parts that the wide map of each is no larger than p.
         parts = autocasted(p).chunk(math.ceil(len(self.K) / self.shape[0]))
         return torch.cat(
             [

@@ -1,4 +1,5 @@
-"""Learning rules, by name: one module each, which registers what it defines."""
+"""Learning rules: one file each, which registers its rules by name. Imports factors, feedback,
+losses and the task; knows nothing of the engine."""
 
 from ._registry import available, get, register
 from .base import ErrorSource, Rule, Supervision, UnitSpec

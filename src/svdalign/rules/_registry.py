@@ -16,8 +16,8 @@ R = TypeVar("R", Rule, type[Rule])
 
 
 def register(rule: R) -> R:
-    """Make a rule known by its name, and return it: a decorator of a :class:`Rule` class, which is
-    registered with its default fields, or a function of a :class:`Rule`.
+    """Make a rule known by its name, and return it. ``rule``: a :class:`Rule`, or a subclass (this
+    is a decorator), which is registered with its default fields.
 
     Raises ValueError if another rule has this name.
     """
@@ -38,7 +38,7 @@ def _with_default_fields(rule: type[Rule]) -> Rule:
 
 
 def _origin(rule: Rule) -> tuple[str, str]:
-    """The place of the rule's class: running its module again is no second rule."""
+    """Module and name of the rule's class: the same after the module has been run again."""
     return type(rule).__module__, type(rule).__qualname__
 
 
@@ -48,12 +48,11 @@ def available() -> list[str]:
 
 
 def get(rule: str | Rule | type[Rule]) -> Rule:
-    """The rule that is meant: a registered name, ``"package.module:Class"`` for a rule of your own,
-    or a :class:`Rule`, returned as it is; a class stands for the rule with its default fields.
+    """The rule of a registered name, or of ``"package.module:Class"`` for a rule of your own. A
+    :class:`Rule` is returned as it is; a class gives the rule with its default fields.
 
-    Raises ValueError for a name that is not known or cannot be imported, TypeError for what is no
-    rule.
-    """
+    Raises ValueError for a name that is not known or cannot be imported, TypeError for anything
+    that is no rule."""
     if isinstance(rule, str):
         if rule in _rules:
             return _rules[rule]
@@ -75,7 +74,7 @@ def _imported(path: str) -> Rule | type[Rule]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, ValueError) as error:
-        # A module that is there, but imports one that is not, has an error of its own to show.
+        # If the module exists, but imports one that does not, show that error.
         if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"rule {path!r}: there is no module {module!r}") from None

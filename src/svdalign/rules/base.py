@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from ..task import Loss, Task, class_axis, width
 __all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
 
 ErrorSource = Literal["output", "local", "target"]
-ERROR_SOURCES: tuple[str, ...] = get_args(ErrorSource)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,16 @@ class Rule:
     ``error``: where the error comes from (``"output"`` makes the engine run a first pass for it).
     ``beta``, ``gamma``: weights of the orthogonality penalty and of Hoyer sparsity on the unit's
     factors, which any rule can have.
+
+    What a rule needs it says by attributes of its class, which the engine goes by: ``local``,
+    whether it has a local loss, so that it works with a horizon; ``errors``, the sources of errors
+    that it can use; ``needs_affine_layers``, whether every layer must be affine in its input, which
+    fused ones are not.
     """
+
+    local: ClassVar[bool] = True
+    errors: ClassVar[tuple[ErrorSource, ...]] = get_args(ErrorSource)
+    needs_affine_layers: ClassVar[bool] = False
 
     name: str = field(kw_only=True)
     horizon: int | None = field(default=0, kw_only=True)
@@ -154,12 +162,18 @@ class Rule:
     gamma: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.error not in ERROR_SOURCES:
-            raise ValueError(f"error must be one of {ERROR_SOURCES}, got {self.error!r}")
+        if self.error not in self.errors:
+            allowed = "one of " * (len(self.errors) > 1) + ", ".join(map(repr, self.errors))
+            raise ValueError(f"error must be {allowed} for rule {self.name!r}, got {self.error!r}")
         h = self.horizon
         if h is not None and (isinstance(h, bool) or not isinstance(h, int) or h < 0):
             raise ValueError(
                 f"horizon must be a whole number of at least 0 or None (backpropagation), got {h!r}"
+            )
+        if not self.local and h is not None:
+            raise ValueError(
+                f"rule {self.name!r} carries errors through every layer: horizon must be None, "
+                f"got {h}"
             )
         check_weights(beta=self.beta, gamma=self.gamma)
 
@@ -167,20 +181,21 @@ class Rule:
         """The module that holds the unit's feedback, or None if the rule needs none."""
         return None
 
-    def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
-    ) -> Tensor:
-        """The unit's loss on its output ``h``, 0-dim. Its gradient at ``h`` is the teaching signal;
-        its gradient in the feedback's parameters teaches the feedback. Under autocast ``h`` may be
-        in half precision, too coarse for sums; ``unit.pool(h, grid)`` is in ``unit.dtype``."""
+    def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
+        """The unit's loss on its output ``h``, 0-dim; ``feedback`` is what :meth:`feedback` made.
+
+        Its gradient at ``h`` is the teaching signal; its gradient in the feedback's parameters
+        teaches the feedback. Under autocast ``h`` may be in half precision, too coarse for sums;
+        ``unit.pool(h, grid)`` is in ``unit.dtype``.
+        """
         raise NotImplementedError(f"rule {self.name!r} has no local loss: it needs horizon=None")
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor | None:
+    def readout(self, unit: UnitSpec, feedback: Any, h: Tensor) -> Tensor | None:
         """``B^T P(h)``, (..., classes), whose Jacobian in ``h`` is the transpose of what brings an
         error back; None if the rule's feedback is no such matrix. For measurements."""
         return None
 
-    def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
+    def weights_loss(self, unit: UnitSpec, feedback: Any) -> Tensor | None:
         """A loss on the unit's own factors, 0-dim, or None if the rule has none."""
         terms = []
         layers = unit.layers if unit.penalised is None else unit.penalised
@@ -219,17 +234,36 @@ def task_loss(
     return (supervision.like_output(z) * e).sum()
 
 
-def missed_share(unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
-    """Share of the feedback's directions that the unit's last layer cannot receive, see
-    :func:`losses.subspace_share`; None for a unit without such a layer or without feedback, and
-    where the pooled features are not laid out by the layer's channels."""
-    if not (unit.layers and isinstance(feedback, Feedback)):
-        return None
+def add_missed_share(
+    loss: Tensor | None, weight: float, unit: UnitSpec, feedback: Feedback | None
+) -> Tensor | None:
+    """``loss`` plus ``weight`` times the share of the feedback's directions that the unit's last
+    layer cannot receive, see :func:`losses.subspace_share`.
+
+    The share is left out for a unit without such a layer or without feedback, and where the pooled
+    features are not laid out by the layer's channels.
+    """
+    if not weight or not unit.layers or feedback is None:
+        return loss
     output, directions = unit.layers[-1].output_directions(), feedback.directions().detach()
     N = len(output)
     if unit.features_shape[1 if len(unit.features_shape) == 4 else -1] != N or len(directions) % N:
-        return None
-    return subspace_share(output, directions.reshape(N, -1))
+        return loss
+    missed = weight * subspace_share(output, directions.reshape(N, -1))
+    return missed if loss is None else loss + missed
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value of the option ``name`` that is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are neither None nor a whole number of at least 1."""
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1 or None, got {value!r}")
 
 
 def check_weights(**weights: float) -> None:

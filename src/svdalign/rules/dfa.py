@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..feedback import Feedback, GaussianFeedback
 from ._registry import register
@@ -17,7 +17,7 @@ __all__ = ["DFA", "DRTP"]
 @register
 @dataclass(frozen=True)
 class DFA(Rule):
-    """The output's error, brought to each unit by a fixed random matrix: ``delta = P^T B e``.
+    """A fixed random matrix brings the output's error to each unit: ``delta = P^T B e``.
 
     ``grid``: feature maps are pooled to ``grid`` x ``grid`` cells; None gives every position its
     own row of ``B``, as in the source. Source: Noekland (2016), eq. 7.
@@ -31,20 +31,18 @@ class DFA(Rule):
         return GaussianFeedback(unit.pooled_size(self.grid), unit.classes, generator=generator)
 
     def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
+        self, unit: UnitSpec, feedback: Feedback, h: Tensor, supervision: Supervision
     ) -> Tensor:
-        assert isinstance(feedback, Feedback)
         return task_loss(self.error, feedback, unit.pool(h, self.grid), supervision)
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
-        assert isinstance(feedback, Feedback)
+    def readout(self, unit: UnitSpec, feedback: Feedback, h: Tensor) -> Tensor:
         return feedback.readout(unit.pool(h, self.grid))
 
 
 @register
 @dataclass(frozen=True)
 class DRTP(DFA):
-    """DFA with the target in place of the error, so that no unit waits for the output.
+    """DFA with the targets in place of the error, so that no unit has to wait for the output.
 
     Source: Frenkel, Lefebvre and Bol, *Learning Without Feedback: Fixed Random Learning Signals
     Allow for Feedforward Training of Deep Neural Networks* (2021).

@@ -6,14 +6,14 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._copying import with_own_weight
-from ..factors import FactoredLayer
-from ..factors.registry import factored_type, own_matrices
+from .._tracing import temporary
+from ..factors.registry import kind_of, own_matrices
 from ..factors.stiefel import qr_retract
 from ._registry import register
 from .bp import BP
@@ -24,12 +24,13 @@ __all__ = ["FA", "mirrored"]
 @register
 @dataclass(frozen=True)
 class FA(BP):
-    """Backpropagation whose errors go back through fixed random weights of the forward weights'
-    shape and scale. A factored layer gets random factors. It holds the whole graph, as BP does.
+    """Backpropagation whose errors go back through fixed random weights of the shape and scale of
+    the forward weights; for a factored layer through random factors. The whole graph is kept, as
+    for BP.
 
-    Linear layers and convolutions, factored or dense, send errors back so, transposed convolutions
-    too. Through other modules with weights (LSTM, attention) errors go back as in backpropagation,
-    and a UserWarning names them.
+    This holds for all registered layer types, factored or dense: linear layers, convolutions,
+    transposed convolutions. Through other modules with weights (LSTM, attention) errors go back as
+    in backpropagation, and a UserWarning names these modules.
 
     Source: Lillicrap, Cownden, Tweed and Akerman, *Random synaptic feedback weights support error
     backpropagation for deep learning* (2016).
@@ -37,8 +38,10 @@ class FA(BP):
 
     name: str = "fa"
 
+    needs_affine_layers: ClassVar[bool] = True
+
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
-        """A linear map of ``layer``'s shape, for errors to go back through."""
+        """A layer of the shape of ``layer``, for errors to go back through."""
         mirror = with_own_weight(layer)
         _randomise(mirror, generator)
         return mirror
@@ -47,12 +50,13 @@ class FA(BP):
         mirrors: dict[str, nn.Module] = {}
         not_mirrored: list[str] = []
         for name, layer in model.named_modules():
-            if isinstance(layer, FactoredLayer) and not layer.affine:
+            kind = kind_of(layer)
+            if kind is not None and not kind.affine:
                 raise ValueError(
                     f"rule {self.name!r} sends errors back through each layer by itself, but "
                     f"{name!r} is fused with what follows it: leave svdalign.fuse out"
                 )
-            if isinstance(layer, FactoredLayer) or factored_type(layer):
+            if kind is not None:
                 mirrors[name] = self.mirror(layer, generator).requires_grad_(False)
             elif _carries_errors(layer) and not any(name.startswith(f"{n}.") for n in mirrors):
                 not_mirrored.append(f"{name!r} ({type(layer).__name__})")
@@ -67,19 +71,16 @@ class FA(BP):
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
-        handles = []
+        hooks = []
         for layer, mirror in mirrored(model, transport):
-            handles.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
-        try:
+            hooks.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
+        with temporary(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The layers through which errors travel backwards, each with its mirror."""
+    """The layers of ``model`` that have a mirror in ``transport``, each with its mirror."""
     mirrors = dict(transport.named_children())
     for name, layer in model.named_modules():
         if (mirror := mirrors.get(_key(name))) is not None:
@@ -87,7 +88,7 @@ def mirrored(model: nn.Module, transport: nn.Module) -> Iterator[tuple[nn.Module
 
 
 def _key(name: str) -> str:
-    # An nn.ModuleDict takes no dots, nor "" (the model itself), nor "keys" and the like.
+    # An nn.ModuleDict takes no name with a dot, no "" (the model itself), and no "keys".
     return "/" + name.replace(".", "/")
 
 
@@ -96,15 +97,16 @@ def _randomise(layer: nn.Module, generator: torch.Generator) -> None:
         return torch.randn(like.shape, generator=generator).to(like)
 
     with torch.no_grad():
-        if isinstance(layer, FactoredLayer):
-            layer.set_factors(qr_retract(normal(layer.U)), layer.s, qr_retract(normal(layer.V)))
+        if getattr(layer, "orthonormal", False):
+            for X in (layer.get_parameter("U"), layer.get_parameter("V")):
+                X.copy_(qr_retract(normal(X)))
         else:
             weight = layer.get_parameter("weight")
             weight.copy_(normal(weight) * weight.square().mean().sqrt())
 
 
 def _carries_errors(module: nn.Module) -> bool:
-    """Whether ``module`` may send errors back through weights of its own."""
+    """Whether errors may go back through weights of ``module`` itself."""
     return bool(own_matrices(module)) and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
@@ -117,13 +119,13 @@ def _detach_input(
     else:
         name, x = next(iter(kwargs.items()))
         kwargs = {**kwargs, name: x.detach()}
-    # The input with its graph waits here for the forward hook, which bridges it to the output.
+    # The forward hook needs the input with its graph.
     layer._fa_input = x
     return args, kwargs
 
 
 class _Bridge:
-    """Forward hook that joins a layer's output to its detached input through ``mirror``."""
+    """A forward hook that connects a layer's output to its detached input through ``mirror``."""
 
     def __init__(self, mirror: nn.Module) -> None:
         self.mirror = mirror
@@ -145,8 +147,8 @@ class _Bridge:
 
 
 class _Transport(torch.autograd.Function):
-    """``y`` forwards; backwards the error as it is to ``y``, and through ``mirror``, which computes
-    in ``dtype``, to ``x``."""
+    """Forward it returns ``y``. Backward it gives the error unchanged to ``y``, and through
+    ``mirror``, which computes in ``dtype``, to ``x``."""
 
     @staticmethod
     def forward(
@@ -154,13 +156,13 @@ class _Transport(torch.autograd.Function):
     ) -> Tensor:
         ctx.mirror, ctx.mirror_dtype = mirror, dtype
         ctx.shape, ctx.dtype, ctx.device = x.shape, x.dtype, x.device
-        return y.detach()  # as it is it would be a view, not to be changed in place
+        return y.detach()  # ``y`` itself would become a view, which cannot be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            # The mirror is affine, so its vector-Jacobian product does not depend on where.
-            # It keeps the weights' precision also where autocast has lowered the error's.
+            # The mirror is affine, so its vector-Jacobian product does not depend on x. It works
+            # in the weights' precision also where autocast has lowered that of the error.
             x = torch.zeros(ctx.shape, dtype=ctx.mirror_dtype, device=ctx.device).requires_grad_()
             (carried,) = torch.autograd.grad(ctx.mirror(x), x, grad.to(ctx.mirror_dtype))
         return grad, carried.to(ctx.dtype), None, None

@@ -1,17 +1,27 @@
-"""SVD-space alignment as far as the paper tells of it: a reconstruction, not its formulas."""
+"""SVD-space alignment as the paper's public texts describe it: a reconstruction."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..feedback import Feedback, StructuredFeedback
 from ..losses import cosine_alignment
 from ._registry import register
-from .base import Rule, Supervision, UnitSpec, check_weights, missed_share, task_loss
+from .base import (
+    ErrorSource,
+    Rule,
+    Supervision,
+    UnitSpec,
+    add_missed_share,
+    check_choice,
+    check_counts,
+    check_weights,
+    task_loss,
+)
 
 __all__ = ["SSAReconstruction"]
 
@@ -21,24 +31,25 @@ Alignment = Literal["against-error", "with-error", "target", "subspace", "none"]
 @register
 @dataclass(frozen=True)
 class SSAReconstruction(Rule):
-    """``L = task L_CE + alpha L_align + beta L_ortho + gamma L_hoyer`` of each hidden unit, the
-    output's error brought to it by a fixed ``B = B_U diag(B_s) B_V^T``.
+    """``L = task L_CE + alpha L_align + beta L_ortho + gamma L_hoyer`` for each hidden unit. A
+    fixed ``B = B_U diag(B_s) B_V^T`` brings the output's error to it.
 
-    What the paper's alignment term is, is not known. ``alignment``, with ``p`` the unit's output
-    pooled to ``grid`` x ``grid`` cells, a mean over the batch:
+    The paper's alignment term is not known to us. ``alignment`` chooses one; ``p`` is the unit's
+    output pooled to ``grid`` x ``grid`` cells, and the cosines are averaged over the batch:
 
-    - ``"against-error"``: ``1 + cos(p, B e)``; moving against ``e = softmax(z) - y`` is downhill;
+    - ``"against-error"``: ``1 + cos(p, B e)``, as moving against ``e = softmax(z) - y`` is
+    downhill;
     - ``"with-error"``: ``1 - cos(p, B e)``, the other sign;
     - ``"target"``: ``1 - cos(p, B y)``;
-    - ``"subspace"``: ``1 - ||U^T B_U||_F^2 / k``, the share of the feedback's subspace that is not
-      in that of the unit's last layer. ``V`` and ``B_V`` live in different spaces, features that
-      come in and classes, and have no such share;
+    - ``"subspace"``: ``1 - ||U^T B_U||_F^2 / k``, the share of the feedback's subspace that is
+      outside that of the unit's last layer. There is no such share of ``V`` and ``B_V``, whose
+      columns are in different spaces: a layer's inputs, and classes;
     - ``"none"``.
 
-    The cosines are left out where the error does not come in rows like ``p``, as of pixels.
+    The cosines are left out where the error has no rows like those of ``p``, as for pixels.
 
-    To be run as the paper seems to: ``scheme="spatial"``, ``units="layer"``, ``retraction=None``,
-    so that ``beta`` is what keeps the factors orthonormal. Source: arXiv 2510.25594, its abstract,
+    The paper seems to run it with ``scheme="spatial"``, ``units="layer"`` and ``retraction=None``,
+    so that ``beta`` alone keeps the factors orthonormal. Source: arXiv 2510.25594, its abstract,
     captions and reviews of an earlier version.
     """
 
@@ -49,29 +60,21 @@ class SSAReconstruction(Rule):
     beta: float = 0.1
     grid: int | None = 1
 
+    errors: ClassVar[tuple[ErrorSource, ...]] = ("output",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alignment not in get_args(Alignment):
-            raise ValueError(
-                f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
-            )
+        check_choice("alignment", self.alignment, get_args(Alignment))
         check_weights(task=self.task, alpha=self.alpha)
-        if self.error != "output":
-            raise ValueError(f"rule {self.name!r} needs error 'output', got {self.error!r}")
-        whole = isinstance(self.grid, int) and not isinstance(self.grid, bool)
-        if self.grid is not None and not (whole and self.grid >= 1):
-            raise ValueError(
-                f"grid must be a whole number of at least 1 or None, got {self.grid!r}"
-            )
+        check_counts(grid=self.grid)
 
     def feedback(self, unit: UnitSpec, generator: torch.Generator) -> StructuredFeedback:
         d = unit.pooled_size(self.grid)
         return StructuredFeedback(d, unit.classes, rank=None, learn=False, generator=generator)
 
     def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
+        self, unit: UnitSpec, feedback: Feedback, h: Tensor, supervision: Supervision
     ) -> Tensor:
-        assert isinstance(feedback, Feedback)
         pooled = unit.pool(h, self.grid)
         loss = self.task * task_loss(self.error, feedback, pooled, supervision)
         wanted = self._wanted(supervision)
@@ -81,7 +84,7 @@ class SSAReconstruction(Rule):
         return loss + self.alpha * cosine_alignment(pooled, direction)
 
     def _wanted(self, supervision: Supervision) -> Tensor | None:
-        """What brought back by the feedback is where the unit's output is to turn to."""
+        """The direction, in the space of outputs, that the cosine compares ``p`` with."""
         if not self.alpha or self.alignment in ("subspace", "none"):
             return None
         if self.alignment == "target":
@@ -89,15 +92,10 @@ class SSAReconstruction(Rule):
         assert supervision.error is not None, "the engine brings the output's error"
         return -supervision.error if self.alignment == "against-error" else supervision.error
 
-    def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
+    def weights_loss(self, unit: UnitSpec, feedback: Feedback | None) -> Tensor | None:
         loss = super().weights_loss(unit, feedback)
-        if not self.alpha or self.alignment != "subspace":
-            return loss
-        missed = missed_share(unit, feedback)
-        if missed is None:
-            return loss
-        return self.alpha * missed if loss is None else loss + self.alpha * missed
+        weight = self.alpha if self.alignment == "subspace" else 0.0
+        return add_missed_share(loss, weight, unit, feedback)
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
-        assert isinstance(feedback, Feedback)
+    def readout(self, unit: UnitSpec, feedback: Feedback, h: Tensor) -> Tensor:
         return feedback.readout(unit.pool(h, self.grid))

@@ -10,8 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .._copying import with_own_weight
-from ..factors import FactoredLayer
+from ..factors.registry import dense_copy
 from ._registry import register
 from .fa import FA, mirrored
 
@@ -21,8 +20,8 @@ __all__ = ["BatchwiseRandomSign", "SignSymmetric"]
 @register
 @dataclass(frozen=True)
 class SignSymmetric(FA):
-    """Backpropagation whose errors go back through ``sign(W)`` times the mean of ``|W|``, ``W``
-    being the layer's present weight. It holds the whole graph, as BP does.
+    """Backpropagation whose errors go back through ``sign(W)`` times the mean of ``|W|``, with
+    ``W`` the layer's present weight. The whole graph is kept, as for BP.
 
     Source: Liao, Leibo and Poggio, *How Important Is Weight Symmetry in Backpropagation?* (2016),
     there called uniform sign-concordant feedback, uSF; Moskovitz, Litwin-Kumar and Abbott (2018).
@@ -35,7 +34,7 @@ class SignSymmetric(FA):
         return weight.abs().mean()
 
     def mirror(self, layer: nn.Module, generator: torch.Generator) -> nn.Module:
-        return layer.dense() if isinstance(layer, FactoredLayer) else with_own_weight(layer)
+        return dense_copy(layer)
 
     @contextlib.contextmanager
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
@@ -50,8 +49,8 @@ class SignSymmetric(FA):
 @register
 @dataclass(frozen=True)
 class BatchwiseRandomSign(SignSymmetric):
-    """:class:`SignSymmetric` with magnitudes that are drawn anew for every batch, uniformly from 0
-    to twice the mean of ``|W|``.
+    """:class:`SignSymmetric` with random magnitudes, drawn for every batch uniformly from 0 to
+    twice the mean of ``|W|``.
 
     Source: Liao, Leibo and Poggio (2016), batchwise random magnitude sign-concordant feedback.
     """

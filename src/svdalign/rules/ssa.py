@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..feedback import Feedback, StructuredFeedback, WidenedFeedback, grid_size
 from ..losses import cosine_alignment, statistics_alignment
@@ -16,8 +16,10 @@ from .base import (
     Rule,
     Supervision,
     UnitSpec,
+    add_missed_share,
+    check_choice,
+    check_counts,
     check_weights,
-    missed_share,
     task_loss,
 )
 
@@ -55,20 +57,11 @@ class SSA(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alignment not in get_args(Alignment):
-            raise ValueError(
-                f"alignment must be one of {get_args(Alignment)}, got {self.alignment!r}"
-            )
+        check_choice("alignment", self.alignment, get_args(Alignment))
         check_weights(alpha=self.alpha)
         if not isinstance(self.learn, bool):
             raise ValueError(f"learn must be true or false, got {self.learn!r}")
-        for name in ("grid", "feedback_rank", "widen"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= 1):
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1 or None, got {value!r}"
-                )
+        check_counts(grid=self.grid, feedback_rank=self.feedback_rank, widen=self.widen)
         if self.widen is not None and self.alignment in ("share", "cosine"):
             raise ValueError(
                 f"alignment {self.alignment!r} needs feedback that is a matrix: widen must be "
@@ -78,54 +71,44 @@ class SSA(Rule):
             raise ValueError(f"widen needs a grid, a whole number of at least 1, got {self.grid}")
 
     def feedback(self, unit: UnitSpec, generator: torch.Generator) -> Feedback:
-        made: dict[str, Any] = {
+        options: dict[str, Any] = {
             "rank": self.feedback_rank,
             "learn": self.learn,
             "generator": generator,
         }
-        if self.widen is None or self.grid is None or not self._widens(unit):
-            return StructuredFeedback(unit.pooled_size(self.grid), unit.classes, **made)
-        size = grid_size(unit.features_shape, self._grid(unit), unit.output_shape) or (1, 1)
-        shape = (unit.features_shape[1], *size)
-        return WidenedFeedback(shape, unit.classes, wide=self.widen, grid=self.grid, **made)
+        shape, grid = unit.features_shape, self._grid(WidenedFeedback)
+        size = grid_size(shape, grid, unit.output_shape)
+        if size is None or self.widen is None or self.grid is None or shape[1] >= self.widen:
+            return StructuredFeedback(unit.pooled_size(self.grid), unit.classes, **options)
+        map_shape = (shape[1], *size)
+        return WidenedFeedback(map_shape, unit.classes, wide=self.widen, grid=self.grid, **options)
 
     def loss(
-        self, unit: UnitSpec, feedback: nn.Module | None, h: Tensor, supervision: Supervision
+        self, unit: UnitSpec, feedback: Feedback, h: Tensor, supervision: Supervision
     ) -> Tensor:
-        assert isinstance(feedback, Feedback)
         aligned = self.alpha > 0 and supervision.task.one_class_a_sample
         if aligned and self.alignment == "similarity":
-            pooled, statistics = unit.pool_and_statistics(h, self._grid(unit))
+            pooled, statistics = unit.pool_and_statistics(h, self._grid(feedback))
             alignment = statistics_alignment(statistics, supervision.target_matrix())
             return task_loss(self.error, feedback, pooled, supervision) + self.alpha * alignment
-        pooled = unit.pool(h, self._grid(unit))
+        pooled = unit.pool(h, self._grid(feedback))
         loss = task_loss(self.error, feedback, pooled, supervision)
         if aligned and self.alignment == "cosine":
             directions = feedback.project(supervision.target_matrix().to(pooled.dtype))
             loss = loss + self.alpha * cosine_alignment(pooled, directions)
         return loss
 
-    def readout(self, unit: UnitSpec, feedback: nn.Module, h: Tensor) -> Tensor:
-        assert isinstance(feedback, Feedback)
-        return feedback.readout(unit.pool(h, self._grid(unit)))
+    def readout(self, unit: UnitSpec, feedback: Feedback, h: Tensor) -> Tensor:
+        return feedback.readout(unit.pool(h, self._grid(feedback)))
 
-    def _widens(self, unit: UnitSpec) -> bool:
-        """Whether ``unit`` is read through a convolution: if it has a map, and a narrow one."""
-        is_map = len(unit.features_shape) == 4 and len(unit.output_shape) != 4
-        return self.widen is not None and is_map and unit.features_shape[1] < self.widen
-
-    def _grid(self, unit: UnitSpec) -> int | None:
-        """The grid of what feedback reads: twice as fine where a convolution comes before."""
-        return 2 * self.grid if self.grid is not None and self._widens(unit) else self.grid
-
-    def weights_loss(self, unit: UnitSpec, feedback: nn.Module | None) -> Tensor | None:
+    def weights_loss(self, unit: UnitSpec, feedback: Feedback | None) -> Tensor | None:
         loss = super().weights_loss(unit, feedback)
-        if not self.alpha or self.alignment != "share":
-            return loss
-        missed = missed_share(unit, feedback)
-        if missed is None:
-            return loss
-        return self.alpha * missed if loss is None else loss + self.alpha * missed
+        weight = self.alpha if self.alignment == "share" else 0.0
+        return add_missed_share(loss, weight, unit, feedback)
+
+    def _grid(self, feedback: Feedback | type[Feedback]) -> int | None:
+        """The grid that a unit's maps are pooled onto for ``feedback``."""
+        return None if self.grid is None else feedback.fineness * self.grid
 
 
 register(SSA(name="ssa-local", horizon=0))

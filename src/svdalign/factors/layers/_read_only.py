@@ -1,4 +1,4 @@
-"""A tensor that is computed from others and must not be written to: the write would be lost."""
+"""A tensor that is computed from others and cannot be written to, as the write would be lost."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MESSAGE = (
 
 
 class ReadOnly(Tensor):
-    """A tensor whose writing methods raise RuntimeError, and those of its views too.
+    """A tensor that raises RuntimeError when it, or a view of it, is written to.
 
-    What is computed from it is an ordinary tensor. Not noticed are writes past torch, to memory
-    that ``numpy()`` shares.
+    What is computed from it is an ordinary tensor. Writes through memory that ``numpy()`` shares
+    are not noticed.
     """
 
     @classmethod
@@ -58,8 +58,8 @@ class ReadOnly(Tensor):
 
 
 def read_only(t: Tensor) -> Tensor:
-    """``t`` as a :class:`ReadOnly`; as it is where there is no memory to write to, as in tracing,
-    under ``torch.func`` and on the meta device."""
+    """``t`` as a :class:`ReadOnly`. Where it has no memory (in tracing, under ``torch.func``, on
+    the meta device) it is returned as it is."""
     if torch.compiler.is_compiling() or not isinstance(t, Tensor) or t.is_meta:
         return t
     try:

@@ -1,5 +1,5 @@
-"""What every factored layer is: the weight lives as ``W = U diag(s) V^T``, and the dense ``W`` is
-never formed in training."""
+"""What all factored layers have in common: the weight is ``W = U diag(s) V^T``, and training never
+forms the dense ``W``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..registry import is_layer_of, register
 from ._read_only import MESSAGE, read_only
 
 __all__ = [
+    "REGISTERED",
     "SCHEMES",
     "FactoredLayer",
     "Scheme",
     "absolute_rank",
     "break_even_rank",
+    "dotted",
     "factored_layers",
     "plain_layer",
     "svd_factors",
@@ -32,22 +33,30 @@ SCHEMES: tuple[str, ...] = get_args(Scheme)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading ``rank`` singular triplets of ``W`` (m, n), with ``||W||_F`` kept.
+#: The factored type for each dense type, by the dotted name of the dense one.
+REGISTERED: dict[str, type[FactoredLayer]] = {}
 
-    Returns ``U (m, r), s (r,), V (n, r)``. Cutting drops energy; rescaling ``s`` by one common
-    factor restores the norm, and with it the scale of the forward signal at initialisation.
-    Raises ValueError for a ``W`` that is complex, has no values or has some that are not finite.
-    """
+
+def dotted(kind: type) -> str:
+    """The name of a type with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading ``rank`` singular triplets of ``W`` (m, n), rescaled to keep ``||W||_F``.
+
+    Returns ``U (m, r), s (r,), V (n, r)``. Cutting drops energy; one common factor on ``s``
+    restores the norm, and with it the scale of activations at initialisation. Raises ValueError for
+    a ``W`` that is complex, has no values or has some that are not finite."""
     if W.dtype not in DTYPES:
         raise ValueError(f"W must be of a real floating dtype, one of {DTYPES}, got {W.dtype}")
     try:
         finite = bool(W.isfinite().all())
-    except RuntimeError:  # not asked of the device: an estimate of costs answers without values
+    except RuntimeError:  # no test for meta tensors, as estimates of costs answer for these
         raise ValueError(f"W must have values, got a tensor on the {W.device} device") from None
     if not finite:
         raise ValueError(f"W must be finite, got {int((~W.isfinite()).sum())} NaN or infinite")
-    # LAPACK in double: this happens once a layer, and full rank must give the function back.
+    # In double precision, so that full rank gives the same function; it happens once a layer.
     A, sigma, Bt = torch.linalg.svd(W.detach().double(), full_matrices=False)
     s = sigma[:rank]
     kept, whole = torch.linalg.vector_norm(s), torch.linalg.vector_norm(sigma)
@@ -58,13 +67,15 @@ def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FactoredLayer(nn.Module):
-    """A linear map held as ``U diag(s) V^T`` plus bias.
+    """A linear map with the weight ``U diag(s) V^T``, plus a bias.
 
-    ``U`` (m, r) and ``V`` (n, r) have orthonormal columns, ``s`` is (r,). What ``m`` and ``n``
-    stand for is the subclass's reshape of the framework's weight.
+    ``U`` (m, r) and ``V`` (n, r) have orthonormal columns, ``s`` is (r,). How the dense layer's
+    weight becomes a matrix (m, n) is up to the subclass.
 
-    A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, which
-    registers it (:mod:`svdalign.factors.registry`), and defines :meth:`to_matrix`,
+    A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, or, if
+    that is of a library which need not be installed, its dotted name,
+    ``dense="package.module.Class"``. That registers it (:mod:`svdalign.factors.registry`). It
+    defines :meth:`to_matrix`,
     :meth:`from_matrix`, :meth:`forward`, :meth:`dense`, :meth:`pair` and ``channels_last``; where
     they differ from those of a linear layer also :meth:`output_directions`, :meth:`macs`,
     :meth:`is_pointwise` and :meth:`refusal`.
@@ -72,8 +83,8 @@ class FactoredLayer(nn.Module):
 
     #: Whether channels are the last axis of the output; else the second.
     channels_last: ClassVar[bool]
-    #: Whether the layer is affine in its input, so that an error can go back through another layer
-    #: of its shape.
+    #: Whether the layer is affine in its input, so that errors can go back through another layer of
+    #: the same shape.
     affine: ClassVar[bool] = True
     #: ``U`` and ``V`` are to be kept orthonormal.
     orthonormal: ClassVar[bool] = True
@@ -86,7 +97,7 @@ class FactoredLayer(nn.Module):
     def __init_subclass__(cls, dense: type[nn.Module] | str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if dense is not None:
-            register(dense, cls)
+            REGISTERED[dense if isinstance(dense, str) else dotted(dense)] = cls
 
     def __init__(
         self,
@@ -107,14 +118,14 @@ class FactoredLayer(nn.Module):
         )
 
     def _take_settings(self, like: nn.Module) -> None:
-        """Take over the settings, such as strides, of ``like``, a dense or factored layer."""
+        """Copy the settings, such as strides, of ``like``, a dense or factored layer."""
 
     # --- from and to dense layers ---------------------------------------------------------------
 
     @classmethod
     def from_dense(cls, layer: nn.Module, rank: int, scheme: Scheme = "channel") -> Self:
-        """Factors of the weight of ``layer``, as the matrix that ``scheme`` makes of it, cut to
-        ``rank`` (see :func:`svd_factors`).
+        """A layer with the factors of the weight of ``layer``, reshaped to a matrix by ``scheme``
+        and cut to ``rank`` (see :func:`svd_factors`).
 
         Raises ValueError for an unknown scheme, for a layer that :meth:`refusal` says cannot be
         factored, and for a weight with entries that are not finite.
@@ -129,11 +140,11 @@ class FactoredLayer(nn.Module):
 
     @classmethod
     def refusal(cls, layer: nn.Module) -> str:
-        """Why ``layer`` cannot be factored, or an empty string if it can."""
+        """Why ``layer`` cannot be factored; an empty string if it can."""
         weight = layer._parameters.get("weight")
         if parametrize.is_parametrized(layer, "weight") or weight is None:
             return "its weight is computed from other parameters"
-        if not is_layer_of(layer, cls):
+        if REGISTERED.get(dotted(type(layer))) is not cls:
             return f"a subclass ({type(layer).__name__}) may not be what its base computes"
         if weight.dtype not in DTYPES:
             return f"its weight is of dtype {weight.dtype}"
@@ -150,7 +161,8 @@ class FactoredLayer(nn.Module):
         raise NotImplementedError
 
     def from_matrix(self, W: Tensor) -> Tensor:
-        """The dense layer's weight whose matrix is ``W`` (m, n): :meth:`to_matrix` undone."""
+        """The dense layer's weight whose matrix is ``W`` (m, n), the inverse of
+        :meth:`to_matrix`."""
         raise NotImplementedError
 
     def dense(self) -> nn.Module:
@@ -158,24 +170,24 @@ class FactoredLayer(nn.Module):
         raise NotImplementedError
 
     def single(self) -> nn.Module:
-        """The layer as a dense one of torch's own."""
+        """:meth:`dense`, as a layer of torch's own."""
         return self.dense()
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """The layer as two dense ones of torch's own, ``s`` merged into the second."""
+        """The layer as two dense layers of torch's own, with ``s`` merged into the second."""
         raise NotImplementedError
 
     def plain(self) -> nn.Module:
-        """The layer made of modules of torch's own: :meth:`pair` in an ``nn.Sequential``, or
-        :meth:`single` where that takes no more multiply-accumulates."""
+        """The layer as modules of torch's own: :meth:`pair` in an ``nn.Sequential``, or
+        :meth:`single` if that takes no more multiply-accumulates."""
         of_direction, of_dense = self.macs()
         return nn.Sequential(*self.pair()) if self.rank * of_direction < of_dense else self.single()
 
     def macs(self, x: Sequence[int] = (), y: Sequence[int] = ()) -> tuple[int, int]:
         """Multiply-accumulates for each direction of the factors, and for the dense matrix.
 
-        They are in proportion to each other: of a sample of input shape ``x`` and output shape
-        ``y`` (batch axis included), or without these of a large map far from its borders.
+        They are for one sample of an input of shape ``x`` and an output of shape ``y`` (batch axis
+        included), without these for one position of a large map; only their ratio counts.
         """
         m, n = len(self.U), len(self.V)
         return m + n, m * n
@@ -185,9 +197,9 @@ class FactoredLayer(nn.Module):
     def set_factors(self, U: Tensor, s: Tensor, V: Tensor) -> None:
         """Replace the factors' values, of a new rank if ``s`` is of another length.
 
-        The ``Parameter`` objects stay the same ones, so optimizers and schedulers that hold them go
-        on; their gradients are dropped. Raises ValueError for factors that are not of shapes
-        (m, r), (r,), (n, r), for a rank below 1 or above min(m, n), and for another m or n.
+        The ``Parameter`` objects stay the same, so that optimizers and schedulers that refer to
+        them go on; their gradients are dropped. Raises ValueError for factors that are not of
+        shapes (m, r), (r,), (n, r), for a rank below 1 or above min(m, n), and for another m or n.
         """
         r = s.numel()
         if s.ndim != 1 or r < 1 or U.ndim != 2 or V.ndim != 2 or U.shape[1] != r or V.shape[1] != r:
@@ -209,8 +221,8 @@ class FactoredLayer(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 parameter.grad = None
-                # A graph that is still alive holds autograd's accumulator for this parameter, which
-                # remembers the old shape. Only a change of dtype makes torch let go of it.
+                # A graph that is still alive keeps autograd's accumulator for this parameter, which
+                # remembers the old shape. Torch drops it only when the dtype changes.
                 other = torch.float32 if value.dtype == torch.float64 else torch.float64
                 parameter.data = torch.empty(0, dtype=other, device=value.device)
                 parameter.data = value
@@ -238,15 +250,15 @@ class FactoredLayer(nn.Module):
         return min(self.U.shape[0], self.V.shape[0])
 
     def matrix(self) -> Tensor:
-        """The dense matrix ``U diag(s) V^T``, (m, n). For export and tests, not for training."""
+        """The dense matrix ``U diag(s) V^T``, (m, n); for export and tests, not for training."""
         return (self.U * self.s) @ self.V.mT
 
     def merged_weight(self) -> Tensor:
-        """The dense weight in the framework's own layout, formed anew from the factors."""
+        """The dense weight in torch's layout, computed from the factors each time."""
         return self.from_matrix(self.matrix())
 
     def output_directions(self) -> Tensor:
-        """Matrix (out, q) whose columns span the output channel directions this layer can reach."""
+        """A matrix (out, q) whose columns span all that the layer can put out, by channel."""
         return self.U
 
     @property
@@ -277,7 +289,7 @@ def break_even_rank(m: int, n: int) -> int:
 
 
 def absolute_rank(rank: int | float, full: int) -> int:
-    """The rank that is meant: a whole number as it is, at most ``full``; a fraction in (0, 1] of
+    """``rank`` as a number, at most ``full``: a whole number as it is, a fraction in (0, 1] of
     ``full`` rounded up."""
     return min(full, rank) if isinstance(rank, int) else max(1, math.ceil(rank * full - 1e-9))
 
@@ -287,8 +299,8 @@ def plain_layer(
 ) -> nn.Module:
     """``make(*args, **named)`` with copies of ``weight`` and ``bias`` as its parameters.
 
-    It is made on the meta device: no initial values are drawn, and the random state stays as it
-    is.
+    It is made on the meta device, so that no initial values are drawn and the random state stays
+    the same.
     """
     with torch.device("meta"):
         layer = make(*args, **named)

@@ -7,7 +7,7 @@ convolution of the whole kernel C -> r, a scale by ``s``, a pointwise convolutio
 first has H and the second W: ``K`` as an (N W, C H) matrix; an (H x 1) convolution C -> r, a scale,
 a (1 x W) convolution r -> N. Of one axis the second has it, of three the first has one.
 
-Stride, padding and dilation go with the axes, so that each of the two strides where its kernel is.
+Each convolution has the stride, padding and dilation of its own axes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FactoredLayer, Scheme, plain_layer
 
-__all__ = ["FactoredConvolution", "FactoredTransposedConvolution"]
+__all__ = [
+    "FactoredConvolution",
+    "FactoredTransposedConvolution",
+    "SVDConv1d",
+    "SVDConv2d",
+    "SVDConv3d",
+    "SVDConvTranspose1d",
+    "SVDConvTranspose2d",
+    "SVDConvTranspose3d",
+]
 
 
 class FactoredConvolution(FactoredLayer):
     """A convolution with a factored kernel; see the text of the module.
 
-    Input (B, C, *space), output (B, N, *space'). A subclass says which function of torch's and
-    which module it stands for.
+    Input (B, C, *space), output (B, N, *space'). A subclass names its function in torch and its
+    module.
     """
 
     channels_last = False
@@ -84,7 +94,7 @@ class FactoredConvolution(FactoredLayer):
         return _axes_of_first(len(self.kernel_size), self.scheme)
 
     def _kernel_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the axes that each of the two convolutions has."""
+        """The sizes of the kernel along the axes of the first and of the second convolution."""
         return self.kernel_size[: self._axes()], self.kernel_size[self._axes() :]
 
     def kernels(self) -> tuple[Tensor, Tensor]:
@@ -101,11 +111,10 @@ class FactoredConvolution(FactoredLayer):
         return self._channels_first(first), self._channels_first(second)
 
     def expansion(self) -> Tensor:
-        """Kernel of the second convolution, with ``diag(s)`` in it.
+        """The kernel of the second convolution, multiplied by ``diag(s)``.
 
-        ``s`` is folded into the smaller of the two operands: a product for each entry of the kernel
-        instead of one for each pixel, and no scaled copy of the map to hold.
-        """
+        ``s`` is multiplied into the kernel, not into the map: that takes a product for each entry
+        of the kernel in place of one for each pixel, and no copy of the map."""
         second = self._channels_first(self.kernels()[1])
         second = self._channels_first(second * self.s.reshape(-1, *(1 for _ in self.kernel_size)))
         # In double precision torch's own CPU kernel refuses this layout backward.
@@ -119,13 +128,13 @@ class FactoredConvolution(FactoredLayer):
     def split(
         self, value: tuple[int, ...], neutral: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A per-axis setting, shared out between the first and the second convolution."""
+        """A setting by axis, split between the first and the second convolution."""
         k = self._axes()
         rest = len(value) - k
         return (*value[:k], *[neutral] * rest), (*[neutral] * k, *value[k:])
 
     def paddings(self) -> tuple[str | tuple[int, ...], str | tuple[int, ...]]:
-        """Padding of the first and of the second convolution: numbers, or ``"same"`` where that is
+        """Padding of the first and of the second convolution: numbers, or ``"same"`` where there is
         more padding after than before."""
         if self.padding == "valid":
             return self.split((0,) * len(self.kernel_size), 0)
@@ -183,7 +192,7 @@ class FactoredConvolution(FactoredLayer):
     def macs(self, x: Sequence[int] = (), y: Sequence[int] = ()) -> tuple[int, int]:
         m, n, k = len(self.U), len(self.V), self._axes()
         inputs, outputs = (x[2:], y[2:]) if x else (self.stride, (1,) * len(self.stride))
-        # The map between the two strides along the first one's axes alone.
+        # The map between the two convolutions is strided along the axes of the first alone.
         between, out = math.prod(outputs[:k]) * math.prod(inputs[k:]), math.prod(outputs)
         return between * n + out * m, out * m * n
 
@@ -198,7 +207,7 @@ class FactoredConvolution(FactoredLayer):
 class FactoredTransposedConvolution(FactoredConvolution):
     """A transposed convolution with a factored kernel (C, N, *kernel); see the text of the module.
 
-    Each of the two is a transposed convolution, and widens the map along its own axes.
+    Each of the two is a transposed convolution that enlarges the map along its own axes.
     """
 
     def _take_settings(self, like: nn.Module) -> None:
@@ -218,7 +227,7 @@ class FactoredTransposedConvolution(FactoredConvolution):
         return convolve(z, self.expansion(), self.bias, stride, padding, second, 1, dilation)
 
     def _paddings_for(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
-        """``output_padding``, or what makes the output as large as asked for."""
+        """``output_padding``, or the one that gives an output of the size asked for."""
         if output_size is None:
             return self.output_padding
         settings = (self.stride, cast("tuple[int, ...]", self.padding), self.dilation)
@@ -265,5 +274,44 @@ def _axes_of_first(axes: int, scheme: Scheme) -> int:
 
 
 def _half(total: tuple[int, ...]) -> str | tuple[int, ...]:
-    """``total`` padding by axis, shared out evenly between the two sides, or ``"same"``."""
+    """The padding on each side if ``total``, by axis, can be halved, else ``"same"``."""
     return "same" if any(n % 2 for n in total) else tuple(n // 2 for n in total)
+
+
+# --- one for each dense type --------------------------------------------------------------------
+
+
+class SVDConv1d(FactoredConvolution, dense=nn.Conv1d):
+    """``nn.Conv1d`` with a factored kernel."""
+
+    convolve, module = F.conv1d, nn.Conv1d
+
+
+class SVDConv2d(FactoredConvolution, dense=nn.Conv2d):
+    """``nn.Conv2d`` with a factored kernel."""
+
+    convolve, module = F.conv2d, nn.Conv2d
+
+
+class SVDConv3d(FactoredConvolution, dense=nn.Conv3d):
+    """``nn.Conv3d`` with a factored kernel."""
+
+    convolve, module = F.conv3d, nn.Conv3d
+
+
+class SVDConvTranspose1d(FactoredTransposedConvolution, dense=nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose1d, nn.ConvTranspose1d
+
+
+class SVDConvTranspose2d(FactoredTransposedConvolution, dense=nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose2d, nn.ConvTranspose2d
+
+
+class SVDConvTranspose3d(FactoredTransposedConvolution, dense=nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a factored kernel."""
+
+    convolve, module = F.conv_transpose3d, nn.ConvTranspose3d

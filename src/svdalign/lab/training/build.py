@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import rules
 from ...engine import Learner
 from ...engine.forward import evaluating
 from ...factors import Muon, factorize
@@ -114,7 +113,7 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
     if config.rank is not None:
         net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
-        if config.fuse and not isinstance(rule, rules.FA):
+        if config.fuse and not rule.needs_affine_layers:
             net = fuse_where_possible(net)
     net = net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.method.checkpointed and rule.horizon is None:

@@ -1,0 +1,83 @@
+"""The second convolution and what follows it, of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..._autocast import present_autocast
+from ..._lazy import read, reads_by_parts
+from ..._parts import by_parts, parts_of
+from ..layers import SVDConv2d
+from ._gradients import gradients_by_parts, wanted_gradients
+from .expand_relu import ExpandReLU
+
+__all__ = ["expand"]
+
+
+def expand(
+    layer: SVDConv2d,
+    z: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    tail: list[nn.Module],
+    *,
+    lazy: bool,
+) -> Tensor:
+    """The second convolution of ``layer``, of ``z`` (B, r, h, w) with the kernel ``second``, and
+    the modules of ``tail``, which treat every sample by itself. ``lazy``: what reads the result
+    reads it by parts, so that it need not be written."""
+    if not tail:
+        return layer.expand(z, second, bias)
+    kinds = [type(module) for module in tail]
+    even = not isinstance(layer.paddings()[1], str)
+    if even and kinds in ([nn.ReLU], [nn.ReLU, nn.MaxPool2d]):
+        pool = tail[1] if len(tail) > 1 else None
+        return cast(Tensor, ExpandReLU.apply(layer, pool, lazy, z, second, bias))  # type: ignore[no-untyped-call]
+    rest = nn.Sequential(*tail)
+    weights = (second, bias, *rest.parameters())
+    return cast(Tensor, _Expand.apply(layer, rest, z, *weights))  # type: ignore[no-untyped-call]
+
+
+@reads_by_parts
+class _Expand(torch.autograd.Function):
+    """The second convolution and any ``tail``. Saves ``z`` and the weights; everything else is
+    computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: SVDConv2d,
+        tail: nn.Sequential,
+        z: Tensor,
+        second: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.layer, ctx.tail = layer, tail
+        ctx.autocast = present_autocast()
+        ctx.save_for_backward(z, second, bias)
+        parts = parts_of(z, len(second))
+        return by_parts(lambda rows: tail(layer.expand(z[rows], second, bias)), parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, second, bias = ctx.saved_tensors
+        z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
+        weights = (second, bias, *ctx.tail.parameters())
+        wanted = wanted_gradients(ctx, ctx.needs_input_grad[2:])
+        inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
+
+        def run(rows: slice) -> Iterator[Tensor | None]:
+            part = z[rows].requires_grad_(wanted[0])
+            with torch.enable_grad(), ctx.autocast():
+                out = ctx.tail(ctx.layer.expand(part, second, bias))
+            found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
+            return (next(found) if want else None for want in wanted)
+
+        return None, None, *gradients_by_parts(run, parts_of(z, len(second)), wanted)
