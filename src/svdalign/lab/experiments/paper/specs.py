@@ -276,7 +276,7 @@ _FOUND: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "smallconv": {
         "against-error": (5e-3, 1.0), "with-error": (5e-3, 0.3), "target": (5e-3, 0.3),
         "subspace": (5e-3, 3.0), "none": (5e-3, 0.01), "loose": (5e-3, 0.3), "cut": (5e-3, 1e-2),
-        "ours": (3e-2, 4.0),
+        "ours": (3e-2, 1.25),
     },
 }  # fmt: skip
 
