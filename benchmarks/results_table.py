@@ -529,12 +529,20 @@ def parallel(results: Results) -> str:
         ]
         speeds = ["images/s", "× the first", "of the roof", "idle"]
         parts.append(markdown([name, *speeds, "MiB a process", "MiB sent a step"], rows))
+    others = [
+        row["others"]
+        for jobs in content["rows"].values()
+        for row in jobs.values()
+        if "others" in row
+    ]
     return (
         "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
         "thread a process unless it says two; medians over rounds in which all jobs take turns. "
         "The roof is one process by itself on each core, added up. Idle: share of the wall clock "
         "that a process does not compute. Memory: peak resident "
-        f"during steps, above that before the network was built. {source(content)}"
+        "during steps, above that before the network was built. Other programs, at a lower "
+        f"priority, kept {min(others):.1f} to {max(others):.1f} of {content['machine']['cores']} "
+        f"cores busy meanwhile: single figures are good to a tenth. {source(content)}"
     )
 
 
