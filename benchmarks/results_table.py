@@ -527,14 +527,12 @@ def parallel(results: Results) -> str:
             for job, row in jobs.items()
             if "images_per_second" in row
         ]
+        if not rows:
+            continue
         speeds = ["images/s", "× the first", "of the roof", "idle"]
         parts.append(markdown([name, *speeds, "MiB a process", "MiB sent a step"], rows))
-    others = [
-        row["others"]
-        for jobs in content["rows"].values()
-        for row in jobs.values()
-        if "others" in row
-    ]
+    each = [row for jobs in content["rows"].values() for row in jobs.values()]
+    others = [row["others"] for row in each if "others" in row]
     return (
         "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
         "thread a process unless it says two; medians over rounds in which all jobs take turns. "
