@@ -57,23 +57,12 @@ class Results:
         return [self[f"{start}{n}"] for n in sorted((n for n in numbers if n.isdigit()), key=int)]
 
 
-COMPARED = ("bp-dense", "bp", "dfa", "ssa")
-
-#: Tables made as their file is: the searches, by method, that their rates need to be the best of.
-NEEDS = {
-    "reproduce/table2": [(f"tune_{net}", m) for net in ("vgg13", "resnet32") for m in COMPARED],
-    "image_folder": [("tune_vgg13", method) for method in ("bp-dense", "dfa", "ssa")],
-}
-
-
 def render(text: str, results: Results) -> str:
     """``text`` with every table in it made anew."""
 
     def replace(found: re.Match[str]) -> str:
         name = found[2]
         try:
-            for search, method in NEEDS.get(name, ()):
-                searched(results, search, method)
             body = wrapped(TABLES[name](results) if name in TABLES else of_file(results[name]))
         except KeyError as missing:
             print(f"no {missing} yet for table {name}", file=sys.stderr)
@@ -136,22 +125,22 @@ def searched(results: Results, search: str, method: str) -> float:
 
 
 SEARCHED = {
-    "bp-dense": ("tune_again", "bp-dense"),
-    "bp": ("tune_again", "bp"),
+    "bp-dense": ("tune_smallconv", "bp-dense"),
+    "bp": ("tune_smallconv", "bp"),
     "dfa-dense": ("tune", "dfa-dense"),
     "dfa": ("tune", "dfa"),
-    "ssa-paper": ("tune", "ssa-paper"),
-    "ssa-output": ("tune_default", "ssa-output"),
-    "ssa-local": ("tune_again", "ssa-local"),
-    "ssa-1": ("tune_again", "ssa"),
-    "ssa": ("tune_again", "ssa-2"),
+    "ssa-output": ("tune_smallconv_output", "ssa-output"),
+    "ssa-local": ("tune_smallconv", "ssa-local"),
+    "ssa-1": ("tune_smallconv", "ssa"),
+    "ssa": ("tune_smallconv", "ssa-2"),
 }  #: method of the comparison: the file of its search, and what it was called there
 
 
 def comparison(results: Results) -> str:
     """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
     embedded, cifar = results["embedded"], results["reproduce/table1"]
-    for row in embedded["summary"]:
+    compared = [row for row in embedded["summary"] if row["method"] in SEARCHED]
+    for row in compared:
         searched(results, *SEARCHED[row["method"]])
     costs = results["profile_smallconv"]
     on_cifar = {row["label"]: row for row in cifar["rows"]}
@@ -167,7 +156,7 @@ def comparison(results: Results) -> str:
             f"{share[label]} ×",
             f"{cost[label]['step_ratio']:.2f} ×",
         ]
-        for row in embedded["summary"]
+        for row in compared
     ]
     headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
     return (
@@ -273,59 +262,10 @@ def bp_floor(results: Results) -> str:
     )
 
 
-JOBS = {
-    "smallconv": "SmallConv, CIFAR-10",
-    "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
-    "vgg13": "VGG-13, half as wide, 10,000 images of CIFAR-10 at 16×16, 8 epochs",
-    "mlp": "MLP, CIFAR-10",
-    "resnet32": "ResNet-32, half as wide, 10,000 images at 16×16, 8 epochs",
-    "cifar100_smallconv": "SmallConv, CIFAR-100",
-    "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
-    "cifar100_vgg13": "the same VGG-13, 10,000 images of CIFAR-100",
-    "cifar100_mlp": "the same MLP, CIFAR-100",
-    "cifar100_resnet32": "the same ResNet-32, 10,000 images of CIFAR-100",
-}  #: files whole_NAME.json, profile_whole_NAME.json and tune_NAME.json
-
-
-def whole(results: Results) -> str:
-    """Networks trained on whole data sets: accuracy, and what training them takes. Every method's
-    rate is searched on every network."""
-    headings = ["job", "method", "test accuracy, %", "under BP dense", "parameters", "peak memory"]
-    rows, made = [], []
-    for name, title in JOBS.items():
-        content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
-        share = peak_shares(profile["methods"])
-        dense = content["summary"][0]
-        for row in content["summary"]:
-            searched(results, f"tune_{name}", row["method"])
-            against = ["–", "1.00"] if row is dense else against_dense(row, dense)
-            label = row["label"] + own_settings(content["config"], row["method"])
-            rows.append([title, label, accuracy(row), *against, share[row["label"]]])
-            if row is dense:
-                label = "BP, checkpointed"
-                rows.append([title, label, "the same", "–", "1.00", share[label]])
-        made += [content, profile]
-    return f"{markdown(headings, rows)}\n\n{WHOLE} {source(*made)}"
-
-
-WHOLE = (
-    "Whole training sets of 32 × 32 pixels unless it says otherwise, 6 epochs, 3 seeds, learning "
-    "rates as searched on held-out images for every method and network. Parameters: at "
-    "the end of training, × BP dense. Peak memory: of a training step at the first rank, "
-    "measured, × BP dense."
-)
-
-
 def own_settings(content: Mapping[str, Any], method: str) -> str:
     """What a comparison or a search sets for one method alone, to stand behind its name."""
     settings = content.get("settings", {}).get(method)
     return f" ({named_settings(settings)})" if settings else ""
-
-
-def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
-    """Points under BP dense, and the share of its parameters."""
-    under = 100 * (dense["accuracy"] - row["accuracy"])
-    return [f"{under:.1f}", f"{row['parameters'] / dense['parameters']:.2f}"]
 
 
 BENCH = {
@@ -448,29 +388,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{several}"
 
 
-def image_folder(results: Results) -> str:
-    """A folder of images in ImageNet's layout."""
-    content = results["image_folder"]
-    config, summary = content["config"], content["summary"]
-    share = peak_shares(summary)
-    rows = [
-        [
-            row["label"],
-            accuracy(row),
-            f"{row['parameters']:,}",
-            f"{share[row['label']]} ×",
-        ]
-        for row in summary
-    ]
-    headings = ["method", "test accuracy, %", "parameters", "peak memory"]
-    return (
-        f"{markdown(headings, rows)}\n\n"
-        f"{config['model']} at width {config['width']:g} on 5,000 images of twenty classes "
-        f"(`scripts/make_image_folder.py`) at {config['image_size']}×{config['image_size']}, "
-        f"{config['epochs']} epochs, {config['seeds']} seed(s). {source(content)}"
-    )
-
-
 def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
     rate, job = content["rows"][0]["lr"], content["job"]
@@ -554,8 +471,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "bp_floor": bp_floor,
     "break_even": break_even,
     "peers": peers,
-    "whole": whole,
-    "image_folder": image_folder,
     "airbench": airbench,
     "airbench_search": airbench_search,
     "airbench_levers": airbench_levers,
