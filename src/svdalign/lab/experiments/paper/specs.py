@@ -113,7 +113,7 @@ RESNET32 = _short(
          "test_limit": 100, "rank": 1 / 3},
         model="resnet32", rank=1 / 3,
     ),
-    width=0.25, train_limit=2_500, test_limit=2_500, epochs=6, batch_size=64,
+    width=0.25, train_limit=2_500, test_limit=2_500, epochs=6,
 )  # fmt: skip
 
 #: How the paper seems to run its method, beside the rule itself.
@@ -124,7 +124,7 @@ RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "ret
 # Of each method the best of five, by benchmarks/configs/perceptron_search.yaml.
 _MLP_RATES = {"bp-dense": 1.7e-3, "dfa-dense": 1.7e-3, "ssa-reconstruction": 3e-3, "ssa": 1e-2}
 # The best of four, by benchmarks/configs/resnet32_search.yaml.
-_RESNET32_RATES = {"bp-dense": 1e-2, "ssa-reconstruction": 3e-3, "dfa-dense": 3e-3, "ssa": 1e-2}
+_RESNET32_RATES = {"ssa-reconstruction": 3e-2, "dfa-dense": 3e-2, "ssa": 3e-2, "bp-dense": 1e-2}
 
 
 def _at(name: str, lr: float, **options: Any) -> Method:
