@@ -54,6 +54,7 @@ def test_figures_and_tables_of_a_comparison(text: str) -> None:
     assert len(figures) == 4 + 4 + 2 * len(LABELS)
     assert all(svg["aria-label"] for svg in figures)
     assert "arithmetic" in text
+    assert "mathdefault" not in text  # powers of ten on logarithmic scales, in plain text
     assert {"BP", "70.50% ± 0.71", "70.0%, 71.0%", "0.005", "1,001"} <= set(page.cells)
     assert [row["data-method"] for row in page.all("tr") if "data-method" in row] == list("012")
     marked = {tag for tag, attrs in page.tags if "data-method" in attrs}
