@@ -113,7 +113,7 @@ RESNET32 = _short(
          "test_limit": 100, "rank": 1 / 3},
         model="resnet32", rank=1 / 3,
     ),
-    width=0.25, train_limit=2_500, test_limit=2_500, epochs=6, batch_size=32,
+    width=0.25, train_limit=2_500, test_limit=2_500, epochs=6,
 )  # fmt: skip
 
 #: How the paper seems to run its method, beside the rule itself.
