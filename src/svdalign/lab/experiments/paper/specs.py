@@ -514,8 +514,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fig3": Experiment(
         "Angle to backpropagation's gradient in every layer of a ResNet-32",
         "In the tangent space of each weight, over training; 90°, where an update neither helps "
-        "nor hurts, is grey. Layers are units, for our recipe blocks. At scale cpu a quarter as wide, "
-        "2,500 images.",
+        "nor hurts, is grey. Layers are units, blocks in our recipe. At scale cpu a quarter as "
+        "wide, 2,500 images.",
         "layers", RESNET32, DEEP, angles=True,
     ),
     "fig4": Experiment(
