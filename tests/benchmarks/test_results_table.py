@@ -119,6 +119,26 @@ def test_a_rate_at_the_edge_of_its_search_is_no_result(
         script.comparison(tables)
 
 
+def test_table_1_shows_what_ran_at_the_best_rate_of_a_search(
+    script: ModuleType, results: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(results, tmp_path / "results")
+    experiment = json.loads((copy / "experiment.json").read_text())
+    found, unsearched = (
+        {**experiment["rows"][0], "variant": variant, "label": label, "config": {"lr": 0.01}}
+        for variant, label in (("bp-dense", "BP"), ("ssa-dense", "SSA, dense"))
+    )
+    write(copy / "reproduce", table1={**experiment, "rows": [found, unsearched]})
+    tables = script.Results(copy, copy)
+    table = script.methods_on_smallconv(tables)
+    assert "| BP | 50.00%" in table
+    assert "SSA, dense" not in table
+    found["config"]["lr"] = 0.005
+    write(copy / "reproduce", table1={**experiment, "rows": [found]})
+    with pytest.raises(ValueError, match=r"bp-dense ran at 0\.005, but the best rate .* is 0\.01"):
+        script.methods_on_smallconv(tables)
+
+
 def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: Path) -> None:
     def run(accuracy: float, parameters: int) -> dict[str, Any]:
         return {
