@@ -124,9 +124,7 @@ RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "ret
 # Of each method the best of five, by benchmarks/configs/perceptron_search.yaml.
 _MLP_RATES = {"bp-dense": 1.7e-3, "dfa-dense": 1.7e-3, "ssa-reconstruction": 3e-3, "ssa": 1e-2}
 # The best of seven, by benchmarks/configs/resnet32_search.yaml.
-_RESNET32_RATES = {
-    "ssa-reconstruction": 3e-2, "dfa-dense": 0.27, "ssa": 9e-2, "bp-dense": 1.7e-2,
-}  # fmt: skip
+_RESNET32_RATES = {"ssa-reconstruction": 3e-2, "dfa-dense": 0.27}
 
 
 def _at(name: str, lr: float, **options: Any) -> Method:
@@ -514,8 +512,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fig3": Experiment(
         "Angle to backpropagation's gradient in every layer of a ResNet-32",
         "In the tangent space of each weight, over training; 90°, where an update neither helps "
-        "nor hurts, is grey. Layers are units, blocks in our recipe. At scale cpu a quarter as "
-        "wide, 2,500 images.",
+        "nor hurts, is grey. Layers are units. At scale cpu a quarter as wide, "
+        "2,500 images.",
         "layers", RESNET32, DEEP, angles=True,
     ),
     "fig4": Experiment(
