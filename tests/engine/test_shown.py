@@ -34,8 +34,8 @@ def test_a_row_for_each_unit() -> None:
     *_, heading, first, second, last = repr(learner).splitlines()
     assert heading.split("  ")[0] == "unit"
     size = 8 * 3 + 3 + 3 * 8 + 8  # U, s, V and the bias
-    assert first.split() == [learner.units[0].name, "8", str(size), "3", "StructuredFeedback"]
-    assert second.split()[1:] == ["8", str(size), "3", "StructuredFeedback"]
+    assert first.split() == [learner.units[0].name, "8", str(size), "3", "its", "feedback"]
+    assert second.split()[1:] == ["8", str(size), "3", "its", "feedback"]
     assert last.split() == ["output", "3", str(8 * 3 + 3), "dense", "the", "task"]
 
 

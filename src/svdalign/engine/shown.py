@@ -18,7 +18,7 @@ def unit_rows(learner: Learner) -> list[tuple[str, ...]]:
     rows = []
     for unit in learner.units:
         feedback = learner.feedback_of(unit)
-        teacher = "later units" if feedback is None else type(feedback).__name__
+        teacher = "later units" if feedback is None else "its feedback"
         rows.append(
             (
                 unit.name,

@@ -225,8 +225,14 @@ def named_settings(settings: Mapping[str, Any]) -> str:
     """A method's own settings in words: ``units 5, recompute, widen 64``."""
     fields = dict(settings)
     options = fields.pop("options", {})
-    own = {**fields, **options}
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in own.items())
+    return ", ".join(_in_words(*setting) for setting in {**fields, **options}.items())
+
+
+def _in_words(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    shown = " and ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+    return f"{name} {shown}"
 
 
 def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
