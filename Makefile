@@ -19,7 +19,7 @@ help:  ## show this text
 	@echo 'compare, or to pytest: make compare ARGS="--epochs 2", make test ARGS="-k data".'
 
 compare: $(stamp)  ## BP, SVD-BP, DFA and SSA side by side on the embedded images; table and page
-	$(bin)/svdalign compare --config benchmarks/configs/embedded.yaml $(ARGS)
+	$(bin)/svdalign compare --config benchmarks/configs/compare.yaml $(ARGS)
 
 test: lint  ## lint, format check, type check, tests
 	$(bin)/pytest -n 2 $(ARGS)

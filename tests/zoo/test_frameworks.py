@@ -17,6 +17,8 @@ import svdalign as sva
 
 LIGHTNING, TRAINER, USE, PRINTED, _ = blocks("frameworks.md")
 
+pytestmark = pytest.mark.usefixtures("torchvision_operators")
+
 
 def run(code: str, **names: Any) -> dict[str, Any]:
     names = {"sva": sva, "torch": torch, **names}
