@@ -208,3 +208,10 @@ def test_nothing_is_set_beside_what_is_missing(missing: str) -> None:
     rows = [row for row in results["summary"] if row["method"] != missing]
     results["summary"] = [{k: v for k, v in row.items() if k != missing} for row in rows]
     assert beside_backpropagation(results) == []
+
+
+def test_no_label_is_a_formula() -> None:
+    spread = history(0.7)
+    for row in spread:
+        row["spectra"] = {"conv1": [1.0, 0.8, 0.5], "conv2": [1.0, 0.1, 0.003]}
+    assert "mathdefault" not in run_page(single(history=spread), "a run")
