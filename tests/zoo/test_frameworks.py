@@ -84,7 +84,7 @@ def test_hugging_faces_trainer_trains_as_a_plain_loop(
     x, y = (part[:16] for part in fashion)
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        image_size=28, patch_size=14, num_channels=1, num_labels=10,
+        image_size=16, patch_size=8, num_channels=1, num_labels=10,
     )  # fmt: skip
     torch.manual_seed(0)
     network = transformers.ViTForImageClassification(config)
