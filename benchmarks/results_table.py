@@ -193,6 +193,42 @@ def check_rate(results: Results, method: str, rate: float) -> None:
         raise ValueError(f"{method} ran at {rate:g}, but the best rate of its search is {found:g}")
 
 
+def make_compare(results: Results) -> str:
+    """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
+    content, search = results["compare"], results["tune_compare"]
+    config = content["config"]
+    share = peak_shares(content["summary"])
+    rows = []
+    for row in content["summary"]:
+        method = row["method"]
+        # A checkpointed network learns as the same one does without.
+        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
+        used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
+        if used != {rate}:
+            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
+        rows.append(
+            [
+                row["label"] + own_settings(config, method),
+                accuracy(row),
+                f"{row['memory']['peak'] / 2**20:.1f} MiB",
+                f"{share[row['label']]} ×",
+                f"{row['step_ratio']:.2f} ×",
+                f"{row['parameters']:,}",
+                f"{rate:g}",
+            ]
+        )
+    headings = ["method", "test accuracy, %", "peak memory", "of BP", "time per step", "parameters"]
+    return (
+        f"{markdown([*headings, 'rate'], rows)}\n\n"
+        f"SmallConv at rank {config['rank']:g}, {content['data']['train']:,} images of "
+        f"Fashion-MNIST, {config['epochs']} epochs: mean ± standard deviation over "
+        f"{config['seeds']} seeds on {content['data']['test']:,} test images. Peak memory and time "
+        "(× BP, on CPU) of a "
+        "training step. Every method runs at the learning rate that one search chose for it on "
+        f"held-out images. {source(content, search)}"
+    )
+
+
 LABELS = {
     "bp-dense": "BP",
     "bp": "SVD-BP",
@@ -631,6 +667,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs": epochs,
     "step": step,
     "comparison": comparison,
+    "make_compare": make_compare,
     "reproduce/table1": methods_on_smallconv,
     "memory": memory,
     "bp_floor": bp_floor,

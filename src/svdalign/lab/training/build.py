@@ -25,6 +25,7 @@ from .. import models
 from ..data import Augment, ImageData, batches
 from .checkpointing import smallest_checkpointed
 from .config import JobConfig, RunConfig
+from .loggers import check_logger
 from .processes import Alone
 
 __all__ = [
@@ -45,7 +46,9 @@ WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.White
 
 
 def prepare_machine(config: JobConfig) -> None:
-    """Set the number of CPU threads and tune the allocator; ValueError for an unknown device."""
+    """Set the number of CPU threads and tune the allocator; ValueError for a device or a logger
+    that is not there."""
+    check_logger(config.logger)
     _keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

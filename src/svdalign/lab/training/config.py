@@ -270,6 +270,11 @@ class MachineConfig:
         True, "keep images and kernels in channels-last memory format, which is faster"
     )
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
+    logger: str | None = option(
+        None,
+        "tell each epoch to tensorboard or wandb as well (extra: loggers), or to a logger of your "
+        "own as package.module:Class",
+    )
 
     def __post_init__(self) -> None:
         _switches(self, "channels_last")

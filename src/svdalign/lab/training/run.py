@@ -15,6 +15,7 @@ from ..data import ImageData
 from .build import example_batch
 from .checkpoint import save_checkpoint
 from .config import RunConfig, to_yaml
+from .loggers import make_logger, numbers
 from .progress import Progress
 from .record import Record, provenance
 from .trainer import Trainer
@@ -37,9 +38,11 @@ def train(
     ``"interrupted"`` and the results so far. ``name`` stands for the run in ``progress``.
     A checkpoint is written after every epoch, every ``checkpoint_seconds`` within one, and when the
     run is interrupted. ``resume``: ``trainer`` comes from the folder's checkpoint
-    (:func:`load_checkpoint`). Of several processes the first one alone writes.
+    (:func:`load_checkpoint`). The config's ``logger`` is told every epoch as well. Of several
+    processes the first one alone writes.
     """
     started = time.time()
+    name = name or trainer.config.rule
     keeps = trainer.team.rank == 0
     if keeps and resume:
         record.restart(trainer.history, to_yaml(absolute(trainer.config)))
@@ -47,7 +50,16 @@ def train(
         record.start(to_yaml(absolute(trainer.config)))
     if not resume:
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
+    logger = make_logger(
+        trainer.config.logger if keeps else None,
+        record.folder,
+        name,
+        dataclasses.asdict(trainer.config),
+    )
     saved, stopping = time.monotonic(), False
+
+    def log(row: dict[str, Any]) -> None:
+        logger.log(row["epoch"], numbers(row))
 
     def save() -> None:
         nonlocal saved
@@ -67,14 +79,21 @@ def train(
             record.write_unreadable(trainer.data.unreadable)
         if not trainer.diverged:  # a run that diverged keeps its last good checkpoint
             save()
+        log(row)
 
-    status = trainer.run(
-        name=name or trainer.config.rule,
-        progress=progress,
-        on_step=on_step,
-        on_epoch=on_epoch,
-        stop=lambda: stopping,
-    )
+    status = "failed"
+    try:
+        for row in trainer.history:
+            log(row)
+        status = trainer.run(
+            name=name,
+            progress=progress,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            stop=lambda: stopping,
+        )
+    finally:
+        logger.close(status)
     if status == "interrupted":
         save()
     with trainer.team.whole():
