@@ -18,8 +18,8 @@ help:  ## show this text
 	@echo 'of constraints.txt, if it is missing or out of date. ARGS goes to svdalign'
 	@echo 'compare, or to pytest: make compare ARGS="--epochs 2", make test ARGS="-k data".'
 
-compare: $(stamp)  ## train BP, DFA and SSA side by side on the embedded images; table and HTML report
-	$(bin)/svdalign compare $(ARGS)
+compare: $(stamp)  ## BP, SVD-BP, DFA and SSA side by side on the embedded images; table and page
+	$(bin)/svdalign compare --config benchmarks/configs/compare.yaml $(ARGS)
 
 test: lint  ## lint, format check, type check, tests
 	$(bin)/pytest -n 2 $(ARGS)

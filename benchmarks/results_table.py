@@ -45,26 +45,21 @@ class Results:
         self.folder, self.page = folder, page
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        path = self.folder / f"{name}.json"
-        if not path.exists():
+        if not self.has(name):
             raise KeyError(name)
+        path = self.folder / f"{name}.json"
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         link = Path(os.path.relpath(path, self.page)).as_posix()
         return {**content, "source": f"[{path.name}]({link})"}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.folder / f"{name}.json").exists()
 
     def family(self, start: str) -> list[dict[str, Any]]:
         """Those whose name is ``start`` and a number, in the numbers' order."""
         numbers = (p.stem[len(Path(start).name) :] for p in self.folder.glob(f"{start}*.json"))
         return [self[f"{start}{n}"] for n in sorted((n for n in numbers if n.isdigit()), key=int)]
-
-
-COMPARED = ("bp-dense", "bp", "dfa", "ssa")
-
-#: Tables made as their file is: the searches, by method, that their rates need to be the best of.
-NEEDS = {
-    "reproduce/table2": [(f"tune_{net}", m) for net in ("vgg13", "resnet32") for m in COMPARED],
-    "image_folder": [("tune_vgg13", method) for method in ("bp-dense", "dfa", "ssa")],
-}
 
 
 def render(text: str, results: Results) -> str:
@@ -73,8 +68,6 @@ def render(text: str, results: Results) -> str:
     def replace(found: re.Match[str]) -> str:
         name = found[2]
         try:
-            for search, method in NEEDS.get(name, ()):
-                searched(results, search, method)
             body = wrapped(TABLES[name](results) if name in TABLES else of_file(results[name]))
         except KeyError as missing:
             print(f"no {missing} yet for table {name}", file=sys.stderr)
@@ -137,23 +130,25 @@ def searched(results: Results, search: str, method: str) -> float:
 
 
 SEARCHED = {
-    "bp-dense": ("tune_again", "bp-dense"),
-    "bp": ("tune_again", "bp"),
-    "dfa-dense": ("tune", "dfa-dense"),
-    "dfa": ("tune", "dfa"),
-    "ssa-paper": ("tune", "ssa-paper"),
-    "ssa-output": ("tune_default", "ssa-output"),
-    "ssa-local": ("tune_again", "ssa-local"),
-    "ssa-1": ("tune_again", "ssa"),
-    "ssa": ("tune_again", "ssa-2"),
+    "bp-dense": ("tune_smallconv", "bp-dense"),
+    "bp": ("tune_smallconv", "bp"),
+    "fa": ("tune_smallconv_feedback", "fa"),
+    "dfa": ("tune_smallconv_feedback", "dfa"),
+    "drtp": ("tune_smallconv_feedback", "drtp"),
+    "ssa-output": ("tune_smallconv_output", "ssa-output"),
+    "ssa-local": ("tune_smallconv", "ssa-local"),
+    "ssa-1": ("tune_smallconv", "ssa"),
+    "ssa": ("tune_smallconv", "ssa-2"),
 }  #: method of the comparison: the file of its search, and what it was called there
 
 
 def comparison(results: Results) -> str:
     """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
     embedded, cifar = results["embedded"], results["reproduce/table1"]
-    for row in embedded["summary"]:
-        searched(results, *SEARCHED[row["method"]])
+    compared = [row for row in embedded["summary"] if row["method"] in SEARCHED]
+    for run in embedded["runs"]:
+        if run["method"] in SEARCHED:
+            check_rate(results, run["method"], run["config"]["lr"])
     costs = results["profile_smallconv"]
     on_cifar = {row["label"]: row for row in cifar["rows"]}
     cost = {row["label"]: row for row in costs["methods"]}
@@ -168,7 +163,7 @@ def comparison(results: Results) -> str:
             f"{share[label]} ×",
             f"{cost[label]['step_ratio']:.2f} ×",
         ]
-        for row in embedded["summary"]
+        for row in compared
     ]
     headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
     return (
@@ -179,6 +174,58 @@ def comparison(results: Results) -> str:
         "method at the learning rate that one search chose for it on held-out images. Parameters, "
         "multiply-accumulates of an inference, peak memory and time of a step (× BP dense, "
         f"CPU) are those on CIFAR-10. {source(embedded, cifar, costs)}"
+    )
+
+
+def methods_on_smallconv(results: Results) -> str:
+    """Table 1, of the methods that a search has a rate for."""
+    content = results["reproduce/table1"]
+    rows = [row for row in content["rows"] if row["variant"] in SEARCHED]
+    for row in rows:
+        check_rate(results, row["variant"], row["config"]["lr"])
+    return of_file({**content, "rows": rows})
+
+
+def check_rate(results: Results, method: str, rate: float) -> None:
+    """ValueError where ``method`` did not run at the best rate of its search on SmallConv."""
+    found = searched(results, *SEARCHED[method])
+    if rate != found:
+        raise ValueError(f"{method} ran at {rate:g}, but the best rate of its search is {found:g}")
+
+
+def make_compare(results: Results) -> str:
+    """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
+    content, search = results["compare"], results["tune_compare"]
+    config = content["config"]
+    share = peak_shares(content["summary"])
+    rows = []
+    for row in content["summary"]:
+        method = row["method"]
+        # A checkpointed network learns as the same one does without.
+        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
+        used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
+        if used != {rate}:
+            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
+        rows.append(
+            [
+                row["label"] + own_settings(config, method),
+                accuracy(row),
+                f"{row['memory']['peak'] / 2**20:.1f} MiB",
+                f"{share[row['label']]} ×",
+                f"{row['step_ratio']:.2f} ×",
+                f"{row['parameters']:,}",
+                f"{rate:g}",
+            ]
+        )
+    headings = ["method", "test accuracy, %", "peak memory", "of BP", "time per step", "parameters"]
+    return (
+        f"{markdown([*headings, 'rate'], rows)}\n\n"
+        f"SmallConv at rank {config['rank']:g}, {content['data']['train']:,} images of "
+        f"Fashion-MNIST, {config['epochs']} epochs: mean ± standard deviation over "
+        f"{config['seeds']} seeds on {content['data']['test']:,} test images. Peak memory and time "
+        "(× BP, on CPU) of a "
+        "training step. Every method runs at the learning rate that one search chose for it on "
+        f"held-out images. {source(content, search)}"
     )
 
 
@@ -274,59 +321,10 @@ def bp_floor(results: Results) -> str:
     )
 
 
-JOBS = {
-    "smallconv": "SmallConv, CIFAR-10",
-    "vgg8": "VGG-8, a quarter as wide, 20,000 images of CIFAR-10",
-    "vgg13": "VGG-13, half as wide, 10,000 images of CIFAR-10 at 16×16, 8 epochs",
-    "mlp": "MLP, CIFAR-10",
-    "resnet32": "ResNet-32, half as wide, 10,000 images at 16×16, 8 epochs",
-    "cifar100_smallconv": "SmallConv, CIFAR-100",
-    "cifar100_vgg8": "the same VGG-8, 10,000 images of CIFAR-100",
-    "cifar100_vgg13": "the same VGG-13, 10,000 images of CIFAR-100",
-    "cifar100_mlp": "the same MLP, CIFAR-100",
-    "cifar100_resnet32": "the same ResNet-32, 10,000 images of CIFAR-100",
-}  #: files whole_NAME.json, profile_whole_NAME.json and tune_NAME.json
-
-
-def whole(results: Results) -> str:
-    """Networks trained on whole data sets: accuracy, and what training them takes. Every method's
-    rate is searched on every network."""
-    headings = ["job", "method", "test accuracy, %", "under BP dense", "parameters", "peak memory"]
-    rows, made = [], []
-    for name, title in JOBS.items():
-        content, profile = results[f"whole_{name}"], results[f"profile_whole_{name}"]
-        share = peak_shares(profile["methods"])
-        dense = content["summary"][0]
-        for row in content["summary"]:
-            searched(results, f"tune_{name}", row["method"])
-            against = ["–", "1.00"] if row is dense else against_dense(row, dense)
-            label = row["label"] + own_settings(content["config"], row["method"])
-            rows.append([title, label, accuracy(row), *against, share[row["label"]]])
-            if row is dense:
-                label = "BP, checkpointed"
-                rows.append([title, label, "the same", "–", "1.00", share[label]])
-        made += [content, profile]
-    return f"{markdown(headings, rows)}\n\n{WHOLE} {source(*made)}"
-
-
-WHOLE = (
-    "Whole training sets of 32 × 32 pixels unless it says otherwise, 6 epochs, 3 seeds, learning "
-    "rates as searched on held-out images for every method and network. Parameters: at "
-    "the end of training, × BP dense. Peak memory: of a training step at the first rank, "
-    "measured, × BP dense."
-)
-
-
 def own_settings(content: Mapping[str, Any], method: str) -> str:
     """What a comparison or a search sets for one method alone, to stand behind its name."""
     settings = content.get("settings", {}).get(method)
     return f" ({named_settings(settings)})" if settings else ""
-
-
-def against_dense(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[str]:
-    """Points under BP dense, and the share of its parameters."""
-    under = 100 * (dense["accuracy"] - row["accuracy"])
-    return [f"{under:.1f}", f"{row['parameters'] / dense['parameters']:.2f}"]
 
 
 BENCH = {
@@ -459,29 +457,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{several}"
 
 
-def image_folder(results: Results) -> str:
-    """A folder of images in ImageNet's layout."""
-    content = results["image_folder"]
-    config, summary = content["config"], content["summary"]
-    share = peak_shares(summary)
-    rows = [
-        [
-            row["label"],
-            accuracy(row),
-            f"{row['parameters']:,}",
-            f"{share[row['label']]} ×",
-        ]
-        for row in summary
-    ]
-    headings = ["method", "test accuracy, %", "parameters", "peak memory"]
-    return (
-        f"{markdown(headings, rows)}\n\n"
-        f"{config['model']} at width {config['width']:g} on 5,000 images of twenty classes "
-        f"(`scripts/make_image_folder.py`) at {config['image_size']}×{config['image_size']}, "
-        f"{config['epochs']} epochs, {config['seeds']} seed(s). {source(content)}"
-    )
-
-
 def levers(content: Mapping[str, Any]) -> str:
     """Changes to the recipe one at a time, at one learning rate."""
     rate, job = content["rows"][0]["lr"], content["job"]
@@ -541,32 +516,163 @@ def step(results: Results) -> str:
 
 
 def large_step(results: Results) -> str:
-    """A real step of a network whose plain backpropagation does not fit."""
-    content = results["large_step_vit_l16"]
+    """Real steps of networks whose plain backpropagation does not fit."""
+    names = {"ViT-L/16": "large_step_vit_l16", "ResNet-101": "large_step_resnet101"}
+    names = {net: name for net, name in names.items() if results.has(name)}
+    contents = [results[name] for name in names.values()]
     rows = [
-        [f"{label}, fp32, worked out", f"{peak / 2**30:.1f} GiB"]
-        for label, peak in content["estimates"].items()
+        [f"{label}, fp32, worked out", *(gib(c["estimates"][label]) for c in contents)]
+        for label in contents[0]["estimates"]
     ]
-    config, peak = content["config"], content["resident_peak"]
-    rows.append([f"SSA, horizon 0, {config['precision']}, run", f"{peak / 2**30:.1f} GiB"])
+    rows.append(
+        [
+            "SSA, horizon 0, run",
+            *(f"{gib(c['resident_peak'])} ({c['config']['precision']})" for c in contents),
+        ]
+    )
+    took = " and ".join(f"{content['seconds']:.0f}" for content in contents)
     return (
-        f"{markdown(['a step of ViT-L/16', 'peak'], rows)}\n\n"
-        f"224×224 pixels, batch {config['batch_size']}, rank 1/4, AdamW. Run: resident memory of "
-        f"the whole process on a machine with 24 GiB, {content['seconds']:.0f} s on two cores. "
+        f"{markdown(['peak of a step', *names], rows)}\n\n"
+        "224×224 pixels, batch 256, rank 1/4, AdamW. Run: resident memory of the whole process on "
+        f"a machine with 24 GiB, which took {took} s. {source(*contents)}"
+    )
+
+
+ROOF = "SSA, by itself on each process, added up"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def parallel(results: Results) -> str:
+    """Two processes of one thread each, by network: speed, idle time, memory, bytes sent."""
+    content = results["parallel"]
+    parts = []
+    for name, jobs in content["rows"].items():
+        rows = [
+            [
+                job,
+                f"{row['images_per_second']:,.0f}",
+                f"{row['ratio']:.2f} ×",
+                f"{row['images_per_second'] / jobs[ROOF]['images_per_second']:.0%}",
+                " ".join(f"{share:.0%}" for share in row["idle"]),
+                " ".join(f"{peak / 2**20:.0f}" for peak in row.get("peak_bytes", ())) or "–",
+                f"{row['sent'] / 2**20:.1f}" if row["sent"] else "–",
+            ]
+            for job, row in jobs.items()
+            if "images_per_second" in row
+        ]
+        if not rows:
+            continue
+        speeds = ["images/s", "× the first", "of the roof", "idle"]
+        parts.append(markdown([name, *speeds, "MiB a process", "MiB sent a step"], rows))
+    each = [row for jobs in content["rows"].values() for row in jobs.values()]
+    others = [row["others"] for row in each if "others" in row]
+    return (
+        "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
+        "thread a process unless it says two; medians over rounds in which all jobs take turns. "
+        "The roof is one process by itself on each core, added up. Idle: share of the wall clock "
+        "that a process does not compute. Memory: peak resident "
+        "during steps, above that before the network was built. Other programs, at a lower "
+        f"priority, kept {min(others):.1f} to {max(others):.1f} of {content['machine']['cores']} "
+        f"cores busy meanwhile: single figures are good to a tenth. {source(content)}"
+    )
+
+
+def stages(results: Results) -> str:
+    """What so many stages would give, and how the formula fared where it could be tested."""
+    content = results["stages"]
+    links = list(content["rows"][0]["links"])
+    rows = [
+        [
+            str(row["stages"]),
+            *(f"{row['links'][link]['times_one_without_prefix']:.1f} ×" for link in links),
+            f"{row['links'][links[-1]]['times_one']:.1f} ×",
+            f"{row['stages'] * (1 - row['bubble']):.1f} ×",
+        ]
+        for row in content["rows"]
+    ]
+    tests = [
+        [row["net"], f"{row['predicted']:.0f}", f"{row['measured']:.0f}", f"{row['ratio']:.2f}"]
+        for row in content.get("validation", ())
+    ]
+    headings = ["stages", *links, f"as it is now, {links[-1]}", "backpropagation, at best"]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"{markdown(['tested on', 'predicted, images/s', 'measured', 'ratio'], tests)}\n\n"
+        f"ResNet-{content['layers']}, batch {content['batch']}, times one process. "
         f"{source(content)}"
+    )
+
+
+def streaming(results: Results) -> str:
+    """What streaming images takes."""
+    content = results["streaming"]
+    rows = [
+        [
+            row["kind"],
+            f"{row['files']:,} of {row['width']} pixels, {row['size']} × {row['size']} windows",
+            f"{row['images_per_cpu_second']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['peak_bytes_of_a_worker'] / 2**20:.0f}",
+        ]
+        for row in content["rows"]
+    ]
+    headings = ["files", "images", "images per second of a core", "MiB", "MiB of a worker"]
+    text = f"{markdown(headings, rows)}\n\n"
+    if "training" in content:
+        found = content["training"]
+        text += (
+            f"Training a {found['model']} at 224 × 224 by SSA at horizon 0 takes in "
+            f"{found['training_images_per_cpu_second']:.1f} images per second of a core here, and "
+            f"waits for images {found['waited_share']:.1%} of the time with one worker process. "
+        )
+    return (
+        f"{text}Batches of {content['batch']}, {content['workers']} workers, one epoch; peak "
+        f"resident memory, libraries included. {source(content)}"
+    )
+
+
+def epochs(results: Results) -> str:
+    """Predicted epochs of the configs for ImageNet."""
+    names = ("resnet18", "resnet50", "mobilenet_v1", "vit_s16")
+    contents = [results[f"epoch_{name}"] for name in names]
+    rows = [
+        [
+            content["config"]["model"],
+            row["label"],
+            gib(row["memory"]["peak"]),
+            *(f"{seconds / 60:.1f}" for seconds in row["epoch_seconds"].values()),
+        ]
+        for content in contents
+        for row in content["methods"]
+    ]
+    config = contents[0]["config"]
+    headings = ["network", "method", "peak of a GPU", "minutes, 1 GPU", "minutes, 8 GPUs"]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"Worked out, not run: {config['epoch_images']:,} images, batches of "
+        f"{config['batch_size']} a GPU, fp32 memory, {config['device_flops']:.3g} FLOP/s at "
+        f"{config['utilisation']:.0%}, {config['link'] / 1e9:.0f} GB/s between GPUs, images always "
+        f"ready. {source(*contents)}"
     )
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "large_step": large_step,
+    "parallel": parallel,
+    "stages": stages,
+    "streaming": streaming,
+    "epochs": epochs,
     "step": step,
     "comparison": comparison,
+    "make_compare": make_compare,
+    "reproduce/table1": methods_on_smallconv,
     "memory": memory,
     "bp_floor": bp_floor,
     "break_even": break_even,
     "peers": peers,
-    "whole": whole,
-    "image_folder": image_folder,
     "airbench": airbench,
     "airbench_levers_muon": partial(airbench_levers, levers=MUON_LEVERS),
     "airbench_search": airbench_search,

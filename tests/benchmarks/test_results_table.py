@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "break_even": profiled,
         "experiment": {**experiment, **source},
         "cuts": {**cuts, **source},
-        "tune_again": {"accuracy": {"bp-dense": INSIDE, "ssa-2": INSIDE}},
+        "tune_smallconv": {"accuracy": {"bp-dense": INSIDE, "ssa-2": INSIDE}},
     }.items():
         path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -107,50 +107,36 @@ def test_a_rate_at_the_edge_of_its_search_is_no_result(
 ) -> None:
     copy = shutil.copytree(results, tmp_path / "results")
     tables = script.Results(copy, copy)
-    assert script.searched(tables, "tune_again", "ssa-2") == 0.01
+    assert script.searched(tables, "tune_smallconv", "ssa-2") == 0.01
     script.comparison(tables)
-    write(copy, tune_again={"accuracy": {"bp-dense": INSIDE, "ssa-2": AT_THE_EDGE}})
+    write(copy, tune_smallconv={"accuracy": {"bp-dense": INSIDE, "ssa-2": AT_THE_EDGE}})
     with pytest.raises(
-        ValueError, match=r"tune_again of ssa-2: the best rate, 0\.005, lies at the"
+        ValueError, match=r"tune_smallconv of ssa-2: the best rate, 0\.005, lies at the"
     ):
         script.comparison(tables)
-    write(copy, tune_again={"accuracy": {"bp-dense": INSIDE}})
-    with pytest.raises(KeyError, match="tune_again of ssa-2"):
+    write(copy, tune_smallconv={"accuracy": {"bp-dense": INSIDE}})
+    with pytest.raises(KeyError, match="tune_smallconv of ssa-2"):
         script.comparison(tables)
 
 
-def test_whole_data_sets_need_a_search_of_every_method_on_every_network(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "JOBS", {"net": "a network"})
-    rows = [
-        {"method": m, "label": label, "accuracy": 0.5, "accuracy_std": 0.1, "parameters": 10}
-        for m, label in (("bp-dense", "BP"), ("ssa", "SSA"))
-    ]
-    peaks = [{"label": label, "memory": {"peak": 4}} for label in ("BP", "SSA", "BP, checkpointed")]
-    write(tmp_path, whole_net={"summary": rows, "config": {}}, profile_whole_net={"methods": peaks})
-    tables = script.Results(tmp_path, tmp_path)
-    write(tmp_path, tune_net={"accuracy": {"bp-dense": AT_THE_EDGE, "ssa": INSIDE}})
-    with pytest.raises(ValueError, match="tune_net of bp-dense"):
-        script.whole(tables)
-    write(tmp_path, tune_net={"accuracy": {"bp-dense": INSIDE, "ssa": INSIDE}})
-    assert "| a network | SSA | 50.0 ± 10.0 | 0.0 | 1.00 | 1.00 |" in script.whole(tables)
-
-
-def test_a_table_of_another_network_needs_searches_on_it(
+def test_table_1_shows_what_ran_at_the_best_rate_of_a_search(
     script: ModuleType, results: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(results, tmp_path / "results")
-    (copy / "reproduce" / "table2.json").write_text((copy / "experiment.json").read_text())
-    text = "<!-- table:reproduce/table2 begin -->\n<!-- table:reproduce/table2 end -->"
+    experiment = json.loads((copy / "experiment.json").read_text())
+    found, unsearched = (
+        {**experiment["rows"][0], "variant": variant, "label": label, "config": {"lr": 0.01}}
+        for variant, label in (("bp-dense", "BP"), ("ssa-dense", "SSA, dense"))
+    )
+    write(copy / "reproduce", table1={**experiment, "rows": [found, unsearched]})
     tables = script.Results(copy, copy)
-    assert script.render(text, tables) == text  # no search yet
-    inside = {"accuracy": dict.fromkeys(("bp-dense", "bp", "dfa", "ssa"), INSIDE)}
-    write(copy, tune_vgg13=inside, tune_resnet32=inside)
-    assert "| SSA | 50.00% ± 1.00 |" in script.render(text, tables)
-    write(copy, tune_vgg13={"accuracy": {**inside["accuracy"], "bp": AT_THE_EDGE}})
-    with pytest.raises(ValueError, match="tune_vgg13 of bp: the best rate"):
-        script.render(text, tables)
+    table = script.methods_on_smallconv(tables)
+    assert "| BP | 50.00%" in table
+    assert "SSA, dense" not in table
+    found["config"]["lr"] = 0.005
+    write(copy / "reproduce", table1={**experiment, "rows": [found]})
+    with pytest.raises(ValueError, match=r"bp-dense ran at 0\.005, but the best rate .* is 0\.01"):
+        script.methods_on_smallconv(tables)
 
 
 def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: Path) -> None:
@@ -226,3 +212,24 @@ def test_the_tables_of_this_checkout_are_up_to_date(script: ModuleType) -> None:
             script.render(text, script.Results(ROOT / "benchmarks" / "results", path.parent))
             == text
         )
+
+
+def test_make_compare_runs_at_the_rates_of_its_search(
+    script: ModuleType, results: Path, tmp_path: Path
+) -> None:
+    content = json.loads((results / "embedded.json").read_text())
+    for run in content["runs"]:
+        run["config"]["lr"] = 0.01
+    made = {key: content[key] for key in ("git", "command", "machine", "torch")}
+    search = {**made, "accuracy": {"bp-dense": INSIDE, "ssa": INSIDE}}
+    write(tmp_path, compare=content, tune_compare=search)
+    tables = script.Results(tmp_path, tmp_path)
+    table = script.make_compare(tables)
+    reached = 100 * content["summary"][1]["accuracy"]
+    assert f"| SSA, horizon 2 | {reached:.1f} ± " in table
+    assert table.count("| 0.01 |") == 2
+    search["accuracy"]["ssa"] = {"0.01": 0.5, "0.02": 0.7, "0.04": 0.6}
+    write(tmp_path, tune_compare=search)
+    tables = script.Results(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"compare runs ssa at \{0.01\}, its search chose 0.02"):
+        script.make_compare(tables)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import svdalign as sva
@@ -47,6 +49,10 @@ def test_parallel_wrappers_are_refused_with_the_way_to_do_it(rule: str, tmp_path
                 ValueError, match=r"model is a \w+Parallel.*model\.module.*svdalign\.parallel"
             ):
                 learner_of(wrapped, rule)
+        sharded = fully_shard(net(), mesh=init_device_mesh("cpu", (1,)))
+        if rule == "ssa":
+            with pytest.raises(ValueError, match=r"fully_shard.*svdalign\.parallel"):
+                learner_of(sharded, rule)
     finally:
         torch.distributed.destroy_process_group()
 

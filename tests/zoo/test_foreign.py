@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,19 +34,8 @@ def learns(net: nn.Module, x: Any, y: Tensor, loss: Any = None, steps: int = 12)
 
 
 @pytest.fixture(scope="module")
-def timm() -> Iterator[ModuleType]:
-    """timm needs torchvision to import, and torchvision the operators of a compiled library, which
-    may not load beside a CPU torch. timm's models call none of them: to declare them is enough."""
-    try:
-        yield importlib.import_module("timm")
-        return
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    missing = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        missing.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield importlib.import_module("timm")
+def timm(torchvision_operators: None) -> ModuleType:
+    return importlib.import_module("timm")
 
 
 TIMM: dict[str, dict[str, Any]] = {

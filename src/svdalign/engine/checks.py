@@ -49,6 +49,14 @@ def check_model(model: nn.Module, *, units: bool) -> None:
             "model was compiled as a whole, so that no unit can end inside it; give the module "
             "before torch.compile, and compile its blocks in place, block.compile()"
         )
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    if units and "FSDPModule" in kinds:
+        raise ValueError(
+            "model was given to fully_shard, which gathers weights for one backward pass through "
+            "all of it; give the model before that. For several processes there are "
+            "svdalign.parallel.LayerParallel(learner), where each has the weights of its own units "
+            "alone, and svdalign.parallel.DataParallel(learner)"
+        )
     parameters = dict(model.named_parameters())
     for path, p in parameters.items():
         kind = (

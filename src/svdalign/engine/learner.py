@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import rules
 from .._autocast import outside_autocast
+from .._table import as_html, as_text
 from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import Kind, Loss, Task
@@ -28,6 +29,7 @@ from .ownership import reached
 from .plan import make_plan
 from .recompute import recomputing
 from .retraction import orthonormal, retract
+from .shown import unit_rows
 from .streaming import stream
 from .task_loss import TaskLoss
 from .units import OUTPUT, Plan, Unit
@@ -135,15 +137,18 @@ class Learner:
         self._task_loss = TaskLoss(self.loss, model, self.optimizer)
 
     def __repr__(self) -> str:
+        return f"{self._heading()}\n{as_text(unit_rows(self))}"
+
+    def _repr_html_(self) -> str:
+        return as_html(unit_rows(self), self._heading())
+
+    def _heading(self) -> str:
         task = "found from the first batch" if self.task is None else str(self.task)
-        units = ", ".join(unit.name for unit in self.units)
         return (
             f"Learner of {type(self.model).__name__}\n"
-            f"  rule: {self.rule}\n"
-            f"  task: {task if self._kind is None or self.task else self._kind}\n"
-            f"  units: {units}\n"
-            f"  optimizer: {type(self.optimizer).__name__}\n"
-            f"  steps: {self.steps}"
+            f"rule: {self.rule}\n"
+            f"task: {task if self._kind is None or self.task else self._kind}\n"
+            f"{type(self.optimizer).__name__}, {self.steps} steps"
         )
 
     @property

@@ -51,11 +51,6 @@ class Unit:
         """The shape of the first feature."""
         return self.features[0].shape
 
-    @property
-    def layout(self) -> Layout:
-        """The layout of the first feature."""
-        return self.features[0].layout
-
 
 @dataclass(frozen=True)
 class Plan:

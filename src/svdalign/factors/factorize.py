@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .._copying import copied
 from .._encoders import settle_fast_path
+from .._table import as_html, as_text
 from .._tracing import carry_hooks
 from .layers import (
     SCHEMES,
@@ -67,16 +68,20 @@ class Factorization:
         return iter(self.layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "rank", "of", "parameters", "dense", "note")]
-        rows += [
-            (row.name, row.kind, "dense" if row.rank is None else str(row.rank), str(row.full_rank),
-             f"{row.parameters:,}", f"{row.dense_parameters:,}", row.note)
-            for row in self.layers
+        return as_text(self._rows())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            ("layer", "kind", "rank", "of", "parameters", "dense", "note"),
+            *(
+                (row.name, row.kind, "dense" if row.rank is None else str(row.rank),
+                 str(row.full_rank), f"{row.parameters:,}", f"{row.dense_parameters:,}", row.note)
+                for row in self.layers
+            ),
         ]  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        )
 
 
 def _updated(report: LayerReport, layer: FactoredLayer | None) -> LayerReport:

@@ -19,8 +19,8 @@ from torch.optim.adam import adam
 
 from .._autocast import outside_autocast
 from .factorize import classifier_name
-from .layers import FactoredLayer
-from .registry import factored_type
+from .layers import factored_layers
+from .registry import kind_of
 from .stiefel import orthogonalize
 
 __all__ = ["Muon", "hidden_weights"]
@@ -152,17 +152,13 @@ def hidden_weights(model: nn.Module) -> list[tuple[nn.Parameter, str]]:
     """The factors ``U`` and ``V`` of ``model``, each with "factor", and the weights of its dense
     layers that could be factored, each with "dense", but for the classifier, as
     :func:`svdalign.factorize` finds it."""
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactoredLayer) or factored_type(layer)
-    }
-    classifier = classifier_name(layers)
+    layers = {name: layer for name, layer in model.named_modules() if kind_of(layer)}
+    factored, classifier = factored_layers(model), classifier_name(layers)
     found: list[tuple[nn.Parameter, str]] = []
     for name, layer in layers.items():
-        kind = factored_type(layer)
-        if isinstance(layer, FactoredLayer):
-            found += [(layer.U, "factor"), (layer.V, "factor")]
+        kind = kind_of(layer)
+        if name in factored:
+            found += [(factored[name].U, "factor"), (factored[name].V, "factor")]
         elif kind is not None and name != classifier and not kind.refusal(layer):
             found.append((layer.get_parameter("weight"), "dense"))
     return found

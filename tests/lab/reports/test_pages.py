@@ -10,7 +10,7 @@ import pytest
 from tests.lab.reports.made_up import LABELS, comparison, history, run, single
 
 from svdalign.lab.reports import card_text, comparison_page, frame, run_page
-from svdalign.lab.reports.tables import at_chance, comparison_rows
+from svdalign.lab.reports.tables import at_chance, beside_backpropagation, comparison_rows
 
 
 class Page(HTMLParser):
@@ -54,6 +54,7 @@ def test_figures_and_tables_of_a_comparison(text: str) -> None:
     assert len(figures) == 4 + 4 + 2 * len(LABELS)
     assert all(svg["aria-label"] for svg in figures)
     assert "arithmetic" in text
+    assert "mathdefault" not in text  # powers of ten on logarithmic scales, in plain text
     assert {"BP", "70.50% ± 0.71", "70.0%, 71.0%", "0.005", "1,001"} <= set(page.cells)
     assert [row["data-method"] for row in page.all("tr") if "data-method" in row] == list("012")
     marked = {tag for tag, attrs in page.tags if "data-method" in attrs}
@@ -183,3 +184,34 @@ def test_results_as_a_frame() -> None:
     last = table[(table.method == "ssa") & (table.epoch == 4)]
     assert last.groupby("seed").test_accuracy.first().tolist() == pytest.approx([0.65, 0.66])
     assert list(frame(single()).epoch) == [1, 2, 3, 4]
+
+
+def test_memory_and_accuracy_are_set_beside_the_leanest_backpropagation() -> None:
+    labels = {"bp-dense": "BP", "dfa": "DFA", "ssa": "SSA, horizon 2"}
+    results = comparison(1, labels)
+    for row, peak in zip(results["summary"], (50, 10, 20), strict=True):
+        row["memory"]["peak"] = peak
+    line, noise = beside_backpropagation(results)
+    assert line == (
+        "Beside BP, the leanest backpropagation: DFA takes 0.20 times its memory for -60.0 points "
+        "of accuracy; SSA, horizon 2 takes 0.40 times its memory for -5.0 points of accuracy."
+    )
+    # Two standard deviations of a difference of two scores of 70 % on 400 images.
+    assert noise == "With one seed and 400 images, 6.5 points or less may be chance."
+    assert line in comparison_page(results)
+    assert len(beside_backpropagation(comparison(2))) == 1  # the deviation over seeds is shown
+
+
+@pytest.mark.parametrize("missing", ["memory", "bp-dense"])
+def test_nothing_is_set_beside_what_is_missing(missing: str) -> None:
+    results = comparison(1)
+    rows = [row for row in results["summary"] if row["method"] != missing]
+    results["summary"] = [{k: v for k, v in row.items() if k != missing} for row in rows]
+    assert beside_backpropagation(results) == []
+
+
+def test_no_label_is_a_formula() -> None:
+    spread = history(0.7)
+    for row in spread:
+        row["spectra"] = {"conv1": [1.0, 0.8, 0.5], "conv2": [1.0, 0.1, 0.003]}
+    assert "mathdefault" not in run_page(single(history=spread), "a run")

@@ -12,6 +12,7 @@ from .plots import Seeds
 from .tables import (
     MEMORY_PARTS,
     at_chance,
+    beside_backpropagation,
     break_even_rows,
     chance,
     chance_note,
@@ -58,6 +59,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         [
             Section(
                 "Results",
+                text=beside_backpropagation(results),
                 table=_comparison_table(results, list(runs.values())),
                 notes=[
                     f"{images(results).capitalize()} accuracy after the last epoch{spread}; by "
@@ -66,9 +68,10 @@ def comparison_page(results: Mapping[str, Any]) -> str:
                     *chance_note(results),
                     *own_settings(results),
                 ],
+                figures=_trade(results, rows),
             ),
             Section("Learning", figures=_learning(results, runs, several)),
-            Section("What it costs", figures=_costs(results, rows)),
+            Section("What a step costs", figures=_costs(rows)),
             *_inside(runs),
         ],
         key=list(rows),
@@ -250,48 +253,52 @@ def _learning(results: Mapping[str, Any], runs: Mapping[str, Runs], several: boo
     return [*found, Figure(loss, f"Training loss by epoch.{shaded}")]
 
 
-def _costs(results: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
-    """Accuracy against memory and size, on one scale, and what a step costs."""
-    measured = [row for row in rows.values() if "memory" in row]
-    if not measured:
+def _trade(results: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Accuracy against memory and against size, on one scale."""
+    scored = [row for row in rows.values() if "memory" in row and row["accuracy"] is not None]
+    if not scored:
         return []
     kind, guess = images(results), 100 * chance(results)
-    scored = [row for row in measured if row["accuracy"] is not None]
-    figures = []
-    if scored:
-        ends = [
+    limits = _limits(
+        [],
+        [
             100 * (row["accuracy"] + sign * (row["accuracy_std"] or 0.0))
             for row in scored
             for sign in (-1, 1)
-        ]
-        limits = _limits([], ends)
-        sizes: dict[str, Callable[[Mapping[str, Any]], float]] = {
-            "peak training memory (MiB)": lambda row: row["memory"]["peak"] / 2**20,
-            "parameters (thousands)": lambda row: row["parameters"] / 1e3,
-        }
-        captions = ("Accuracy against memory: up and to the left is better.",
-                    "Accuracy against the size of the trained network.")  # fmt: skip
-        figures = [
-            Figure(
-                plots.scatter(
-                    {
-                        label: (size(row), 100 * row["accuracy"], 100 * (row["accuracy_std"] or 0))
-                        if row in scored
-                        else None
-                        for label, row in rows.items()
-                    },
-                    x, f"{kind} accuracy (%)", limits=limits, lines={"chance": guess}, keyed=True,
-                ),
-                caption,
-            )
-            for (x, size), caption in zip(sizes.items(), captions, strict=True)
-        ]  # fmt: skip
+        ],
+    )
+    sizes: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "peak training memory (MiB)": lambda row: row["memory"]["peak"] / 2**20,
+        "parameters (thousands)": lambda row: row["parameters"] / 1e3,
+    }
+    captions = ("Accuracy against memory: up and to the left is better.",
+                "Accuracy against the size of the trained network.")  # fmt: skip
+    return [
+        Figure(
+            plots.scatter(
+                {
+                    label: (size(row), 100 * row["accuracy"], 100 * (row["accuracy_std"] or 0))
+                    if row in scored
+                    else None
+                    for label, row in rows.items()
+                },
+                x, f"{kind} accuracy (%)", limits=limits, lines={"chance": guess}, keyed=True,
+            ),
+            caption,
+        )
+        for (x, size), caption in zip(sizes.items(), captions, strict=True)
+    ]  # fmt: skip
+
+
+def _costs(rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Memory and time of a step."""
+    if not any("memory" in row for row in rows.values()):
+        return []
     times = {
         label: {"step": 1e3 * row["step_seconds"]} if "memory" in row else None
         for label, row in rows.items()
     }
     return [
-        *figures,
         Figure(memory_bars(list(rows.values())), "What one training step holds at its peak. "
                "Activations include the batch and temporaries."),
         Figure(plots.bars(times, "time per step (ms)", keyed=True),

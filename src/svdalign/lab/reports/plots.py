@@ -164,7 +164,9 @@ def curves(
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.03)
-        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            _scale_logarithmically(axes)
         if limits:
             axes.set_ylim(limits)
         _across(axes, lines or {})
@@ -358,7 +360,7 @@ def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> 
                     color=COLOURS[0], alpha=0.15 + 0.85 * age**2, linewidth=0.8 + 0.8 * age,
                 )  # fmt: skip
             axes.set_title(shorten(name, LABEL // 2), fontsize=8)
-            axes.set_yscale("log")
+            _scale_logarithmically(axes)
         for axes in panels[len(layers) :]:
             axes.set_visible(False)
         figure.supxlabel(x, fontsize=9.5, color=matplotlib.rcParams["text.color"])
@@ -369,6 +371,13 @@ def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> 
     }
     alt = f"{y} by {x}; smallest over largest after the last epoch: {_in_words(last)}"
     return Plot(alt, draw, size=(SIZE[0], 0.9 + 1.15 * lines))
+
+
+def _scale_logarithmically(axes: Axes) -> None:
+    """Along y. Matplotlib would write powers as formulas, which plain text has none of."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def shorten(label: str, width: int = LABEL) -> str:

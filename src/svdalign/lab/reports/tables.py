@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from .page import count, number
 __all__ = [
     "MEMORY_PARTS",
     "at_chance",
+    "beside_backpropagation",
     "break_even_rows",
     "break_even_table",
     "chance",
@@ -46,14 +48,41 @@ PROFILE = (
 NARROW_PROFILE = ("method", "MiB", "param", "grad", "optim", "activ", "MACs", "step", "infer")
 
 
-def comparison_table(results: Mapping[str, Any]) -> Group:
+class Parts(Group, JupyterMixin):
+    """Text and tables one below the other, on a terminal as in a notebook."""
+
+
+def comparison_table(results: Mapping[str, Any]) -> Parts:
     """The summary of a comparison for the terminal."""
     caption = ["× BP: time of a step over that of BP with dense weights"]
     caption += [*chance_note(results), *own_settings(results)]
-    return Group(
+    return Parts(
         Text(job(results), style="bold"),
         terminal_table(COMPARISON, comparison_rows(results), caption=caption),
+        *map(Text, beside_backpropagation(results)),
     )
+
+
+def beside_backpropagation(results: Mapping[str, Any]) -> list[str]:
+    """A line that sets the memory and the accuracy of each other method against those of the
+    leanest backpropagation, if there are both, and one on what may be chance."""
+    whole = [row for row in results["summary"] if row["complete"] and "memory" in row]
+    back = [row for row in whole if row["method"].split("-")[0] == "bp"]
+    others = [row for row in whole if row not in back and row["accuracy"] is not None]
+    if not back or not others:
+        return []
+    lean = min(back, key=lambda row: row["memory"]["peak"])
+    parts = [
+        f"{row['label']} takes {row['memory']['peak'] / lean['memory']['peak']:.2f} times its "
+        f"memory for {100 * (row['accuracy'] - lean['accuracy']):+.1f} points of accuracy"
+        for row in others
+    ]
+    lines = [f"Beside {lean['label']}, the leanest backpropagation: {'; '.join(parts)}."]
+    if all(row["runs"] == 1 for row in whole):
+        p, n = lean["accuracy"], results["data"]["test"]
+        noise = 200 * math.sqrt(2 * p * (1 - p) / n)
+        lines.append(f"With one seed and {n:,} images, {noise:.1f} points or less may be chance.")
+    return lines
 
 
 def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -86,6 +115,25 @@ def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
         if "step_ratio" in row:
             cells += [f"{row['step_ratio']:.2f}", f"{row['latency_ratio']:.2f}"]
         yield cells
+
+
+def epoch_table(results: Mapping[str, Any]) -> Table:
+    """Predicted times of an epoch for the terminal."""
+    return terminal_table(*epoch_rows(results), title="an epoch, predicted")
+
+
+def epoch_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a profile's predicted epochs: peak of each device, and minutes."""
+    methods = results["methods"]
+    devices = [f"{n} device" + "s" * (n != "1") for n in methods[0]["epoch_seconds"]]
+    return ["method", "peak of each", *devices], [
+        [
+            row["label"],
+            f"{row['memory']['peak'] / 2**30:.1f} GiB",
+            *(f"{seconds / 60:,.1f} min" for seconds in row["epoch_seconds"].values()),
+        ]
+        for row in methods
+    ]
 
 
 def break_even_table(results: Mapping[str, Any]) -> Table:
@@ -177,8 +225,14 @@ def named_settings(settings: Mapping[str, Any]) -> str:
     """A method's own settings in words: ``units 5, recompute, widen 64``."""
     fields = dict(settings)
     options = fields.pop("options", {})
-    own = {**fields, **options}
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in own.items())
+    return ", ".join(_in_words(*setting) for setting in {**fields, **options}.items())
+
+
+def _in_words(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    shown = " and ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+    return f"{name} {shown}"
 
 
 def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:

@@ -270,6 +270,11 @@ class MachineConfig:
         True, "keep images and kernels in channels-last memory format, which is faster"
     )
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
+    logger: str | None = option(
+        None,
+        "tell each epoch to tensorboard or wandb as well (extra: loggers), or to a logger of your "
+        "own as package.module:Class",
+    )
 
     def __post_init__(self) -> None:
         _switches(self, "channels_last")
@@ -308,6 +313,14 @@ class RunConfig(JobConfig):
     )
     lr: float | None = option(None, "peak learning rate (what the method was tuned to)")
     seed: int = option(0, "of the initial weights, the feedback and the order of the data")
+    parallel: Literal["layers", "data"] | None = option(
+        None,
+        "under torchrun, what its processes share out: layers, the units of the network; data, the "
+        "images of every batch",
+    )
+    parallel_timeout: float = option(
+        1800.0, "seconds after which a process that hears nothing from another one gives up"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,6 +334,7 @@ class RunConfig(JobConfig):
             )
         self._take_from(methods.get(self.rule))
         _positive(self, "lr")
+        _positive(self, "parallel_timeout")
 
     @property
     def rate(self) -> float:

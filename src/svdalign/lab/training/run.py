@@ -15,6 +15,7 @@ from ..data import ImageData
 from .build import example_batch
 from .checkpoint import save_checkpoint
 from .config import RunConfig, to_yaml
+from .loggers import make_logger, numbers
 from .progress import Progress
 from .record import Record, provenance
 from .trainer import Trainer
@@ -37,15 +38,28 @@ def train(
     ``"interrupted"`` and the results so far. ``name`` stands for the run in ``progress``.
     A checkpoint is written after every epoch, every ``checkpoint_seconds`` within one, and when the
     run is interrupted. ``resume``: ``trainer`` comes from the folder's checkpoint
-    (:func:`load_checkpoint`).
+    (:func:`load_checkpoint`). The config's ``logger`` is told every epoch as well. Of several
+    processes the first one alone writes.
     """
     started = time.time()
-    if resume:
+    name = name or trainer.config.rule
+    keeps = trainer.team.rank == 0
+    if keeps and resume:
         record.restart(trainer.history, to_yaml(absolute(trainer.config)))
-    else:
+    elif keeps:
         record.start(to_yaml(absolute(trainer.config)))
+    if not resume:
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
-    saved = time.monotonic()
+    logger = make_logger(
+        trainer.config.logger if keeps else None,
+        record.folder,
+        name,
+        dataclasses.asdict(trainer.config),
+    )
+    saved, stopping = time.monotonic(), False
+
+    def log(row: dict[str, Any]) -> None:
+        logger.log(row["epoch"], numbers(row))
 
     def save() -> None:
         nonlocal saved
@@ -53,27 +67,40 @@ def train(
         saved = time.monotonic()
 
     def on_step() -> None:
-        if time.monotonic() - saved >= trainer.config.checkpoint_seconds:
+        nonlocal stopping
+        due = time.monotonic() - saved >= trainer.config.checkpoint_seconds
+        stopping, due = trainer.team.agree(stop(), due)
+        if due:
             save()
 
     def on_epoch(row: dict[str, Any]) -> None:
-        record.append_metrics(row)
-        record.write_unreadable(trainer.data.unreadable)
+        if keeps:
+            record.append_metrics(row)
+            record.write_unreadable(trainer.data.unreadable)
         if not trainer.diverged:  # a run that diverged keeps its last good checkpoint
             save()
+        log(row)
 
-    status = trainer.run(
-        name=name or trainer.config.rule,
-        progress=progress,
-        on_step=on_step,
-        on_epoch=on_epoch,
-        stop=stop,
-    )
+    status = "failed"
+    try:
+        for row in trainer.history:
+            log(row)
+        status = trainer.run(
+            name=name,
+            progress=progress,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            stop=lambda: stopping,
+        )
+    finally:
+        logger.close(status)
     if status == "interrupted":
         save()
-    record.write_unreadable(trainer.data.unreadable)
-    results = _summary(trainer, status, time.time() - started)
-    record.write_results(results)
+    with trainer.team.whole():
+        results = _summary(trainer, status, time.time() - started)
+    if keeps:
+        record.write_unreadable(trainer.data.unreadable)
+        record.write_results(results)
     return results
 
 
