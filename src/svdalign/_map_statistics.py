@@ -108,6 +108,8 @@ class _Statistics(torch.autograd.Function):
         if d_grid is not None and (cells := ctx.cells) is not None:
             by_cell = d_grid / math.prod(cells)
             start = by_cell if start is None else start + by_cell
+        if start is not None:  # read in the order of the map, as readers' gradients may not lie
+            start = start.contiguous(memory_format=recipe.format)
 
         def run(rows: slice) -> Tensor:
             first = None if start is None else start[rows]

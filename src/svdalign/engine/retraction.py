@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ def orthonormal(*parts: nn.Module) -> list[nn.Module]:
     return [module for module in modules if getattr(module, "orthonormal", False)]
 
 
+#: Values of factors of one shape that are retracted together: the calls are shared, and the
+#: scratch space stays small beside the weights of a network whose factors are large.
+TOGETHER = 1 << 18
+
+
 def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how: str) -> None:
     """Retract the trainable factors ``U`` and ``V`` of ``modules``, ``how`` being a name in
     :data:`svdalign.factors.stiefel.RETRACTIONS`.
@@ -28,13 +34,27 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
     the two, so ``z`` is moved along.
     """
     schedule_free = all("train_mode" in group for group in optimizer.param_groups)
+    factors = [
+        X
+        for module in modules
+        for X in (module.U, module.V)
+        if isinstance(X, nn.Parameter) and X.requires_grad
+    ]
     with torch.no_grad(), outside_autocast():
-        for module in modules:
-            for X in (module.U, module.V):
-                if not (isinstance(X, nn.Parameter) and X.requires_grad):
-                    continue
-                retracted = RETRACTIONS[how](X)
+        for alike in _alike(factors):
+            together = torch.stack(alike) if len(alike) > 1 else alike[0][None]
+            for X, retracted in zip(alike, RETRACTIONS[how](together), strict=True):
                 z = optimizer.state.get(X, {}).get("z")
                 if schedule_free and isinstance(z, Tensor) and z.shape == X.shape:
                     z += (retracted - X).to(z.dtype)
                 X.copy_(retracted)
+
+
+def _alike(factors: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """``factors`` in groups of one shape, dtype and device and at most ``TOGETHER`` values."""
+    groups: dict[Hashable, list[nn.Parameter]] = defaultdict(list)
+    for X in factors:
+        groups[X.shape, X.dtype, X.device].append(X)
+    for alike in groups.values():
+        size = max(1, TOGETHER // alike[0].numel())
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))

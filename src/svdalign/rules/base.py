@@ -18,7 +18,9 @@ from .._map_statistics import grid_means_and_spread
 from ..factors import FactoredLayer
 from ..feedback import Feedback, grid_size, pool, pooled_size
 from ..losses import (
+    Directions,
     channel_statistics,
+    directions,
     hoyer_sparsity,
     orthogonality_penalty,
     subspace_share,
@@ -93,6 +95,9 @@ class Supervision:
     loss: Loss
     error: Tensor | None
     task: Task
+    _directions: dict[torch.dtype, Directions] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -118,6 +123,12 @@ class Supervision:
             f"targets of shape {tuple(t.shape)} are not of the layout of the network's output, "
             f"{shape}, which a rule that reads targets as numbers needs"
         )
+
+    def target_directions(self, dtype: torch.dtype) -> Directions:
+        """:func:`losses.directions` of the targets, in ``dtype``: once for all units."""
+        if dtype not in self._directions:
+            self._directions[dtype] = directions(self.target_matrix().to(dtype))
+        return self._directions[dtype]
 
     def like_output(self, z: Tensor) -> Tensor:
         """A readout (..., classes) in the output's layout: pixels to (B, classes, H, W) at the

@@ -89,7 +89,8 @@ class SSA(Rule):
         aligned = self.alpha > 0 and supervision.task.one_class_a_sample
         if aligned and self.alignment == "similarity":
             pooled, statistics = unit.pool_and_statistics(h, self._grid(feedback))
-            alignment = statistics_alignment(statistics, supervision.target_matrix())
+            wanted = supervision.target_directions(statistics.dtype)
+            alignment = statistics_alignment(statistics, wanted)
             return task_loss(self.error, feedback, pooled, supervision) + self.alpha * alignment
         pooled = unit.pool(h, self._grid(feedback))
         loss = task_loss(self.error, feedback, pooled, supervision)
