@@ -5,11 +5,13 @@ from .alignment import alignment
 from .engine import Learner, StepReport
 from .export import compact
 from .factors import Muon, RankCut, SVDConv2d, SVDLinear, factorize, fuse, reduce_rank
+from .fitting import Choices, plan
 from .storage import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Choices",
     "Learner",
     "Muon",
     "RankCut",
@@ -23,6 +25,7 @@ __all__ = [
     "fuse",
     "load",
     "parallel",
+    "plan",
     "reduce_rank",
     "rules",
     "save",

@@ -80,7 +80,10 @@ class _Statistics(torch.autograd.Function):
             if spread_dtype is not None:
                 mean = part.mean((2, 3), keepdim=True) if mean is None else mean
                 means.append(mean)
-                spreads.append((part - mean).square_().mean((2, 3), keepdim=True).sqrt_())
+                # The square of a difference in one visit; torch.nn.functional warns of the shapes.
+                squares = torch.ops.aten.mse_loss(part, mean, 0)
+                spreads.append(squares.mean((2, 3), keepdim=True).sqrt_())
+                del squares
             del part  # before the next is made
         ctx.recipe, ctx.cells = recipe.without_tensors(), cells
         together = [torch.cat(found) if found else None for found in (grids, means, spreads)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -58,6 +59,47 @@ def test_a_layer_takes_pooling_that_shrinks_at_most_like_two_by_two(size, pool, 
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(8, 2, 1))
     plan = plan_of(model, "layer", torch.randn(2, 3, size, size))
     assert plan.units[0].exit == ("2" if taken else "1")
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_balanced_units_have_the_smallest_largest(pieces: int, seed: int) -> None:
+    """A linear layer holds its input: of all ways to cut a chain of them into so many units none
+    has a largest unit that holds less."""
+    widths = np.random.default_rng(seed).integers(1, 60, size=6).tolist()
+    net = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise([*widths, 2])))
+    plan = plan_of(
+        net, "balanced" if pieces == 2 else f"balanced-{pieces}", torch.randn(3, widths[0])
+    )
+    assert len(plan.units) == pieces
+
+    def largest(sizes: list[int]) -> int:
+        ends = [0, *itertools.accumulate(sizes)]
+        return max(sum(widths[a:b]) for a, b in itertools.pairwise(ends))
+
+    ways = (w for w in itertools.product(range(1, 6), repeat=pieces) if sum(w) == len(widths))
+    assert largest([len(modules) for modules in owned(plan)]) == min(map(largest, ways))
+
+
+def test_the_classifier_belongs_to_the_last_balanced_unit() -> None:
+    plan = plan_of(sequential(), "balanced", EXAMPLE)
+    assert "11" in owned(plan)[-1]
+    assert len(owned(plan)[-1]) > 1
+
+
+def test_balanced_leaves_no_trace() -> None:
+    model = sequential()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    plan_of(model, "balanced-3", EXAMPLE)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("units", ["balanced-1", "balanced-", "balanced3"])
+def test_balanced_wants_a_number_of_units(units: str) -> None:
+    with pytest.raises(ValueError, match=r"units must be .*'balanced-3'"):
+        plan_of(sequential(), units, EXAMPLE)
 
 
 def test_activations_in_place_change_no_unit() -> None:

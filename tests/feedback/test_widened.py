@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import svdalign as sva
 from svdalign.feedback import StructuredFeedback, WidenedFeedback
-from svdalign.lab.costs.memory import LiveTensors
+from svdalign.lab.costs import LiveTensors
 from svdalign.rules import SSA
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}

@@ -95,8 +95,8 @@ def exits(model: nn.Module, units: Units, calls: list[Call]) -> frozenset[str]:
             bases = bases[units - 1 :: units]
     else:
         raise ValueError(
-            "units must be 'layer', 'block', 'stage', a whole number, a list of module names or a "
-            f"callable, got {units!r}"
+            "units must be 'layer', 'block', 'stage', 'balanced', 'balanced-3' (of any number), a "
+            f"whole number, a list of module names or a callable, got {units!r}"
         )
     # A norm after a block is mostly the first step of the next block, so only units that end at a
     # layer take in what follows.

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from . import cuts
+from .balance import balanced, pieces_of
 from .cuts import Call, Units
 from .forward import evaluating
 from .layout import AS_IT_IS, Layout, layout_of
@@ -29,10 +30,11 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     ``units``: ``"layer"`` ends a unit after every layer with a weight matrix and the norm,
     activation and pooling modules that follow it; ``"block"`` after every residual or transformer
     block (after every layer where there are none); ``"stage"`` after every run of blocks of one
-    feature shape; an int after that many blocks; a list of module names after each of these; a
-    callable ``(name, module) -> bool`` after each module for which it is true. ``example``: a batch
-    that the model can run on. ``whole``: allow a plan of one unit for a model of several layers,
-    which is backpropagation.
+    feature shape; ``"balanced"`` makes two units of blocks that hold about equal memory, of which
+    the last has the classifier, ``"balanced-3"`` three, and so on; an int after that many blocks; a
+    list of module names after each of these; a callable ``(name, module) -> bool`` after each
+    module for which it is true. ``example``: a batch that the model can run on. ``whole``: allow a
+    plan of one unit for a model of several layers, which is backpropagation.
 
     The layers after the last of these ends belong to the output's own unit, which learns from the
     task. A unit ends only where its output has the batch as an axis. Layers that are dropped at
@@ -47,7 +49,10 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
         units = _named(model, units)
     example, calls = _run(model, example)
     mode, calls = _mode_that_runs_all(model, example, calls)
-    ends = cuts.exits(model, units, calls)
+    pieces = pieces_of(units)
+    ends = cuts.exits(model, units if pieces is None else "block", calls)
+    if pieces is not None:
+        ends = balanced(model, example, cuts.in_order(calls, ends), pieces)
     outputs = [
         (c.path, c.module, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)
     ]

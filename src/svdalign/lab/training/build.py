@@ -280,6 +280,7 @@ def _optimizer(
         for group in muon.param_groups:
             group["lr_scale"] = group["lr"] / config.rate
         return muon
+    fused = torch.device(config.device).type in ("cpu", "cuda")  # all parameters in one call
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -287,12 +288,14 @@ def _optimizer(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
+            fused=fused,
         )
     return torch.optim.AdamW(
         parameters,
         config.rate,
         betas=(config.momentum, config.beta2),
         weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 

@@ -136,8 +136,8 @@ class ModelConfig:
     )
     units: int | str | list[str] = option(
         "block",
-        "what learns on its own: layer, block, stage, a number of blocks, or a list of the modules "
-        "that units end with",
+        "what learns on its own: layer, block, stage, balanced (two units that hold the same; "
+        "balanced-3: three), a number of blocks, or a list of the modules that units end with",
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ...engine.forward import evaluating
+from .engine.forward import evaluating
 
 __all__ = ["LiveTensors", "Memory", "inference_memory", "step_memory", "storage_bytes"]
 
