@@ -71,14 +71,14 @@ class _Statistics(torch.autograd.Function):
             if size is not None:
                 if size == (1, 1):
                     grid = mean = part.mean((2, 3), keepdim=True)
-                elif cells is not None:  # the mean of the means of equal cells is that of all
+                elif cells is not None:
                     grid = F.avg_pool2d(part, cells)
-                    mean = grid.mean((2, 3), keepdim=True)
                 else:
                     grid = F.adaptive_avg_pool2d(part, size)
                 grids.append(grid.to(grid_dtype))
             if spread_dtype is not None:
-                mean = part.mean((2, 3), keepdim=True) if mean is None else mean
+                if mean is None:  # the mean of the means of equal cells is that of all
+                    mean = (part if cells is None else grid).mean((2, 3), keepdim=True)
                 means.append(mean)
                 # The square of a difference in one visit; torch.nn.functional warns of the shapes.
                 squares = torch.ops.aten.mse_loss(part, mean, 0)
@@ -88,7 +88,8 @@ class _Statistics(torch.autograd.Function):
         ctx.recipe, ctx.cells = recipe.without_tensors(), cells
         together = [torch.cat(found) if found else None for found in (grids, means, spreads)]
         pooled, means_, deviations = together
-        ctx.save_for_backward(means_, deviations, *recipe.tensors)
+        tensors = () if spread_dtype is None else recipe.tensors  # for means the shape is enough
+        ctx.save_for_backward(means_, deviations, *tensors)
         return pooled, None if deviations is None else deviations.squeeze((2, 3))
 
     @staticmethod

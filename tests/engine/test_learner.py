@@ -296,6 +296,51 @@ def test_factors_that_are_changed_between_steps_can_be_brought_back(retraction: 
     assert (worst_error(learner) <= 1e-5) == (retraction is not None)
 
 
+class TestEarlyUpdates:
+    """Each unit's weights are updated as soon as it has gone backward."""
+
+    @pytest.mark.parametrize("horizon", [0, 1, 5])
+    @pytest.mark.parametrize("rule", ["ssa", "ssa-reconstruction"])
+    @pytest.mark.parametrize(
+        "optimizer", [adamw, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2)]
+    )
+    def test_change_nothing_where_parameters_are_treated_one_by_one(
+        self, rule: str, horizon: int, optimizer
+    ) -> None:
+        after = []
+        for early in (False, True):
+            learner = learner_of(rule, optimizer=optimizer, horizon=horizon, update_early=early)
+            torch.manual_seed(1)  # of the dropout
+            for seed in range(3):
+                learner.step(*batch(seed))
+            after.append(learner.state_dict())
+        torch.testing.assert_close(after[1]["model"], after[0]["model"], rtol=0, atol=0)
+        torch.testing.assert_close(after[1]["feedback"], after[0]["feedback"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            after[1]["optimizer"]["state"], after[0]["optimizer"]["state"], rtol=0, atol=0
+        )
+
+    def test_hold_gradients_of_one_unit_at_a_time(self) -> None:
+        learner = learner_of(update_early=True)
+        parameters = [*learner.model.parameters(), *learner.feedback.parameters()]
+        held = []
+
+        def note(*_: object) -> None:
+            held.append({id(p) for p in parameters if p.grad is not None})
+
+        learner.optimizer.register_step_pre_hook(note)
+        learner.step(*batch())
+        assert len(held) == len(learner.units)
+        assert sum(map(len, held)) == len(set().union(*held)) == len(parameters)
+        assert all(p.grad is None for p in parameters)
+
+    def test_are_refused_where_units_share_weights(self) -> None:
+        shared = nn.Linear(6, 6)
+        model = nn.Sequential(nn.Linear(4, 6), shared, nn.ReLU(), shared, nn.Linear(6, 3))
+        with pytest.raises(ValueError, match=r"update_early .*1\.weight.* belong to several"):
+            learner_of(model=model, example=torch.randn(5, 4), update_early=True)
+
+
 def test_retraction_every_k_steps() -> None:
     learner = learner_of(retraction="qr", retract_every=3)
     errors = []
@@ -346,6 +391,12 @@ def test_the_default_retraction_copes_with_large_steps(rate: float) -> None:
         ),
         ({"retraction": "cayley"}, ValueError, r"retraction .*'newton-schulz'.*None.*'cayley'"),
         ({"retract_every": 0}, ValueError, r"retract_every .*at least 1, got 0"),
+        ({"update_early": True, "horizon": None}, ValueError, r"update_early .*horizon .*got None"),
+        (
+            {"update_early": True, "optimizer": torch.optim.LBFGS},
+            ValueError,
+            r"update_early .*LBFGS evaluates the loss by itself",
+        ),
         ({"model": "net"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
         ({"model": nn.Sequential(nn.ReLU())}, ValueError, r"model has no parameter to train"),
     ],

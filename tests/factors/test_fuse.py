@@ -6,6 +6,7 @@ The oracle is the dense convolution of the merged weight followed by torch's own
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svdalign as sva
-from svdalign import rules
+from svdalign import _parts, rules
 from svdalign._parts import CHUNK
 from svdalign.factors import FusedConv2d, SVDConv2d
 from svdalign.factors._choice import Cost
@@ -241,8 +242,10 @@ def test_statistics_bear_a_mean_far_from_zero() -> None:
 
 @pytest.mark.parametrize("tail", ["norm, relu", "norm, relu in place, pool", "gelu, mean"])
 @pytest.mark.parametrize("size", [1, 500, 10**9])
-def test_parts_of_any_size_give_the_same(tail: str, size: int, monkeypatch) -> None:
+@pytest.mark.parametrize("held", [0, 10**9])
+def test_parts_of_any_size_give_the_same(tail: str, size: int, held: int, monkeypatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(_parts, "HELD", held)
     net = chain(tail, "channel")
     monkeypatch.setitem(CHUNK, "cpu", size)
     model = sva.fuse(net)
@@ -652,8 +655,9 @@ def test_how_many_samples_at_a_time_changes_nothing(
         optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x,
     )  # fmt: skip
     found = []
-    for bits in (24, 7, 8, 9, 10, 11, 12):
+    for bits, held in itertools.product((24, 7, 8, 9, 10, 11, 12), (0, 1 << 24)):
         monkeypatch.setitem(CHUNK, "cpu", 1 << bits)
+        monkeypatch.setattr(_parts, "HELD", held)  # of gradients that can be computed twice
         found.append(learner.gradients(x, y))
     for gradients in found[1:]:
         for name, gradient in gradients.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import svdalign as sva
+from svdalign import _parts
 from svdalign.feedback import StructuredFeedback, WidenedFeedback
 from svdalign.lab.costs import LiveTensors
 from svdalign.rules import SSA
@@ -45,9 +48,14 @@ def cells(n: int, grid: int) -> list[slice]:
 @settings(max_examples=20)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6)),
-    wide=st.integers(1, 8), grid=st.integers(1, 4),
+    wide=st.integers(1, 8), grid=st.integers(1, 4), held=st.sampled_from([0, 1 << 20]),
 )  # fmt: skip
-def test_readout_and_its_gradients_are_the_definitions(shape, wide: int, grid: int) -> None:
+def test_readout_and_its_gradients_are_the_definitions(shape, wide, grid, held: int) -> None:
+    with mock.patch.object(_parts, "HELD", held):
+        check_readout(shape, wide, grid)
+
+
+def check_readout(shape: tuple[int, int, int], wide: int, grid: int) -> None:
     feedback = make(shape, wide=wide, grid=grid)
     p = torch.randn(2, shape[0] * shape[1] * shape[2]).double().requires_grad_()
     e = torch.randn(2, 4).double()
@@ -61,7 +69,8 @@ def test_readout_and_its_gradients_are_the_definitions(shape, wide: int, grid: i
         torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_only_the_narrow_map_is_held() -> None:
+def test_only_the_narrow_map_is_held(monkeypatch) -> None:
+    monkeypatch.setattr(_parts, "HELD", 0)
     feedback = make((2, 16, 16), wide=64, grid=4).float()
     p = torch.randn(8, 2 * 16 * 16, requires_grad=True)
     with LiveTensors([p, *feedback.parameters()]) as live:
@@ -72,7 +81,8 @@ def test_only_the_narrow_map_is_held() -> None:
     assert held < p.numel() * 4  # the wide map is 32 times as large
 
 
-def test_no_more_is_made_at_a_time_than_the_map_that_is_held() -> None:
+def test_no_more_is_made_at_a_time_than_the_map_that_is_held(monkeypatch) -> None:
+    monkeypatch.setattr(_parts, "HELD", 0)
     feedback = make((2, 16, 16), wide=64, grid=4).float()
     p = torch.randn(64, 2 * 16 * 16, requires_grad=True)
     z = feedback.readout(p)

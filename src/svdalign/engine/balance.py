@@ -1,9 +1,10 @@
-"""Units of about equal memory: where to cut so that the largest of them holds the least."""
+"""Cuts into pieces of about equal cost: so that the largest of them costs the least."""
 
 from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,19 +15,44 @@ from torch.utils._pytree import tree_leaves
 
 from .forward import forward, preserved
 
-__all__ = ["balanced", "pieces_of"]
+__all__ = ["balanced", "balanced_ends", "pieces_of"]
 
 
 def pieces_of(units: object) -> int | None:
     """How many units ``"balanced"`` (2) or ``"balanced-K"`` (K, at least 2) asks for; None where
     ``units`` is something else."""
-    found = (
-        re.fullmatch(r"balanced(?:-([2-9]|[1-9]\d+))?", units) if isinstance(units, str) else None
-    )
+    text = units if isinstance(units, str) else ""
+    found = re.fullmatch(r"balanced(?:-([2-9]|[1-9]\d+))?", text)
     return None if found is None else int(found[1] or 2)
 
 
-def balanced(model: nn.Module, example: Any, ends: Sequence[str], pieces: int) -> frozenset[str]:
+def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
+    """How many consecutive items each of ``parts`` gets, at least one, so that the largest sum of
+    ``costs`` is as small as can be. ValueError for fewer items than parts."""
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts must be from 1 to the number of items, {n}, got {parts}")
+    sums = [0.0, *itertools.accumulate(costs)]
+
+    def shares(largest: float) -> tuple[int, ...]:
+        """As many items for each part as ``largest`` and those after it allow; not all of the
+        items if it is too small."""
+        ends = [0]
+        for left in reversed(range(parts)):
+            end = start = ends[-1]
+            while end < n - left and sums[end + 1] - sums[start] <= largest:
+                end += 1
+            ends.append(end)
+        return tuple(b - a for a, b in itertools.pairwise(ends))
+
+    largest = sorted({b - a for a, b in itertools.combinations(sums, 2)})
+    enough = bisect_left(largest, True, key=lambda sum_: sum(shares(sum_)) == n)
+    return shares(largest[enough])
+
+
+def balanced_ends(
+    model: nn.Module, example: Any, ends: Sequence[str], pieces: int
+) -> frozenset[str]:
     """Those of ``ends``, paths of modules in order of execution, that cut ``model`` into ``pieces``
     units so that the largest holds the least for its backward pass; fewer where there are fewer.
 
@@ -34,21 +60,8 @@ def balanced(model: nn.Module, example: Any, ends: Sequence[str], pieces: int) -
     classifier with it.
     """
     ends, held = _held(model, example, ends)
-    sums = [0, *itertools.accumulate(held)]
-    # best[i]: least size of the largest of the units up to the i-th stretch, and their cuts.
-    best = [(size, ()) for size in sums[1:]]
-    for _ in range(min(pieces, len(held)) - 1):
-        best = [
-            min(
-                (
-                    (max(best[cut][0], sums[i + 1] - sums[cut + 1]), (*best[cut][1], cut))
-                    for cut in range(i)
-                ),
-                default=best[i],
-            )
-            for i in range(len(held))
-        ]
-    return frozenset(ends[cut] for cut in best[-1][1])
+    counts = balanced(held, min(pieces, len(held)))
+    return frozenset(ends[i - 1] for i in itertools.accumulate(counts[:-1]))
 
 
 def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,11 +20,13 @@ from .units import Plan
 
 __all__ = [
     "check_batch",
+    "check_early_updates",
     "check_input",
     "check_model",
     "check_scalar",
     "check_settings",
     "check_trained",
+    "needs_closure",
 ]
 
 _PARALLEL = {
@@ -96,6 +100,29 @@ def check_settings(
         raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be called with (z, y), got {type(loss).__name__}")
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``optimizer`` evaluates the loss by itself, as LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def check_early_updates(plan: Plan, horizon: int | None, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to update each unit as it retires where that is another update."""
+    if horizon is None:
+        raise ValueError("update_early needs units: horizon must be a whole number, got None")
+    if needs_closure(optimizer):
+        raise ValueError(
+            "update_early needs an optimizer that steps on given gradients, "
+            f"{type(optimizer).__name__} evaluates the loss by itself"
+        )
+    units = Counter(name for unit in plan.units for name in unit.parameters)
+    if shared := sorted(name for name, count in units.items() if count > 1):
+        raise ValueError(
+            f"update_early needs weights that belong to one unit each, {', '.join(shared)} belong "
+            "to several"
+        )
 
 
 def check_batch(

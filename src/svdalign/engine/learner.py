@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +20,14 @@ from .._table import as_html, as_text
 from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import Kind, Loss, Task
-from .checks import check_batch, check_input, check_model, check_settings
+from .checks import (
+    check_batch,
+    check_early_updates,
+    check_input,
+    check_model,
+    check_settings,
+    needs_closure,
+)
 from .cuts import Units
 from .forward import forward, preserved
 from .local_losses import LocalLosses
@@ -74,7 +80,12 @@ class Learner:
     called on small outputs. ``retraction``: "qr", "polar", "newton-schulz" (for small steps) or
     None, brings ``U`` and ``V`` back onto the manifold after every ``retract_every`` steps.
     ``recompute``: residual or transformer blocks (layers where there are none) save only their
-    inputs and run again in the backward pass, ``horizon + 1`` times. ``seed``: of the feedback's
+    inputs and run again in the backward pass, ``horizon + 1`` times. ``update_early``: in
+    :meth:`step` a unit's weights are updated, and their gradients dropped, as soon as the unit has
+    gone backward, so that gradients of one unit are held at a time. The optimizer's ``step`` is
+    called once for each unit: the same update where it treats every parameter by itself, as SGD and
+    Adam do; where it looks at all gradients at once, as clipping by their joint norm does, it looks
+    at one unit's. A loss that fails leaves the units before it updated. ``seed``: of the feedback's
     random matrices.
 
     Raises TypeError or ValueError, which name the argument, for arguments that do not fit.
@@ -95,6 +106,7 @@ class Learner:
         retraction: str | None = "qr",
         retract_every: int = 1,
         recompute: bool = False,
+        update_early: bool = False,
         seed: int = 0,
     ) -> None:
         check_settings(retraction, retract_every, optimizer, loss, task)
@@ -135,6 +147,9 @@ class Learner:
                 f"got {self.optimizer!r}"
             )
         self._task_loss = TaskLoss(self.loss, model, self.optimizer)
+        self.update_early = update_early
+        if update_early:
+            check_early_updates(self.plan, self.horizon, self.optimizer)
 
     def __repr__(self) -> str:
         return f"{self._heading()}\n{as_text(unit_rows(self))}"
@@ -184,6 +199,8 @@ class Learner:
         (of the first batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is
         called more often than for the example.
         """
+        if self.update_early:
+            return self._step_early(x, y)
         reports: list[StepReport] = []
 
         def closure() -> Tensor:
@@ -191,7 +208,7 @@ class Learner:
             reports.append(self.backward(x, y))
             return reports[-1].loss
 
-        if _needs_closure(self.optimizer):
+        if needs_closure(self.optimizer):
             self.optimizer.step(closure)  # type: ignore[arg-type]
             self.after_update()
         else:
@@ -199,12 +216,30 @@ class Learner:
             self.update()
         return reports[0]
 
+    def _step_early(self, x: Any, y: Tensor) -> StepReport:
+        retired = self._retired
+
+        def update(unit: Unit, parameters: list[Tensor]) -> None:
+            retired(unit, parameters)
+            self.optimizer.step()  # of what has a gradient
+            self.optimizer.zero_grad(set_to_none=True)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        self._check_ranks()
+        self._retired = update
+        try:
+            report = self.backward(x, y)
+        finally:
+            self._retired = retired
+        self.after_update()
+        return report
+
     def update(self) -> None:
         """The second half of :meth:`step`: the optimizer's step with the present gradients, then
         the retraction. Clip gradients after :meth:`backward` and before this.
 
         Raises TypeError for an optimizer that evaluates the loss by itself, such as LBFGS."""
-        if _needs_closure(self.optimizer):
+        if needs_closure(self.optimizer):
             raise TypeError(
                 f"{type(self.optimizer).__name__} evaluates the loss by itself: call "
                 "learner.step(x, y), or learner.optimizer.step(closure) with a closure that calls "
@@ -392,11 +427,6 @@ class Learner:
         # In the weights' precision: in float16, entries of the size of 1 / batch could become 0.
         z = z.detach().to(self._local.dtype).requires_grad_()
         return torch.autograd.grad(self._task_loss(z, y), z)[0]
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _unscaled(loss: Tensor) -> Tensor:

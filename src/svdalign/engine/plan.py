@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from . import cuts
-from .balance import balanced, pieces_of
+from .balance import balanced_ends, pieces_of
 from .cuts import Call, Units
 from .forward import evaluating
 from .layout import AS_IT_IS, Layout, layout_of
@@ -52,7 +52,7 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     pieces = pieces_of(units)
     ends = cuts.exits(model, units if pieces is None else "block", calls)
     if pieces is not None:
-        ends = balanced(model, example, cuts.in_order(calls, ends), pieces)
+        ends = balanced_ends(model, example, cuts.in_order(calls, ends), pieces)
     outputs = [
         (c.path, c.module, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)
     ]

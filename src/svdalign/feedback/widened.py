@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._autocast import autocasted
+from .._map_statistics import grid_means
+from .._parts import worth_holding
 from .matrices import Feedback, StructuredFeedback
 
 __all__ = ["WidenedFeedback"]
@@ -21,8 +23,8 @@ class WidenedFeedback(Feedback):
 
     ``p`` (B, C h w) is a pooled map of ``shape`` (C, h, w). The 3 x 3 convolution ``K`` turns it
     into ``wide`` channels; ``P`` averages these onto at most ``grid`` x ``grid`` cells. With
-    ``learn``, ``K`` and the matrix are trained by the unit's own loss. The wide map is not saved
-    but computed again in the backward pass, some samples at a time.
+    ``learn``, ``K`` and the matrix are trained by the unit's own loss. A large wide map is not
+    saved but computed again in the backward pass, some samples at a time.
 
     Source: the auxiliary networks of Belilovsky et al., *Decoupled Greedy Learning of CNNs* (2020);
     this is the smallest.
@@ -55,8 +57,12 @@ class WidenedFeedback(Feedback):
         self.matrix = StructuredFeedback(d, classes, rank=rank, learn=learn, generator=generator)
 
     def readout(self, p: Tensor) -> Tensor:
+        p = autocasted(p)
+        wide = len(p) * len(self.K) * math.prod(self.shape[1:])
+        if worth_holding(wide * p.element_size()):
+            return self._readout(p)
         # So many parts that the wide map of each is no larger than p.
-        parts = autocasted(p).chunk(math.ceil(len(self.K) / self.shape[0]))
+        parts = p.chunk(math.ceil(len(self.K) / self.shape[0]))
         return torch.cat(
             [
                 checkpoint(self._readout, part, use_reentrant=False, preserve_rng_state=False)
@@ -66,4 +72,4 @@ class WidenedFeedback(Feedback):
 
     def _readout(self, p: Tensor) -> Tensor:
         wide = F.conv2d(p.reshape(len(p), *self.shape), self.K, padding=1).relu_()
-        return self.matrix.readout(F.adaptive_avg_pool2d(wide, self.read).flatten(1))
+        return self.matrix.readout(grid_means(wide, self.read, wide.dtype).flatten(1))

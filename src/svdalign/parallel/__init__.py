@@ -12,7 +12,8 @@ old weights are kept. See :class:`LayerParallel`.
 when it retires, so they are averaged while the next unit runs. See :class:`DataParallel`.
 """
 
-from .balance import balanced, unit_seconds
+from ..engine.balance import balanced
+from .balance import unit_seconds
 from .layers import LayerParallel
 from .link import PeerError
 from .samples import DataParallel

@@ -1,11 +1,8 @@
-"""Which units where: shares of about equal measured time."""
+"""How long each unit takes."""
 
 from __future__ import annotations
 
-import itertools
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor
 from ..engine import Learner
 from ..factors.stiefel import RETRACTIONS
 
-__all__ = ["balanced", "unit_seconds"]
+__all__ = ["unit_seconds"]
 
 
 def unit_seconds(learner: Learner, x: Any, y: Tensor, repeats: int = 5) -> list[float]:
@@ -62,27 +59,3 @@ def _retraction_seconds(learner: Learner, index: int, repeats: int) -> float:
                 retract(X)
         taken.append(time.perf_counter() - started)
     return min(taken) / learner.retract_every
-
-
-def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
-    """How many consecutive items each of ``parts`` gets, at least one, so that the largest sum of
-    ``costs`` is as small as can be. ValueError for fewer items than parts."""
-    n = len(costs)
-    if not 1 <= parts <= n:
-        raise ValueError(f"parts must be from 1 to the number of items, {n}, got {parts}")
-    sums = [0.0, *itertools.accumulate(costs)]
-
-    def shares(largest: float) -> tuple[int, ...]:
-        """As many items for each part as ``largest`` and those after it allow; not all of the
-        items if it is too small."""
-        ends = [0]
-        for left in reversed(range(parts)):
-            end = start = ends[-1]
-            while end < n - left and sums[end + 1] - sums[start] <= largest:
-                end += 1
-            ends.append(end)
-        return tuple(b - a for a, b in itertools.pairwise(ends))
-
-    largest = sorted({b - a for a, b in itertools.combinations(sums, 2)})
-    enough = bisect_left(largest, True, key=lambda sum_: sum(shares(sum_)) == n)
-    return shares(largest[enough])

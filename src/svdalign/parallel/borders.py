@@ -14,11 +14,21 @@ from ..engine import Learner
 from ..engine.forward import forward, preserved
 from ..engine.ownership import reached
 
-__all__ = ["check_borders", "owners", "refuse", "tensors_of"]
+__all__ = ["check_borders", "owners", "refuse", "refuse_early_updates", "tensors_of"]
+
+
+def refuse_early_updates(learner: Learner) -> None:
+    """ValueError for a learner that updates units before the step is over."""
+    if learner.update_early:
+        raise ValueError(
+            "several processes update all units at the end of a step: make the learner with "
+            "update_early=False"
+        )
 
 
 def refuse(learner: Learner) -> None:
     """ValueError for a learner whose units cannot learn side by side."""
+    refuse_early_updates(learner)
     if learner.horizon is None:
         raise ValueError(
             "horizon=None is backpropagation, whose errors come back through all units: no unit "

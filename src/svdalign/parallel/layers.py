@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .. import storage
 from ..engine import Learner, Plan, StepReport
+from ..engine.balance import balanced
 from ..engine.forward import forward, preserved
 from ..engine.streaming import stream
 from . import weights
-from .balance import balanced, unit_seconds
+from .balance import unit_seconds
 from .borders import check_borders, owners, refuse, tensors_of
 from .link import OTHER, Link, naming
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import storage
 from ..engine import Learner, StepReport
+from .borders import refuse_early_updates
 from .link import OTHER, naming
 
 __all__ = ["DataParallel"]
@@ -31,6 +32,7 @@ class DataParallel:
     """
 
     def __init__(self, learner: Learner, *, group: dist.ProcessGroup | None = None) -> None:
+        refuse_early_updates(learner)
         self.learner, self.group = learner, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         times = Counter(name for unit in learner.units for name in unit.parameters)

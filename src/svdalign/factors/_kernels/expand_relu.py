@@ -15,7 +15,7 @@ from torch.nn.modules.utils import _pair
 
 from ..._lazy import LazyTensor, by_parts_or_lazy, read, reads_by_parts, recipe_of
 from ..._map_statistics import accumulation_dtype
-from ..._parts import by_parts, empty, parts_of
+from ..._parts import by_parts, empty, parts_of, worth_holding
 from ..layers import SVDConv2d
 from ._gradients import as_map, gradients_by_parts, positions, wanted_gradients
 from .reduce import Reduce
@@ -90,7 +90,8 @@ class ExpandReLU(torch.autograd.Function):
                 del place  # before the next is made
             return _expansion_gradients(ctx.layer, z[rows], second, g, wanted)
 
-        if not (wanted[0] and len(parts) > 1 and recipe_of(grad).cheap and _read_once(ctx)):
+        twice = wanted[0] and len(parts) > 1 and recipe_of(grad).cheap and _read_once(ctx)
+        if worth_holding(z.nbytes) or not twice:
             found = gradients_by_parts(lambda rows: run(rows, wanted), parts, wanted)
             return None, None, None, *found
 
@@ -106,7 +107,7 @@ class ExpandReLU(torch.autograd.Function):
 
 def _read_once(ctx: Any) -> bool:
     """Whether the gradient in ``z`` will be read once, for the weights of a first convolution whose
-    input needs no gradient. Then computing it by parts is cheaper than storing it."""
+    input needs no gradient. Then a large one can be computed by parts in place of stored."""
     node = ctx.next_functions[0][0]
     first = getattr(node, "_forward_cls", None) is Reduce
     return first and node.next_functions[0][0] is None
