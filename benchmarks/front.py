@@ -31,10 +31,10 @@ from svdalign.lab.training.record import provenance
 
 JOBS: dict[str, dict[str, Any]] = {
     "smallconv": {
-        "data": "cifar10", "image_size": 16, "train_limit": 10000, "epochs": 8,
+        "data": "cifar10", "image_size": 16, "train_limit": 4000, "test_limit": 4000, "epochs": 6,
     },
     "vgg8": {
-        "data": "cifar10", "train_limit": 3000, "test_limit": 3000, "epochs": 5, "model": "vgg8",
+        "data": "cifar10", "train_limit": 2000, "test_limit": 2000, "epochs": 5, "model": "vgg8",
         "width": 0.25,
     },
 }  # fmt: skip
