@@ -12,8 +12,9 @@ out among the combinations, at least two rounds each; the file is written after 
 ``--show`` prints a file as Markdown.
 
 Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
-horizon N; ``-checkpointed`` adds gradient checkpointing in segments of the square root of the
-depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
+horizon N, ``ssa-balanced-N`` in two units that hold about the same; ``-checkpointed`` adds gradient
+checkpointing in segments of the square root of the depth, ``-measured`` lets each layer compute
+with its fastest kernel (``svdalign.fuse(model, x)``).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ NETS = {
 }
 METHODS = (
     "bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "bp-measured",
-    "ssa-0", "ssa-0-measured", "ssa-1", "ssa-2",
+    "ssa-0", "ssa-0-measured", "ssa-balanced-0", "ssa-balanced-0-measured", "ssa-1", "ssa-2",
 )  # fmt: skip
 
 
@@ -118,7 +119,10 @@ def make_step(net: Net, method: str, precision: str, batch: int) -> Step:
     options: dict[str, Any] = {"rule": "bp"}
     if name == "ssa":
         rule = replace(rules.get("ssa"), **net.rule)
-        options = {"rule": rule, "horizon": int(kinds[0]), **net.local}
+        horizon = next(int(kind) for kind in kinds if kind.isdigit())
+        options = {"rule": rule, "horizon": horizon, **net.local}
+        if "balanced" in kinds:
+            options["units"] = "balanced"
     learner = sva.Learner(
         model,
         example=x[:2],

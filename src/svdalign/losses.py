@@ -101,21 +101,23 @@ def directions(x: Tensor) -> Directions:
     the batch's: the gradient of a cosine grows as one over the norm, and one such sample would
     outweigh all others.
     """
-    centred = x - x.mean(dim=1, keepdim=True)
-    scale, there = _scale(centred, _rounding(x))
+    mean = x.mean(dim=1, keepdim=True)
+    centred = x - mean
+    scale, there = _scale(centred, mean)
     return Directions(centred * scale, there)
 
 
-def _rounding(x: Tensor) -> Tensor:
-    """The square of what a row's norm may be by rounding alone, (B, 1)."""
-    return (100 * torch.finfo(x.dtype).eps * x.detach()).square().sum(dim=1, keepdim=True)
-
-
-def _scale(x: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
-    """What brings rows of ``x`` (..., d) to norm 1, or 0 where the norm's square is below
-    ``rounding`` or a millionth of the mean; and where it is not, (..., 1)."""
+def _scale(x: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What brings rows of ``x`` (..., d) to norm 1, or 0 where the norm's square is below a
+    millionth of the batch's mean; and where it is not, (..., 1). Rows that ``mean`` was taken off
+    are 0 as well where they may be rounding alone."""
     squares = x.square().sum(dim=-1, keepdim=True)
-    there = squares.detach() > torch.maximum(1e-6 * squares.detach().mean(), rounding)
+    known = squares.detach()
+    least = 1e-6 * known.mean()
+    if mean is not None:
+        before = known + x.shape[-1] * mean.detach().square()
+        least = torch.maximum(least, (100 * torch.finfo(x.dtype).eps) ** 2 * before)
+    there = known > least
     return there / squares.where(there, 1.0).sqrt(), there
 
 
@@ -142,8 +144,9 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, wanted: Tensor, wanted_there: Tensor) -> Tensor:
-        centred = x - x.mean(dim=1, keepdim=True)
-        scale, there = _scale(centred, _rounding(x))
+        mean = x.mean(dim=1, keepdim=True)
+        centred = x - mean
+        scale, there = _scale(centred, mean)
         found, wanted = centred * (scale * wanted_there), wanted * there
         difference = torch.addmm(wanted @ wanted.mT, found, found.mT, beta=-1)
         slope = difference * (4 / difference.numel())
@@ -166,7 +169,7 @@ class _Alignment(torch.autograd.Function):
 def cosine_alignment(pooled: Tensor, directions: Tensor) -> Tensor:
     """``1 - mean_i cos(p_i, b_i)``: pooled activation against feedback direction, both (B, d).
     A cosine counts as 0, and so does its gradient, where one of the two is 0."""
-    scale, _ = _scale(pooled, pooled.new_zeros(()))
+    scale, _ = _scale(pooled)
     return 1.0 - (pooled * scale * F.normalize(directions, dim=-1)).sum(dim=-1).mean()
 
 
