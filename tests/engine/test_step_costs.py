@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import svdalign as sva
+from svdalign import _parts
 from svdalign._parts import CHUNK
 from svdalign.lab import models
 from svdalign.lab.costs import pretending, step_memory
@@ -99,10 +100,15 @@ def test_peaks_of_vgg13_are_in_order() -> None:
     """At half its width, for the sake of the decompositions; the whole is in ``benchmarks``."""
     dense, factored = peak("vgg13", "bp", None, None), peak("vgg13", "bp", None, 0.25)
     local = [peak("vgg13", "ssa", horizon, 0.25) for horizon in (0, 1, 2)]
-    assert local[0] < 0.16 * dense
-    assert local[0] < 0.7 * factored
+    assert local[0] < 0.18 * dense
+    assert local[0] < 0.8 * factored
     assert local[0] < local[1] < factored < 0.25 * dense
     assert local[2] < 1.1 * factored
+
+
+def test_a_large_gradient_is_computed_twice_rather_than_held(monkeypatch) -> None:
+    monkeypatch.setattr(_parts, "HELD", 0)
+    assert peak("vgg13", "ssa", 0, 0.25) < 0.16 * peak("vgg13", "bp", None, None)
 
 
 def test_a_step_makes_a_bounded_number_of_operations() -> None:

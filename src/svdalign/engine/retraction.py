@@ -42,8 +42,9 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
     ]
     with torch.no_grad(), outside_autocast():
         for alike in _alike(factors):
-            together = torch.stack([*alike]) if len(alike) > 1 else alike[0][None]
-            for X, retracted in zip(alike, RETRACTIONS[how](together), strict=True):
+            retraction = RETRACTIONS[how]
+            found = retraction(torch.stack([*alike])) if len(alike) > 1 else [retraction(alike[0])]
+            for X, retracted in zip(alike, found, strict=True):
                 z = optimizer.state.get(X, {}).get("z")
                 if schedule_free and isinstance(z, Tensor) and z.shape == X.shape:
                     z += (retracted - X).to(z.dtype)
