@@ -77,7 +77,7 @@ def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str
         if t.ndim and len(t) in batch and storage._cdata not in seen:
             seen.add(storage._cdata)
             alive.append(t.detach())
-            held[-1] += storage.nbytes()
+            held[-1] += min(t.nbytes, storage.nbytes())  # a part of a batch is a view of it
         return t
 
     def end(path: str, *_: Any) -> None:
@@ -95,6 +95,9 @@ def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str
     finally:
         for handle in handles:
             handle.remove()
+    while called and held[-1] == 0:  # nothing learns after the last end
+        called.pop()
+        held.pop()
     return called, held
 
 
