@@ -1,30 +1,37 @@
 """Two processes of one thread each: units side by side, against what backpropagation can do.
 
-    python benchmarks/parallel.py [--nets vgg13 resnet32 vit] [--out FILE.json]
+    python benchmarks/parallel.py --nets vgg13 [--rounds 5] [--memory] [--processes 3]
 
-For each network, images a second, peak memory of a process above what it had before it built the
-network, bytes sent a step and share of time spent waiting, of
+Speed (the default): two processes hold one step of every job and take turns with them, so that a
+drift of the machine's speed touches all alike. Images a second and shares of idle time are of the
+steady state: the clock of a pipeline runs while all its processes are at work. Medians over the
+rounds. Run it on a machine with as many idle cores as processes.
 
 - SSA at horizon 0 on one process with one thread, and with two;
+- the same on every process by itself, added up: the most that this machine can give;
 - the same with its units on two processes (``svdalign.parallel.LayerParallel``);
-- backpropagation on the same factors on one process with one thread and two, and on two by
-  ``DistributedDataParallel``;
-- the same on two by ``torch.distributed.pipelining``, GPipe and 1F1B, in microbatches.
+- backpropagation on the same factors on one process with one thread and two, on two by
+  ``DistributedDataParallel``, and in microbatches by ``torch.distributed.pipelining`` (GPipe,
+  1F1B); and on the dense network.
 
-Every job runs in processes of its own, in turns; medians over the rounds. Run it on a machine with
-two idle cores.
+``--memory``: each job in fresh processes; peak resident memory of a process during steps, above
+what it had before it built the network. It needs no idle machine. Both write into the same file,
+a network at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
-import resource
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +44,62 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 import svdalign as sva
 from svdalign import parallel
 from svdalign.lab import models
-from svdalign.lab.training.record import provenance
+from svdalign.lab.training.build import prepare_machine
+from svdalign.lab.training.config import JobConfig
+from svdalign.lab.training.record import provenance, read_json, write_json
 
-BATCH, MICROBATCHES, WARMUP = 128, 4, 2
+BATCH = 128
+TAIL = 3  #: steps after the clock of a pipeline's process has stopped, for the others to end theirs
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "vgg13": ("vgg13", {"image_size": 32}),
     "resnet32": ("resnet32", {"image_size": 32}),
     "vit": ("vit_s16", {"image_size": 64, "width": 0.5}),
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """``kind`` of training on ``size`` processes (0: all), each with ``threads``."""
+
+    kind: str
+    size: int = 1
+    threads: int = 1
+    dense: bool = False
+    microbatches: int = 1
+
+
+BASE, ROOF = "SSA, one process, one thread", "SSA, by itself on each process, added up"
+LAYERS = "SSA, units on all processes"
 JOBS = {
-    "SSA, one process, one thread": ("ssa", 1, 1),
-    "SSA, one process, two threads": ("ssa", 1, 2),
-    "SSA, units on two processes": ("layers", 2, 1),
-    "SVD-BP, one process, one thread": ("bp", 1, 1),
-    "SVD-BP, one process, two threads": ("bp", 1, 2),
-    "SVD-BP, data-parallel on two processes": ("ddp", 2, 1),
-    "SVD-BP, GPipe on two processes": ("gpipe", 2, 1),
-    "SVD-BP, 1F1B on two processes": ("1f1b", 2, 1),
+    BASE: Job("ssa"),
+    "SSA, one process, two threads": Job("ssa", threads=2),
+    ROOF: Job("alone", 0),
+    LAYERS: Job("layers", 0),
+    "SVD-BP, one process, one thread": Job("bp"),
+    "SVD-BP, one process, two threads": Job("bp", threads=2),
+    "SVD-BP, data-parallel": Job("ddp", 0),
+    "SVD-BP, GPipe, 4 microbatches": Job("gpipe", 0, microbatches=4),
+    "SVD-BP, 1F1B, 4 microbatches": Job("1f1b", 0, microbatches=4),
+    "SVD-BP, 1F1B, 8 microbatches": Job("1f1b", 0, microbatches=8),
+    "BP, one process, two threads": Job("bp", threads=2, dense=True),
+    "BP, data-parallel": Job("ddp", 0, dense=True),
 }
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+def build(name: str, dense: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, options = NETS[name]
+    net = models.build(model, num_classes=10, in_channels=3, **options)
+    if not dense:
+        net = sva.factorize(net, rank=0.25, scheme="channel")
+        net = net if name == "vit" else sva.fuse(net)
+    net = net.to(memory_format=torch.channels_last)
+    size = options["image_size"]
+    x = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return net, x, torch.randint(10, (BATCH,))
 
 
 class Embed(nn.Module):
@@ -79,6 +124,20 @@ class Head(nn.Module):
         return out
 
 
+class Turned(nn.Module):
+    """``inner`` with its axes as they lie in memory where it begins or ends in the middle of the
+    network: gloo sends what is contiguous alone, and maps are channels-last."""
+
+    def __init__(self, inner: nn.Module, first: bool, last: bool) -> None:
+        super().__init__()
+        self.inner, self.first, self.last = inner, first, last
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.permute(0, 3, 1, 2) if h.ndim == 4 and not self.first else h
+        h = self.inner(h)
+        return h.permute(0, 2, 3, 1).contiguous() if h.ndim == 4 and not self.last else h
+
+
 def chain(net: Any) -> list[nn.Module]:
     """The network as a list of modules that run one after the other."""
     if hasattr(net, "blocks"):
@@ -89,67 +148,7 @@ def chain(net: Any) -> list[nn.Module]:
     return parts
 
 
-def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model, options = NETS[name]
-    net = models.build(model, num_classes=10, in_channels=3, **options)
-    factored = sva.factorize(net, rank=0.25, scheme="channel")
-    if name != "vit":
-        factored = sva.fuse(factored).to(memory_format=torch.channels_last)
-    size = options["image_size"]
-    x = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return factored, x, torch.randint(10, (BATCH,))
-
-
-def make_step(
-    kind: str, name: str, rank: int, size: int
-) -> tuple[Callable[[], object], Callable[[], dict[str, float]]]:
-    """A training step of ``kind``, and what there is to tell of bytes sent and seconds waited."""
-    model, x, y = build(name)
-    if kind in ("ssa", "layers"):
-        learner = sva.Learner(
-            model, "ssa", horizon=0, optimizer=lambda p: torch.optim.AdamW(p, 1e-3), example=x
-        )
-        if kind == "ssa":
-            return lambda: learner.step(x, y), _per_step(0)
-        stage = parallel.LayerParallel(learner, (x, y))
-        return lambda: stage.step(x, y), lambda: {"sent": stage.sent, "waited": stage.waited}
-    if kind in ("bp", "ddp"):
-        share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
-        inner = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(inner(x[share]), y[share]).backward()
-            optimizer.step()
-
-        gradients = 4 * sum(p.numel() for p in model.parameters()) if kind == "ddp" else 0
-        return step, _per_step(gradients)  # between two, every gradient is sent once
-    parts = chain(model)
-    count = parallel.balanced(_seconds(parts, x[: BATCH // MICROBATCHES]), size)[0]
-    mine = nn.Sequential(*(parts[:count] if rank == 0 else parts[count:]))
-    stage_ = PipelineStage(mine, rank, size, torch.device("cpu"))
-    schedule = (ScheduleGPipe if kind == "gpipe" else Schedule1F1B)(
-        stage_, MICROBATCHES, loss_fn=F.cross_entropy
-    )
-    optimizer = torch.optim.AdamW(mine.parameters(), 1e-3)
-    with torch.no_grad():
-        border = nn.Sequential(*parts[:count])(x[:2])
-
-    def pipelined() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step(x) if rank == 0 else schedule.step(target=y)
-        optimizer.step()
-
-    return pipelined, _per_step(4 * border[0].numel() * BATCH)
-
-
-def _per_step(sent: int) -> Callable[[], dict[str, float]]:
-    return lambda: {"sent_each": sent, "waited": float("nan")}
-
-
-def _seconds(parts: list[nn.Module], x: Tensor) -> list[float]:
+def seconds_of(parts: list[nn.Module], x: Tensor) -> list[float]:
     """Of each part, forward and backward, for a microbatch."""
     found = []
     for part in parts:
@@ -165,93 +164,212 @@ def _seconds(parts: list[nn.Module], x: Tensor) -> list[float]:
     return found
 
 
-def run(kind: str, name: str, rank: int, size: int, threads: int, steps: int, folder: str) -> None:
-    torch.set_num_threads(threads)
-    if size > 1:
-        meeting = f"file://{folder}/meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, tell = make_step(kind, name, rank, size)
-    for _ in range(WARMUP):
-        step()
-    if size > 1:
+# --- jobs ---------------------------------------------------------------------------------------
+
+
+def make(job: Job, name: str, rank: int, size: int) -> tuple[Callable[[], object], dict[str, Any]]:
+    """A training step of this process, and what there is to tell of it."""
+    model, x, y = build(name, job.dense)
+    if job.kind in ("ssa", "alone", "layers"):
+        learner = sva.Learner(
+            model, "ssa", horizon=0, optimizer=lambda p: torch.optim.AdamW(p, 1e-3), example=x
+        )
+        if job.kind != "layers":
+            return lambda: learner.step(x, y), {}
+        stage = parallel.LayerParallel(learner, (x, y))
+        stage.step(x, y)
+        told = {"partition": stage.partition, "unit_seconds": stage.seconds, "sent": stage.sent}
+        return lambda: stage.step(x, y), told
+    if job.kind in ("bp", "ddp"):
+        share = slice(rank * BATCH // size, (rank + 1) * BATCH // size) if job.size == 0 else ...
+        inner = nn.parallel.DistributedDataParallel(model) if job.kind == "ddp" else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(inner(x[share]), y[share]).backward()
+            optimizer.step()
+
+        gradients = 4 * sum(p.numel() for p in model.parameters())
+        # A ring: each process sends every gradient 2 (n - 1) / n times.
+        return step, {"sent": gradients * 2 * (size - 1) // size} if job.size == 0 else {}
+    parts = chain(model)
+    costs = torch.tensor(seconds_of(parts, x[: BATCH // job.microbatches]))
+    dist.broadcast(costs, 0)  # both have to cut alike
+    ends = [0]
+    for count in parallel.balanced(costs.tolist(), size):
+        ends.append(ends[-1] + count)
+    inner = nn.Sequential(*parts[ends[rank] : ends[rank + 1]])
+    mine = Turned(inner, first=rank == 0, last=rank == size - 1)
+    with torch.no_grad():
+        border = nn.Sequential(*parts[: ends[1]])(x[:2])
+    stage_ = PipelineStage(mine, rank, size, torch.device("cpu"))
+    kind = ScheduleGPipe if job.kind == "gpipe" else Schedule1F1B
+    schedule = kind(stage_, job.microbatches, loss_fn=F.cross_entropy)
+    optimizer = torch.optim.AdamW(mine.parameters(), 1e-3)
+
+    def pipelined() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if rank == 0:
+            schedule.step(x)
+        else:
+            schedule.step(target=y) if rank == size - 1 else schedule.step()
+        optimizer.step()
+
+    return pipelined, {"sent": 4 * border[0].numel() * BATCH, "partition": ends}
+
+
+def at_work(job: Job, rank: int) -> bool:
+    return rank == 0 or job.size == 0
+
+
+def speeds(name: str, jobs: list[str], rounds: int, steps: int, rank: int, size: int) -> Any:
+    """By job, this process's images a second and idle share in each round, and what it tells."""
+    prepare_machine(JobConfig())
+    found: dict[str, dict[str, Any]] = {}
+    made = {}
+    for key in jobs:
+        if at_work(JOBS[key], rank):
+            torch.set_num_threads(JOBS[key].threads)
+            made[key], told = make(JOBS[key], name, rank, size)
+            found[key] = {**told, "speeds": [], "idle": []}
+            made[key]()
         dist.barrier()
-    told, started = tell(), time.perf_counter()
-    for _ in range(steps):
-        step()
-    if size > 1:
+    for _, key in ((r, key) for r in range(rounds) for key in jobs):
         dist.barrier()
-    seconds = time.perf_counter() - started
-    after = tell()
-    sent = after["sent_each"] if "sent_each" in after else (after["sent"] - told["sent"]) / steps
-    found = {
-        "images_per_second": steps * BATCH / seconds,
-        "peak_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
-        "sent_bytes": sent,
-        "waited_share": (after["waited"] - told["waited"]) / seconds,
-    }
+        if key in made:
+            torch.set_num_threads(JOBS[key].threads)
+            step = made[key]
+            step()
+            started, busy = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                step()
+            took, busy = time.perf_counter() - started, time.process_time() - busy
+            for _ in range(TAIL if JOBS[key].size == 0 else 0):
+                step()
+            found[key]["speeds"].append(steps * BATCH / took)
+            found[key]["idle"].append(max(0.0, 1 - busy / took / JOBS[key].threads))
+    return found
+
+
+def peak(name: str, jobs: list[str], rounds: int, steps: int, rank: int, size: int) -> Any:
+    """Peak resident bytes of this process while it takes steps of the only job."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # what is freed goes back to the system at once
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    libc.mallopt(M_TRIM_THRESHOLD, 65536)
+    job = JOBS[jobs[0]]
+    torch.set_num_threads(job.threads)
+    before = status("VmRSS")
+    if not at_work(job, rank):
+        return {}
+    step, told = make(job, name, rank, size)
+    step()
+    step()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    step()
+    step()
+    return {jobs[0]: {**told, "peak_bytes": status("VmHWM") - before}}
+
+
+def status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+WHAT = {"speeds": speeds, "peak": peak}
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def process(what: str, folder: str, rank: int, size: int, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    found = WHAT[what](*arguments, rank, size)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def measure(job: str, name: str, steps: int) -> dict[str, Any]:
-    kind, size, threads = JOBS[job]
+def on_processes(what: str, size: int, *arguments: Any) -> list[dict[str, Any]]:
+    """What each of ``size`` processes found."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
         processes = [
-            context.Process(target=run, args=(kind, name, rank, size, threads, steps, folder))
+            CONTEXT.Process(target=process, args=(what, folder, rank, size, *arguments))
             for rank in range(size)
         ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(600)
-            if process.exitcode:
-                raise RuntimeError(f"{job} on {name}: a process ended with {process.exitcode}")
-        found = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(size)]
-    return {
-        "images_per_second": min(f["images_per_second"] for f in found),
-        "peak_bytes": [f["peak_bytes"] for f in found],
-        "sent_bytes": max(f["sent_bytes"] for f in found),
-        "waited_share": [f["waited_share"] for f in found],
-    }
+        for p in processes:
+            p.start()
+        for p in processes:
+            p.join()
+        if any(p.exitcode for p in processes):
+            raise RuntimeError(f"a process ended with {[p.exitcode for p in processes]}")
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parallel.json"))
     options = parser.parse_args()
-    rows = []
+    os.environ["OMP_NUM_THREADS"] = "2"  # the most that any job sets
+    CONTEXT.set_forkserver_preload(["svdalign.lab.models", "torch.distributed.pipelining"])
+    size = options.processes
     for name in options.nets:
-        rounds = [
-            {job: measure(job, name, options.steps) for job in JOBS} for _ in range(options.rounds)
-        ]
-        base = statistics.median(
-            r["SSA, one process, one thread"]["images_per_second"] for r in rounds
-        )
-        for job in JOBS:
-            speeds = [r[job]["images_per_second"] for r in rounds]
-            row = {
-                **rounds[-1][job],
-                "net": name,
-                "job": job,
-                "images_per_second": statistics.median(speeds),
-                "rounds": speeds,
-                "ratio": statistics.median(speeds) / base,
-            }
-            rows.append(row)
-            print(
-                f"{name:9} {job:40} {row['images_per_second']:7.0f} img/s  {row['ratio']:.2f}×  "
-                f"{max(row['peak_bytes']) / 2**20:5.0f} MiB  {row['sent_bytes'] / 2**20:6.2f} MiB",
-                flush=True,
-            )
-    content = {"batch": BATCH, "microbatches": MICROBATCHES, "rows": rows, **provenance("cpu")}
-    options.out.write_text(json.dumps(content, indent=2) + "\n")
+        content = read_json(options.out) or {}
+        rows = content.setdefault("rows", {}).setdefault(f"{name}, {size} processes", {})
+        if options.memory:
+            for key in options.jobs:
+                found = on_processes("peak", size, name, [key], 0, 0)
+                bytes_ = [f[key]["peak_bytes"] for f in found if key in f]
+                rows.setdefault(key, {})["peak_bytes"] = bytes_
+                print(f"{name:9} {key:42}", *(f"{b / 2**20:6.0f} MiB" for b in bytes_), flush=True)
+        else:
+            given = (name, options.jobs, options.rounds, options.steps)
+            found = on_processes("speeds", size, *given)
+            for key in options.jobs:
+                rows.setdefault(key, {}).update(summary(key, [f[key] for f in found if key in f]))
+            for key in options.jobs:
+                row, base = rows[key], rows[BASE]["rounds"]
+                ratios = [a / b for a, b in zip(row["rounds"], base, strict=True)]
+                row["ratio"] = statistics.median(ratios)
+                idle = " ".join(f"{share:.0%}" for share in row["idle"])
+                print(
+                    f"{name:9} {key:42} {row['images_per_second']:7.0f} images/s "
+                    f"{row['ratio']:5.2f}×  idle {idle:8} {row['sent'] / 2**20:6.2f} MiB sent",
+                    flush=True,
+                )
+        setting = {"batch": BATCH, **provenance("cpu")}
+        write_json(options.out, {**content, **setting})
+
+
+def summary(key: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One job, from what its processes found."""
+    together = sum if JOBS[key].kind == "alone" else min
+    rounds = [together(values) for values in zip(*(f["speeds"] for f in found), strict=True)]
+    told = {k: v for k, v in found[0].items() if k not in ("speeds", "idle")}
+    return {
+        **told,
+        "sent": max(f.get("sent", 0) for f in found),
+        "rounds": rounds,
+        "images_per_second": statistics.median(rounds),
+        "idle": [statistics.median(f["idle"]) for f in found],
+    }
 
 
 if __name__ == "__main__":
