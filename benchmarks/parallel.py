@@ -1,11 +1,11 @@
 """Two processes of one thread each: units side by side, against what backpropagation can do.
 
-    python benchmarks/parallel.py --nets vgg13 [--rounds 5] [--memory] [--processes 3]
+    python benchmarks/parallel.py --nets vgg13 [--memory] [--processes 3]
 
 Speed (the default): two processes hold one step of every job and take turns with them, so that a
 drift of the machine's speed touches all alike. Images a second and shares of idle time are of the
 steady state: the clock of a pipeline runs while all its processes are at work. Medians over the
-rounds. Run it on a machine with as many idle cores as processes.
+rounds in which other programs kept no more than a tenth of a core busy.
 
 - SSA at horizon 0 on one process with one thread, and with two;
 - the same on every process by itself, added up: the most that this machine can give;
@@ -22,16 +22,19 @@ a network at a time.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from svdalign.lab.training.config import JobConfig
 from svdalign.lab.training.record import provenance, read_json, write_json
 
 BATCH = 128
+MOST_OF_OTHERS = 0.1  #: cores that other programs may keep busy in a round that counts
 TAIL = 3  #: steps after the clock of a pipeline's process has stopped, for the others to end theirs
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "vgg13": ("vgg13", {"image_size": 32}),
@@ -90,16 +94,21 @@ JOBS = {
 
 
 def build(name: str, dense: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    net = copy.deepcopy(network(name, dense))
+    size = NETS[name][1]["image_size"]
+    x = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return net, x, torch.randint(10, (BATCH,))
+
+
+@cache
+def network(name: str, dense: bool) -> nn.Module:
     torch.manual_seed(0)
     model, options = NETS[name]
     net = models.build(model, num_classes=10, in_channels=3, **options)
     if not dense:
         net = sva.factorize(net, rank=0.25, scheme="channel")
         net = net if name == "vit" else sva.fuse(net)
-    net = net.to(memory_format=torch.channels_last)
-    size = options["image_size"]
-    x = torch.randn(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return net, x, torch.randint(10, (BATCH,))
+    return net.to(memory_format=torch.channels_last)
 
 
 class Embed(nn.Module):
@@ -172,7 +181,7 @@ def make(job: Job, name: str, rank: int, size: int) -> tuple[Callable[[], object
     model, x, y = build(name, job.dense)
     if job.kind in ("ssa", "alone", "layers"):
         learner = sva.Learner(
-            model, "ssa", horizon=0, optimizer=lambda p: torch.optim.AdamW(p, 1e-3), example=x
+            model, "ssa", horizon=0, optimizer=lambda p: torch.optim.AdamW(p, 1e-3), example=x[:2]
         )
         if job.kind != "layers":
             return lambda: learner.step(x, y), {}
@@ -223,8 +232,9 @@ def at_work(job: Job, rank: int) -> bool:
     return rank == 0 or job.size == 0
 
 
-def speeds(name: str, jobs: list[str], rounds: int, steps: int, rank: int, size: int) -> Any:
-    """By job, this process's images a second and idle share in each round, and what it tells."""
+def speeds(name: str, jobs: list[str], steps: int, end: float, rank: int, size: int) -> Any:
+    """By job, this process's images a second and idle share in each round, and what it tells; and
+    how many cores others kept busy in each round."""
     prepare_machine(JobConfig())
     found: dict[str, dict[str, Any]] = {}
     made = {}
@@ -235,42 +245,63 @@ def speeds(name: str, jobs: list[str], rounds: int, steps: int, rank: int, size:
             found[key] = {**told, "speeds": [], "idle": []}
             made[key]()
         dist.barrier()
-    for _, key in ((r, key) for r in range(rounds) for key in jobs):
-        dist.barrier()
-        if key in made:
-            torch.set_num_threads(JOBS[key].threads)
-            step = made[key]
-            step()
-            started, busy = time.perf_counter(), time.process_time()
-            for _ in range(steps):
-                step()
-            took, busy = time.perf_counter() - started, time.process_time() - busy
-            for _ in range(TAIL if JOBS[key].size == 0 else 0):
-                step()
-            found[key]["speeds"].append(steps * BATCH / took)
-            found[key]["idle"].append(max(0.0, 1 - busy / took / JOBS[key].threads))
-    return found
+        if rank == 0:
+            print(f"{name:9} {key:42} ready", file=sys.stderr, flush=True)
+    go_on, others = torch.ones(()), []
+    while go_on:
+        before, started = cpu_of_others(), time.perf_counter()
+        for key in jobs:
+            dist.barrier()
+            if key in made:
+                took, busy = timed(made[key], steps, TAIL if JOBS[key].size == 0 else 0)
+                found[key]["speeds"].append(steps * BATCH / took)
+                found[key]["idle"].append(max(0.0, 1 - busy / took / JOBS[key].threads))
+        others.append((cpu_of_others() - before) / (time.perf_counter() - started))
+        go_on.fill_(time.monotonic() < end)
+        dist.broadcast(go_on, 0)
+    return {"jobs": found, "others": others}
 
 
-def peak(name: str, jobs: list[str], rounds: int, steps: int, rank: int, size: int) -> Any:
+def cpu_of_others() -> float:
+    """CPU seconds that all but these processes have had so far, the system's own included."""
+    own = torch.tensor(time.process_time(), dtype=torch.float64)
+    dist.all_reduce(own)
+    user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK") - own.item()
+
+
+def timed(step: Callable[[], object], steps: int, tail: int) -> tuple[float, float]:
+    """Wall-clock and CPU seconds of so many steps in the middle of others."""
+    step()
+    started, busy = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    took, busy = time.perf_counter() - started, time.process_time() - busy
+    for _ in range(tail):
+        step()
+    return took, busy
+
+
+def peak(name: str, key: str, rank: int, size: int) -> Any:
     """Peak resident bytes of this process while it takes steps of the only job."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # what is freed goes back to the system at once
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 65536)
     libc.mallopt(M_TRIM_THRESHOLD, 65536)
-    job = JOBS[jobs[0]]
+    job = JOBS[key]
     torch.set_num_threads(job.threads)
     before = status("VmRSS")
     if not at_work(job, rank):
         return {}
     step, told = make(job, name, rank, size)
+    network.cache_clear()
     step()
     step()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
     step()
-    return {jobs[0]: {**told, "peak_bytes": status("VmHWM") - before}}
+    return {**told, "peak_bytes": status("VmHWM") - before}
 
 
 def status(key: str) -> int:
@@ -322,8 +353,9 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=240, help="for a network, about")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--noisy", action="store_true", help="the machine need not be quiet")
     parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parallel.json"))
     options = parser.parse_args()
@@ -335,17 +367,25 @@ def main() -> None:
         rows = content.setdefault("rows", {}).setdefault(f"{name}, {size} processes", {})
         if options.memory:
             for key in options.jobs:
-                found = on_processes("peak", size, name, [key], 0, 0)
-                bytes_ = [f[key]["peak_bytes"] for f in found if key in f]
+                found = on_processes("peak", size, name, key)
+                bytes_ = [f["peak_bytes"] for f in found if f]
                 rows.setdefault(key, {})["peak_bytes"] = bytes_
                 print(f"{name:9} {key:42}", *(f"{b / 2**20:6.0f} MiB" for b in bytes_), flush=True)
         else:
-            given = (name, options.jobs, options.rounds, options.steps)
-            found = on_processes("speeds", size, *given)
+            end = time.monotonic() + options.seconds
+            found = on_processes("speeds", size, name, options.jobs, options.steps, end)
+            others = found[0]["others"]
+            print(f"{name:9} cores that others kept busy:", *(f"{o:.2f}" for o in others))
+            quiet = [i for i, busy in enumerate(others) if busy < MOST_OF_OTHERS]
+            if not quiet and not options.noisy:
+                raise SystemExit("the machine was never quiet; --noisy takes it as it is")
+            quiet = quiet or list(range(len(others)))
             for key in options.jobs:
-                rows.setdefault(key, {}).update(summary(key, [f[key] for f in found if key in f]))
+                each = [f["jobs"][key] for f in found if key in f["jobs"]]
+                rows.setdefault(key, {}).update(summary(key, each, quiet))
+            base = rows[BASE]["rounds"]
             for key in options.jobs:
-                row, base = rows[key], rows[BASE]["rounds"]
+                row = rows[key]
                 ratios = [a / b for a, b in zip(row["rounds"], base, strict=True)]
                 row["ratio"] = statistics.median(ratios)
                 idle = " ".join(f"{share:.0%}" for share in row["idle"])
@@ -358,17 +398,17 @@ def main() -> None:
         write_json(options.out, {**content, **setting})
 
 
-def summary(key: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One job, from what its processes found."""
+def summary(key: str, found: list[dict[str, Any]], quiet: list[int]) -> dict[str, Any]:
+    """One job, from what its processes found in the rounds ``quiet``."""
     together = sum if JOBS[key].kind == "alone" else min
-    rounds = [together(values) for values in zip(*(f["speeds"] for f in found), strict=True)]
+    rounds = [together(f["speeds"][i] for f in found) for i in quiet]
     told = {k: v for k, v in found[0].items() if k not in ("speeds", "idle")}
     return {
         **told,
         "sent": max(f.get("sent", 0) for f in found),
         "rounds": rounds,
         "images_per_second": statistics.median(rounds),
-        "idle": [statistics.median(f["idle"]) for f in found],
+        "idle": [statistics.median(f["idle"][i] for i in quiet) for f in found],
     }
 
 

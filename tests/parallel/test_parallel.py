@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import random
+import signal as os_signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +22,34 @@ from torch import nn
 
 import svdalign as sva
 from svdalign import parallel
-from svdalign.rules import SSA
+from svdalign.storage import ranks as ranks_of
 
 #: Processes that start without importing torch anew.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "svdalign.parallel"])
 
 
-def run(job: str, folder: Path, size: int, *arguments: Any) -> list[str]:
-    """``job`` of the worker on ``size`` processes; what went wrong on each, "" for nothing."""
+def start(job: str, folder: Path, size: int, *arguments: Any) -> list[Any]:
+    """Processes that do ``job`` of the worker."""
     processes = [
         CONTEXT.Process(target=worker.main, args=(job, rank, size, folder, *arguments))
         for rank in range(size)
     ]
     for process in processes:
         process.start()
+    return processes
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def run(job: str, folder: Path, size: int, *arguments: Any) -> list[str]:
+    """``job`` of the worker on ``size`` processes; what went wrong on each, "" for nothing."""
+    processes = start(job, folder, size, *arguments)
     for process in processes:
         process.join(120)
         assert process.exitcode is not None, "a process hangs"
@@ -46,15 +64,16 @@ def succeed(job: str, folder: Path, size: int, *arguments: Any) -> None:
     assert not any(errors := run(job, folder, size, *arguments)), "\n".join(errors)
 
 
-def same(a: Any, b: Any, path: str = "") -> None:
+def same(a: Any, b: Any, path: str = "", rounding: float = 1e-9) -> None:
     """Two states alike, to rounding."""
     if isinstance(a, dict | list | tuple):
         pairs = enumerate(a) if isinstance(a, list | tuple) else a.items()
         assert len(a) == len(b), path
         for key, value in pairs:
-            same(value, b[key], f"{path}.{key}")
+            same(value, b[key], f"{path}.{key}", rounding)
     elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text: f"{path}: {text}")
+        close = {"rtol": rounding, "atol": rounding}
+        torch.testing.assert_close(a, b, **close, msg=lambda text: f"{path}: {text}")
     else:
         assert a == b, path
 
@@ -116,24 +135,49 @@ def test_a_horizon_ends_at_a_border(tmp_path: Path, horizon: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_samples_on_several_processes_learn_as_on_one(tmp_path: Path, size: int) -> None:
     succeed("data", tmp_path, size)
-    one = sva.Learner(
-        sva.factorize(worker.net(norm=False), rank=0.4, scheme="channel"),
-        SSA(horizon=1, grid=2, alpha=0.0),
-        units="layer",
-        optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
-        example=worker.batches(1)[0][0],
-    )
-    for x, y in worker.batches(5):
+    one = worker.side()
+    for i, (x, y) in enumerate(worker.batches(6)):
+        if i == 4:
+            sva.reduce_rank(one.model, one.optimizer, energy=0.9)
         one.step(x, y)
     state = sva.load(tmp_path / "state.safetensors")
     for part in ("model", "feedback", "optimizer"):
         same(state[part], dict(one.state_dict())[part])
+    # Bit for bit alike on all processes, also where ranks were cut.
+    first, *others = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(size))
+    assert ranks_of(one.model) != ranks_of(worker.side().model)
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(value.equal(first[name]) for name, value in other.items())
+
+
+@pytest.mark.parametrize(("signal", "rank"), [("KILL", 0), ("KILL", 2), ("STOP", 1)])
+def test_processes_end_when_one_of_them_does(tmp_path: Path, signal: str, rank: int) -> None:
+    """Killed or hanging, at some moment, also of writing: the others end, the file is whole."""
+    processes = start("endless", tmp_path, 3)
+    file = tmp_path / "state.safetensors"
+    wait_for(file.exists)
+    time.sleep(random.random() / 10)
+    os.kill(processes[rank].pid or 0, getattr(os_signal, f"SIG{signal}"))
+    others = [process for process in processes if process is not processes[rank]]
+    for process in others:
+        process.join(30)
+        assert process.exitcode == 1
+    processes[rank].kill()
+    for other in {0, 1, 2} - {rank}:
+        assert "another process has ended or hangs" in (tmp_path / f"error{other}.txt").read_text()
+    again = worker.side()
+    state = sva.load(file, into=again)
+    done = worker.side()  # what as many steps on one process make of it
+    for x, y in itertools.islice(itertools.cycle(worker.batches(6)), state["steps"]):
+        done.step(x, y)
+    same(dict(again.state_dict())["model"], dict(done.state_dict())["model"])
 
 
 def test_a_process_that_ends_is_named(tmp_path: Path) -> None:
     first, second = run("dies", tmp_path, 2)
     assert first == "ended"
-    assert "process 0, which trains the units before, sent nothing" in second
+    assert "process 0, which trains the units before, has ended or hangs" in second
 
 
 @given(

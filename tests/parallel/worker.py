@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import traceback
 from pathlib import Path
@@ -96,13 +97,26 @@ def main(job: str, rank: int, size: int, folder: Path, *arguments: Any) -> None:
             init_method=f"file://{folder / f'meeting-{job}-{size}'}",
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=5 if job == "endless" else 60),
         )
         JOBS[job](rank, size, folder, *arguments)
         dist.barrier()
     except BaseException:
         (folder / f"error{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
+
+
+def command(rank: int, size: int, folder: Path, port: int, words: list[str]) -> None:
+    """``svdalign WORDS`` as ``torchrun`` starts it; its exit code is the process's."""
+    os.chdir(folder)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    from svdalign.lab.cli import main as svdalign
+
+    with (folder / f"said{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        os._exit(svdalign(words))
 
 
 def layers(rank: int, size: int, folder: Path, kind: str, horizon: int) -> None:
@@ -144,22 +158,36 @@ def gradients(rank: int, size: int, folder: Path, horizon: int) -> None:
     torch.save({"gradients": found, "partition": stage.partition}, folder / f"rank{rank}.pt")
 
 
-def data(rank: int, size: int, folder: Path) -> None:
-    """Five steps, each process with its share of every batch."""
-    model = sva.factorize(net(norm=False), rank=0.4, scheme="channel")
-    mine = sva.Learner(
-        model,
+def side(seed: int = 0) -> sva.Learner:
+    """A learner whose loss is a mean over samples."""
+    return sva.Learner(
+        sva.factorize(net(norm=False), rank=0.4, scheme="channel"),
         SSA(horizon=1, grid=2, alpha=0.0),
         units="layer",
         optimizer=lambda p: torch.optim.AdamW(p, 1e-2),
         example=batches(1)[0][0],
-        seed=rank,  # the first process's feedback is the one that counts
+        seed=seed,
     )
-    side = parallel.DataParallel(mine)
-    for x, y in batches(5):
-        side.step(x.chunk(size)[rank], y.chunk(size)[rank])
-    if rank == 0:
-        sva.save(mine, folder / "state.safetensors")
+
+
+def data(rank: int, size: int, folder: Path) -> None:
+    """Four steps, each process with its share of every batch, a cut of ranks, two more."""
+    mine = side(seed=rank)  # the first process's feedback is the one that counts
+    both = parallel.DataParallel(mine)
+    for i, (x, y) in enumerate(batches(6)):
+        if i == 4:
+            sva.reduce_rank(mine.model, mine.optimizer, energy=0.9)
+        both.step(x.chunk(size)[rank], y.chunk(size)[rank])
+    both.save(folder / "state.safetensors")
+    torch.save(mine.model.state_dict(), folder / f"rank{rank}.pt")
+
+
+def endless(rank: int, size: int, folder: Path) -> None:
+    """Steps and checkpoints until something goes wrong."""
+    both = parallel.DataParallel(side())
+    for x, y in itertools.cycle(batches(6)):
+        both.step(x, y)
+        both.save(folder / "state.safetensors")
 
 
 def dies(rank: int, size: int, folder: Path) -> None:
@@ -171,4 +199,4 @@ def dies(rank: int, size: int, folder: Path) -> None:
         stage.step(x, y)
 
 
-JOBS = {job.__name__: job for job in (layers, resumed, gradients, data, dies)}
+JOBS = {job.__name__: job for job in (layers, resumed, gradients, data, endless, dies)}

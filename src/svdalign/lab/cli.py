@@ -20,6 +20,7 @@ from .arguments import Parser, UsageError, did_you_mean, parse
 from .terminal import Terminal, close_streams, prepare_streams
 
 if TYPE_CHECKING:
+    from .training.config import RunConfig
     from .training.interrupt import Interrupt
 
 __all__ = ["main"]
@@ -151,12 +152,11 @@ def _declare_train(parser: Parser) -> None:
 
 @command("train", "one rule on one network and data set", _declare_train)
 def _train(options: Options, terminal: Terminal) -> int:
-    from .runner import Run, Sweep
+    from .runner import follow
     from .training.checkpoint import resumed
-    from .training.config import RunConfig, evaluated_on, to_yaml
+    from .training.config import RunConfig
     from .training.interrupt import Interrupt
-    from .training.progress import progress_for
-    from .training.run import absolute
+    from .training.processes import RefusedError, leads, meeting
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
     resume, given = options.pop("resume"), options.pop("given")
@@ -167,6 +167,35 @@ def _train(options: Options, terminal: Terminal) -> int:
             raise ValueError("--resume goes on in its own folder; give no --out or --overwrite")
         else:
             config = resumed(resume, {name: options[name] for name in given})
+    with contextlib.ExitStack() as stack:
+        with _usage_errors():
+            config = stack.enter_context(meeting(config))
+        try:
+            if leads():
+                return _lead(config, folder, resume, overwrite, terminal)
+            with Interrupt() as interrupt:
+                status = follow(config, stop=lambda: interrupt.requested)
+            return _exit_code(status, interrupt)
+        except RefusedError as error:
+            raise UsageError(str(error)) from error
+
+
+def _lead(
+    config: RunConfig,
+    folder: str | None,
+    resume: str | None,
+    overwrite: bool,
+    terminal: Terminal,
+) -> int:
+    """Train as the only process, or the first of several."""
+    from .runner import Run, Sweep
+    from .training.config import evaluated_on, to_yaml
+    from .training.interrupt import Interrupt
+    from .training.processes import refusing
+    from .training.progress import PlainProgress, progress_for
+    from .training.run import absolute
+
+    with _usage_errors(), refusing():
         run = Run("", config, f"Rule {config.rule}", config.rule)
         at = folder if resume is None else resume
         sweep = Sweep(
@@ -180,7 +209,9 @@ def _train(options: Options, terminal: Terminal) -> int:
             ended = "give it more --epochs" if resume else "give another --out, or --overwrite"
             raise ValueError(f"run folder {at} holds the results of a run that has ended; {ended}")
         sweep.check()
-    with Interrupt() as interrupt, progress_for(terminal.progress) as progress:
+    # What a live display shows within an epoch is known to the last of several processes alone.
+    shown = progress_for if config.parallel is None else PlainProgress
+    with Interrupt() as interrupt, shown(terminal.progress) as progress:
         results = sweep.run(progress=progress, stop=lambda: interrupt.requested)[run.name]
     record = sweep.top
     so_far = results["status"] == "interrupted"
@@ -470,7 +501,9 @@ def _failures() -> tuple[type[Exception], ...]:
     """What ends a run from outside, such as a full disk."""
     from safetensors import SafetensorError
 
-    return OSError, SafetensorError
+    from ..parallel import PeerError
+
+    return OSError, SafetensorError, PeerError
 
 
 def _one_line(message: str) -> str:

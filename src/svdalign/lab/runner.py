@@ -20,15 +20,32 @@ from .reports import run_page
 from .training.build import build_learner, load_data, prepare_machine
 from .training.checkpoint import load_checkpoint
 from .training.config import DataConfig, RunConfig
+from .training.processes import tell
 from .training.progress import Progress, Silent
 from .training.record import Record, new_folder, unfinished
 from .training.run import train
 from .training.trainer import Trainer
 
-__all__ = ["Run", "Sweep"]
+__all__ = ["Run", "Sweep", "follow"]
 
 _NONE = {"status": "interrupted"}
 Measure = Callable[[Learner], dict[str, Any]]
+
+
+def follow(config: RunConfig, *, stop: Callable[[], bool] = lambda: False) -> str:
+    """Train with the process that does the run ``config`` in its folder (:class:`Sweep`); how the
+    run ended."""
+    news = tell()
+    if news is None:  # it has refused the run, and said why
+        return "refused"
+    record, state = Record(news[0]), news[1]
+    prepare_machine(config)
+    trainer = _trainer(config, load_data(config))
+    if state == "resume":
+        load_checkpoint(trainer, record.checkpoint_path)
+    trainer.join()
+    results = train(trainer, record, stop=stop, resume=state == "resume")
+    return str(results["status"])
 
 
 def _trainer(config: RunConfig, data: ImageData) -> Trainer:
@@ -182,6 +199,9 @@ class Sweep:
                 trainer.measure = run.measure(config, data)
             if state == "resume":
                 load_checkpoint(trainer, record.checkpoint_path)
+            if config.parallel is not None:
+                tell((record.folder, state))
+                trainer.join()
             results = train(
                 trainer,
                 record,

@@ -31,6 +31,7 @@ def batches(
     augment: Augment | None = None,
     drop_last: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch on the split's device.
 
@@ -47,6 +48,7 @@ def batches(
         start: number of batches to leave out at the beginning.
         augment: random changes to the images.
         memory_format: of the images.
+        part: ``(p, n)``: part p of n of every batch, for each of n processes one.
 
     Yields:
         float32 images ``(N, C, H, W)``, of mean 0 and deviation 1 over the data set, and int64
@@ -71,7 +73,13 @@ def batches(
         (255 * torch.tensor(values)).to(split.device).view(1, channels, 1, 1)
         for values in (mean, std)
     )
-    wanted = Epoch(batch_size, start, count, shuffle, seed, epoch, augment)
+    own, parts = part
+    if not 0 <= own < parts or batch_size % parts:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be shared out among {parts} processes: batch_size "
+            f"must be a multiple of their number, and part from 0 to {parts - 1}, got {own}"
+        )
+    wanted = Epoch(batch_size, start, count, shuffle, seed, epoch, augment, own, parts)
     return (
         ((images.contiguous(memory_format=memory_format).float() - shift) / scale, labels)
         for images, labels in split.fetch(wanted)

@@ -67,8 +67,6 @@ class Stream(Images):
     3:4 to 4:3, whatever its number (Szegedy et al. 2015). Without it the window is a square in the
     middle, 7/8 as high and wide as the shorter side.
 
-    Where ``torch.distributed`` runs, each process has its own share of every epoch.
-
     Attributes:
         source: where the images are.
         labels: int64, ``(N,)``, on the device that batches go to.
@@ -82,9 +80,6 @@ class Stream(Images):
     size: int
     workers: int
     bad: Unreadable
-
-    def __len__(self) -> int:
-        return len(self.labels) // _process()[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,18 +99,17 @@ class Stream(Images):
         return replace(self, source=subset(self.source, chosen), labels=labels)
 
     def fetch(self, epoch: Epoch) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, ranks = _process()
         augment = None if epoch.augment is None else replace(epoch.augment, crop=0)
         turns = epoch.turns(len(self.labels))
         turns = None if turns is None else turns.to(self.device)
         batch = epoch.start
         for images, numbers, wrong in _ahead(self._decoded(epoch), self.device):
             self.bad.add(wrong, len(self.labels))
-            if not len(numbers):
+            if not len(numbers) and wrong:
                 raise ValueError(f"none of the images of a batch can be read: {'; '.join(wrong)}")
             if augment is not None:
                 turn = None if turns is None else turns[numbers]
-                key = epoch.seed, epoch.epoch, batch * ranks + rank
+                key = epoch.seed, epoch.epoch, batch * epoch.parts + epoch.part
                 images = augment(images, generator(*key), turn)
             yield images, self.labels[numbers]
             batch += 1
@@ -135,7 +129,6 @@ class Stream(Images):
 
     def _decoded(self, epoch: Epoch) -> Iterable[_Batch]:
         """Batches from the worker processes, in memory that a GPU copies from if it is for one."""
-        rank, ranks = _process()
         options: dict[str, Any] = {
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
@@ -145,17 +138,19 @@ class Stream(Images):
         if isinstance(self.source, Shards):
             if self.workers:  # a number that divides the groups
                 options["num_workers"] = min(_GROUPS, 1 << (self.workers.bit_length() - 1))
-            first = rank * len(self)
-            shards = _ShardBatches(self.source, self.size, first, len(self), epoch)
+            total, part, parts = len(self), epoch.part, epoch.parts
+            first, end = (p * total // parts for p in (part, part + 1))
+            share = replace(epoch, batch_size=epoch.batch_size // parts)
+            shards = _ShardBatches(self.source, self.size, first, end - first, share)
             return DataLoader(shards, batch_size=None, **options)
         order = np.arange(len(self.labels))
         if epoch.shuffle:
             order = torch.randperm(len(order), generator=generator(epoch.seed, epoch.epoch)).numpy()
-        own, size = order[rank::ranks][: len(self)], epoch.batch_size
+        size = epoch.batch_size
         return DataLoader(
             _Decoder(self.source, self.size, epoch),
             batch_sampler=(
-                own[batch * size : (batch + 1) * size].tolist()
+                order[batch * size : (batch + 1) * size][epoch.part :: epoch.parts].tolist()
                 for batch in range(epoch.start, epoch.end)
             ),
             collate_fn=partial(_collate, shape=self.shape),
@@ -215,7 +210,8 @@ class _ShardBatches(IterableDataset[_Batch]):
             group = batch % _GROUPS
             if group not in groups:
                 groups[group] = self._group(group, batch // _GROUPS)
-            size = min(self.epoch.batch_size, self.count - batch * self.epoch.batch_size)
+            left = max(0, self.count - batch * self.epoch.batch_size)
+            size = min(self.epoch.batch_size, left)
             yield _collate(list(itertools.islice(groups[group], size)), shape)
 
     def _group(self, group: int, start: int) -> Iterator[_Decoded]:
@@ -353,10 +349,3 @@ def _ignore_signals(worker: int) -> None:
     """A signal to the whole group is for the main process, which needs its workers to end well."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _process() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

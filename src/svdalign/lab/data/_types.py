@@ -25,6 +25,8 @@ class Epoch:
         shuffle: whether to permute the samples.
         seed, epoch: what the randomness derives from.
         augment: random changes to the images.
+        part, parts: which part of every batch, of how many: processes that train on the same epoch
+            have one each.
     """
 
     batch_size: int
@@ -34,6 +36,8 @@ class Epoch:
     seed: int = 0
     epoch: int = 0
     augment: Augment | None = None
+    part: int = 0
+    parts: int = 1
 
     def turns(self, count: int) -> Tensor | None:
         """bool ``(count,)``: which samples ``augment.alternate`` mirrors in this epoch."""
@@ -115,7 +119,7 @@ class Split(Images):
             if epoch.augment is not None:
                 turn = None if turns is None else turns[chosen]
                 images = epoch.augment(images, generator(epoch.seed, epoch.epoch, batch), turn)
-            yield images, self.labels[chosen]
+            yield images[epoch.part :: epoch.parts], self.labels[chosen][epoch.part :: epoch.parts]
 
     def take(self, chosen: npt.NDArray[np.int64]) -> Split:
         index = torch.from_numpy(chosen).to(self.device)

@@ -26,6 +26,7 @@ from .. import models
 from ..data import Augment, ImageData, batches
 from .checkpointing import smallest_checkpointed
 from .config import JobConfig, RunConfig
+from .processes import Alone
 
 __all__ = [
     "augmentation",
@@ -156,12 +157,17 @@ def example_batch(config: JobConfig, data: ImageData, size: int = 2) -> Tensor:
     return next(_plain_batches(config, data, data.train, size))[0]
 
 
-def evaluate(model: nn.Module, data: ImageData, config: JobConfig) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on the test split, in eval mode; the modes are put back."""
-    return _evaluate(model, data, config, lambda x: model(x))
+def evaluate(
+    model: nn.Module, data: ImageData, config: JobConfig, team: Alone | None = None
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on the test split, in eval mode; the modes are put back.
+    Processes of a ``team`` share the images out."""
+    return _evaluate(model, data, config, lambda x: model(x), team)
 
 
-def evaluate_views(model: nn.Module, data: ImageData, config: JobConfig) -> tuple[float, float]:
+def evaluate_views(
+    model: nn.Module, data: ImageData, config: JobConfig, team: Alone | None = None
+) -> tuple[float, float]:
     """:func:`evaluate` of the mean answer to six views of each image: mirrored or not, as it is (of
     twice the weight) or shifted by a pixel up and left, or down and right (Jordan 2024)."""
 
@@ -177,24 +183,31 @@ def evaluate_views(model: nn.Module, data: ImageData, config: JobConfig) -> tupl
         )
         return sum(answers, torch.zeros(()))
 
-    return _evaluate(model, data, config, mean)
+    return _evaluate(model, data, config, mean, team)
 
 
 @torch.no_grad()
 def _evaluate(
-    model: nn.Module, data: ImageData, config: JobConfig, answer: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    data: ImageData,
+    config: JobConfig,
+    answer: Callable[[Tensor], Tensor],
+    team: Alone | None,
 ) -> tuple[float, float]:
-    device = data.test.device
-    loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-    seen = 0
+    sums = torch.zeros(3, device=data.test.device)  # of losses, right answers, images
+    part = (0, 1) if team is None else (team.rank, team.size)
     with evaluating(model):
-        for x, y in _plain_batches(config, data, data.test, EVAL_BATCH):
+        for x, y in _plain_batches(config, data, data.test, EVAL_BATCH * part[1], part):
+            if not len(y):
+                continue
             with precision(config):
                 z = answer(x)
-            loss += F.cross_entropy(z.float(), y, reduction="sum")
-            right += (z.argmax(-1) == y).sum()
-            seen += len(y)  # what cannot be read of a stream is left out
-    return loss.item() / seen, right.item() / seen
+            loss = F.cross_entropy(z.float(), y, reduction="sum")
+            right = (z.argmax(-1) == y).sum()
+            # What cannot be read of a stream is left out.
+            sums += torch.stack([loss, right, torch.full_like(loss, len(y))])
+    loss, right, seen = (sums if team is None else team.add(sums)).tolist()
+    return loss / seen, right / seen
 
 
 def augmentation(config: JobConfig, data: ImageData) -> Augment | None:
@@ -224,9 +237,14 @@ def precision(config: JobConfig) -> AbstractContextManager[Any]:
 
 
 def _plain_batches(
-    config: JobConfig, data: ImageData, split: datasets.Images, size: int
+    config: JobConfig,
+    data: ImageData,
+    split: datasets.Images,
+    size: int,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    return batches(split, size, mean=data.mean, std=data.std, memory_format=memory_format(config))
+    form = memory_format(config)
+    return batches(split, size, mean=data.mean, std=data.std, memory_format=form, part=part)
 
 
 def _groups(config: RunConfig, model: nn.Module, parameters: list[nn.Parameter]) -> Iterable[Any]:

@@ -51,8 +51,9 @@ def resumed(folder: str | Path, changes: Mapping[str, Any]) -> RunConfig:
 
 def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
     """Write ``trainer`` to ``path``, all or nothing; :func:`svdalign.load` reads it too."""
+    trainer.gather()
     extra = {"config": dataclasses.asdict(trainer.config), "trainer": trainer.state_dict()}
-    storage.save(trainer.learner, path, extra=extra)
+    trainer.team.save(Path(path), extra)
 
 
 def load_checkpoint(trainer: Trainer, path: str | Path) -> None:

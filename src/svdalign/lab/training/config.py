@@ -303,6 +303,14 @@ class RunConfig(JobConfig):
     )
     lr: float | None = option(None, "peak learning rate (what the method was tuned to)")
     seed: int = option(0, "of the initial weights, the feedback and the order of the data")
+    parallel: Literal["layers", "data"] | None = option(
+        None,
+        "under torchrun, what its processes share out: layers, the units of the network; data, the "
+        "images of every batch",
+    )
+    parallel_timeout: float = option(
+        1800.0, "seconds after which a process that hears nothing from another one gives up"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -316,6 +324,7 @@ class RunConfig(JobConfig):
             )
         self._take_from(methods.get(self.rule))
         _positive(self, "lr")
+        _positive(self, "parallel_timeout")
 
     @property
     def rate(self) -> float:

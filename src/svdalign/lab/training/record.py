@@ -42,7 +42,9 @@ __all__ = [
 
 #: What may differ between a run and the command that goes on with it: where it runs, and where its
 #: data lie now. ``epochs`` may grow, where ``--resume`` says so.
-MOVABLE = {f.name for f in dataclasses.fields(MachineConfig)} | {"data_dir", "workers"}
+MOVABLE = {f.name for f in dataclasses.fields(MachineConfig)} | {
+    "data_dir", "parallel", "parallel_timeout", "workers"
+}  # fmt: skip
 
 
 LOCK = ".lock"

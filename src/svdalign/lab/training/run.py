@@ -37,15 +37,19 @@ def train(
     ``"interrupted"`` and the results so far. ``name`` stands for the run in ``progress``.
     A checkpoint is written after every epoch, every ``checkpoint_seconds`` within one, and when the
     run is interrupted. ``resume``: ``trainer`` comes from the folder's checkpoint
-    (:func:`load_checkpoint`).
+    (:func:`load_checkpoint`). Of several processes the first one alone writes.
     """
     started = time.time()
-    if resume:
+    keeps = trainer.team.rank == 0
+    if not keeps:
+        pass
+    elif resume:
         record.restart(trainer.history, to_yaml(absolute(trainer.config)))
     else:
         record.start(to_yaml(absolute(trainer.config)))
+    if not resume:
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
-    saved = time.monotonic()
+    saved, stopping = time.monotonic(), False
 
     def save() -> None:
         nonlocal saved
@@ -53,12 +57,16 @@ def train(
         saved = time.monotonic()
 
     def on_step() -> None:
-        if time.monotonic() - saved >= trainer.config.checkpoint_seconds:
+        nonlocal stopping
+        due = time.monotonic() - saved >= trainer.config.checkpoint_seconds
+        stopping, due = trainer.team.agree(stop(), due)
+        if due:
             save()
 
     def on_epoch(row: dict[str, Any]) -> None:
-        record.append_metrics(row)
-        record.write_unreadable(trainer.data.unreadable)
+        if keeps:
+            record.append_metrics(row)
+            record.write_unreadable(trainer.data.unreadable)
         if not trainer.diverged:  # a run that diverged keeps its last good checkpoint
             save()
 
@@ -67,13 +75,15 @@ def train(
         progress=progress,
         on_step=on_step,
         on_epoch=on_epoch,
-        stop=stop,
+        stop=lambda: stopping,
     )
     if status == "interrupted":
         save()
-    record.write_unreadable(trainer.data.unreadable)
-    results = _summary(trainer, status, time.time() - started)
-    record.write_results(results)
+    with trainer.team.whole():
+        results = _summary(trainer, status, time.time() - started)
+    if keeps:
+        record.write_unreadable(trainer.data.unreadable)
+        record.write_results(results)
     return results
 
 

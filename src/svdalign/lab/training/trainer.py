@@ -3,6 +3,7 @@ any step."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,16 @@ from ...storage import ranks
 from ..costs import parameter_count
 from ..data import ImageData, batches, num_batches
 from .averaging import Lookahead
-from .build import augmentation, evaluate, evaluate_views, memory_format, precision
+from .build import (
+    augmentation,
+    evaluate,
+    evaluate_views,
+    example_batch,
+    memory_format,
+    precision,
+)
 from .config import RunConfig
+from .processes import Alone, Together
 from .progress import Progress, Silent
 from .schedule import learning_rate_factor
 
@@ -57,7 +66,8 @@ class Trainer:
     Its state is ``epoch`` (epochs done), ``batch`` (batches done of the next), the learner, the
     sums over the epoch so far, ``history`` (a row an epoch) and ``seconds`` of training. The order
     of the data is a function of (seed, epoch, batch) and the learning rate one of the step, so they
-    need no state of their own. ``measure``: called at the end of each epoch, adds to its row; it
+    need no state of their own. ``team``: the processes that train it, see :mod:`processes`.
+    ``measure``: called at the end of each epoch, adds to its row; it
     must leave the learner as it was.
     """
 
@@ -73,6 +83,7 @@ class Trainer:
         self.data = data
         self.learner = learner
         self.measure = measure
+        self.team = Alone(learner)
         self.epoch = 0
         self.batch = 0
         self.seconds = 0.0
@@ -154,8 +165,20 @@ class Trainer:
         progress.end(self, status)
         return status
 
+    def join(self) -> None:
+        """Train from here on with the other processes, as ``config.parallel`` says."""
+        x = example_batch(self.config, self.data, self.config.batch_size)
+        y = self.data.train.labels[: len(x)]
+        self.team = Together(self.config, self.learner, (x, y))
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches that are left of the present epoch."""
+        """The training batches that are left of the present epoch, or this process's part of
+        them. Without values where activations come from another process."""
+        if self.team.part is None:
+            labels = self.data.train.labels[: self.config.batch_size]
+            images = torch.zeros((), device=labels.device)
+            images = images.expand(len(labels), *self.data.train.shape)
+            return itertools.repeat((images, labels), self.steps_per_epoch - self.batch)
         return batches(
             self.data.train,
             self.config.batch_size,
@@ -168,6 +191,7 @@ class Trainer:
             augment=augmentation(self.config, self.data),
             drop_last=self._drop_last,
             memory_format=memory_format(self.config),
+            part=self.team.part,
         )
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -175,7 +199,7 @@ class Trainer:
         started = time.perf_counter()
         self._set_learning_rate()
         with precision(self.config):
-            report = self.learner.step(x, y)
+            report = self.team.step(x, y)
         if self.lookahead is not None:
             done = self.global_step + 1
             if self.lookahead.update(self.learner.model, done, self.total_steps):
@@ -189,6 +213,15 @@ class Trainer:
     def finish_epoch(self) -> dict[str, Any]:
         """Close the epoch: cut ranks if it is time to (not of a run that has diverged), evaluate,
         return a row of ``history``."""
+        self.gather()
+        with self.team.whole():
+            return self._finish_epoch()
+
+    def gather(self) -> None:
+        """Have the sums over the epoch so far be those of all processes."""
+        self.team.gather(self.loss_sum, self.accuracy_sum)
+
+    def _finish_epoch(self) -> dict[str, Any]:
         running, speed = self.running(), self.images_per_second
         rate = self.learner.optimizer.param_groups[0]["lr"]
         self.seconds += self.epoch_seconds
@@ -198,7 +231,7 @@ class Trainer:
         self.diverged = not (finite and running.loss <= DIVERGED * guess)
         kept = {} if self.diverged else self._cut_ranks(self.epoch + 1)
         model, config = self.learner.model, self.config
-        test_loss, test_accuracy = evaluate(model, self.data, config)
+        test_loss, test_accuracy = evaluate(model, self.data, config, self.team)
         row = {
             "epoch": self.epoch + 1,
             "loss": running.loss,
@@ -213,7 +246,9 @@ class Trainer:
             "spectra": spectra(self.learner.model) if finite else {},
         }
         if config.tta and self.epoch + 1 == config.epochs:
-            row["tta_loss"], row["tta_accuracy"] = evaluate_views(model, self.data, config)
+            row["tta_loss"], row["tta_accuracy"] = evaluate_views(
+                model, self.data, config, self.team
+            )
         if self.measure is not None:
             row |= self.measure(self.learner)
         self.history.append(row)

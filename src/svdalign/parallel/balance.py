@@ -1,0 +1,61 @@
+"""Which units where: shares of about equal measured time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..engine import Learner
+
+__all__ = ["balanced", "unit_seconds"]
+
+
+def unit_seconds(learner: Learner, x: Any, y: Tensor, repeats: int = 3) -> list[float]:
+    """Seconds that each unit takes for a batch, forward and backward, the least of ``repeats``.
+
+    Measured on this process; the learner stays as it is. Meant for horizon 0: with more, a unit's
+    backward pass waits for units after it and is counted with them.
+    """
+    ends: dict[str, float] = {}
+    found: list[list[float]] = []
+    retired = learner._retired
+    learner._retired = lambda unit, _: ends.update({unit.name: time.perf_counter()})
+    try:
+        for _ in range(repeats + 1):  # the first is a warm-up
+            ends.clear()
+            last = time.perf_counter()
+            learner.gradients(x, y)
+            seconds = []
+            for unit in learner.units:  # a frozen one does not retire: what it takes is the next's
+                end = ends.get(unit.name, last)
+                seconds.append(end - last)
+                last = end
+            found.append(seconds)
+    finally:
+        learner._retired = retired
+    return [min(times) for times in zip(*found[1:], strict=True)]
+
+
+def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
+    """How many consecutive items each of ``parts`` gets, at least one, so that the largest sum of
+    ``costs`` is as small as can be. ValueError for fewer items than parts."""
+    n = len(costs)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts must be from 1 to the number of items, {n}, got {parts}")
+    sums = [0.0, *itertools.accumulate(costs)]
+    # best[i]: the first i items in the parts so far: their largest sum, and how many each has.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {i: (sums[i], (i,)) for i in range(1, n + 1)}
+    for _ in range(1, parts):
+        best = {
+            i: min(
+                (max(largest, sums[i] - sums[j]), (*counts, i - j))
+                for j, (largest, counts) in best.items()
+                if j < i
+            )
+            for i in range(min(best) + 1, n + 1)
+        }
+    return best[n][1]

@@ -1,0 +1,289 @@
+"""Units side by side: a pipeline of processes in which nothing comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .. import storage
+from ..engine import Learner, Plan, StepReport
+from ..engine.forward import forward, preserved
+from ..engine.streaming import stream
+from . import weights
+from .balance import balanced, unit_seconds
+from .borders import check_borders, owners, refuse, tensors_of
+from .link import OTHER, Link, naming
+
+__all__ = ["LayerParallel"]
+
+
+class LayerParallel:
+    """This process's share of the units of ``learner``, in a pipeline of processes.
+
+    Every process runs the same program, started by ``torchrun --nproc-per-node N``::
+
+        learner = sva.Learner(model, "ssa", horizon=0, optimizer=..., example=x)
+        stage = sva.parallel.LayerParallel(learner, (x, y))
+        for x, y in batches:
+            report = stage.step(x, y)
+        stage.save("checkpoint.safetensors")
+
+    Process p trains batch t while process p + 1 trains batch t - 1. What belongs to the units of
+    other processes, weights, feedback, optimizer state, is let go of. The model's ``forward`` stays
+    as it is: what comes before this process's units runs on tensors without values (torch's meta
+    device), what comes after does not run. Random numbers (dropout) are each process's own.
+
+    ``example``: a batch (x, y), to time the units and to find what they read. ``partition``: how
+    many units each process gets; by default shares of about equal measured time. ``ahead``: how
+    many batches a process may be ahead of the next one. ``group``: the default one if None.
+
+    Raises ValueError for what cannot be split like this: ``horizon=None``, ``error="output"`` (only
+    the last process would know it), weights shared by units of two processes, a unit that reads
+    more of an earlier process than what the unit before it hands on, and a ``partition`` that does
+    not fit.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        example: tuple[Any, Tensor],
+        *,
+        partition: Sequence[int] | None = None,
+        ahead: int = 2,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        refuse(learner)
+        self.learner, self.model, self.plan = learner, learner.model, learner.plan
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        self._device = next(learner.model.parameters()).device
+        self._link = Link(self.rank, group, ahead, self._device)
+        units = self.plan.units
+        self.seconds: list[float] | None = None  #: of each unit, where it was measured
+        if partition is None:
+            self.seconds = _from(0, unit_seconds(learner, *example), group)
+            partition = balanced(self.seconds, self.size)
+        self.partition = tuple(partition)
+        if len(self.partition) != self.size or sum(self.partition) != len(units) or 0 in partition:
+            raise ValueError(
+                f"partition must give each of {self.size} processes one of the {len(units)} units "
+                f"or more, {len(units)} in all, got {self.partition}"
+            )
+        place = [rank for rank, count in enumerate(self.partition) for _ in range(count)]
+        first = place.index(self.rank)
+        self._owners = owners(learner, example[0], place)
+        border = check_borders(learner, example[0], place, first)
+        self._entry = units[first - 1].exit if self.rank else None
+        own = units[first : first + self.partition[self.rank]]
+        self.units = own  #: those of this process
+        self._last = self.rank == self.size - 1
+        self._stage: Plan = replace(self.plan, units=own if self._last else (*own, units[-1]))
+        names = weights.names(learner)
+        self._groups = [[names[p] for p in g["params"]] for g in learner.optimizer.param_groups]
+        self._manifold = learner._on_the_manifold
+        learner._one_pass = self._one_pass
+        self._let_go()
+        self._probe(example[0], border)
+
+    @property
+    def sent(self) -> int:
+        """Bytes sent so far."""
+        return self._link.sent
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent so far waiting for the process before."""
+        return self._link.waited
+
+    def step(self, x: Any, y: Tensor) -> StepReport:
+        """Train this process's units on one batch, the same on every process.
+
+        Of ``x`` only the first process reads values, the others its shape; ``y`` goes along with
+        the activations. The report is of this process's units; ``loss`` and ``accuracy`` are those
+        of the network on the last process, NaN and None on the others.
+        """
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        report = self.backward(x, y)
+        self.learner.update()
+        return report
+
+    def backward(self, x: Any, y: Tensor) -> StepReport:
+        """:meth:`Learner.backward` of this process's units. ``x`` and ``y`` as in :meth:`step`."""
+        received: list[Tensor] = []
+        if self.rank:
+            *received, y = self._link.receive()
+        self._targets = y
+        with self._entering(received, learn=True):
+            return self.learner.backward(x, y)
+
+    def __call__(self, x: Any) -> Tensor:
+        """The network's output for ``x``, on every process."""
+        z = self._run(x, self._link.receive() if self.rank else [], self._link.send)
+        found: Tensor = _from(self.size - 1, None if z is None else z.cpu(), self._group)
+        return found.to(self._device)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Learner]:
+        """The learner with the weights of all units, on every process; to be entered by all.
+
+        For what needs the whole model: ``reduce_rank``, ``compact``, evaluation by other means.
+        What is changed inside must be changed alike on every process. The optimizer holds the
+        parameters of this process alone, also inside.
+        """
+        for name, owner in self._owners.items():
+            if owner is not None:
+                self._fetch(name, owner)
+        self.learner._on_the_manifold = self._manifold
+        try:
+            yield self.learner
+        finally:
+            self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`Learner.state_dict` of one process would be, on every process."""
+        with self.whole() as learner:
+            state = learner.state_dict()
+            names = weights.names(learner)
+        mine = {names[p]: s for p, s in self.learner.optimizer.state.items() if p in names}
+        each: list[dict[str, Any]] = [{}] * self.size
+        with naming(OTHER):
+            dist.all_gather_object(each, mine, self._group)
+        states = {name: state for states in each for name, state in states.items()}
+        order = {name: i for i, name in enumerate(itertools.chain(*self._groups))}
+        for group, members in zip(state["optimizer"]["param_groups"], self._groups, strict=True):
+            group["params"] = [order[name] for name in members]
+        state["optimizer"]["state"] = {
+            order[name]: value for name, value in states.items() if name in order
+        }
+        return state
+
+    def save(self, path: str | Path, *, extra: Any = None) -> None:
+        """Write the file that :func:`svdalign.save` writes, from the first process. One process or
+        any number go on from it: load it into the learner before wrapping it."""
+        state = self.state_dict()
+        if self.rank == 0:
+            state |= {"random": storage.random_state(), "extra": extra}
+            storage.write(path, state, ranks=storage.ranks(self.model))
+        with naming(OTHER):
+            dist.barrier(self._group)
+
+    # --- one pass -------------------------------------------------------------------------------
+
+    def _one_pass(self, model: nn.Module, plan: Plan, x: Any, **how: Any) -> Tensor | None:
+        leave = None if self._last else self._leave
+        return stream(model, self._stage, x, leave=leave, **how)
+
+    def _leave(self, handed_on: Any) -> None:
+        self._link.send([*tensors_of(handed_on), self._targets])
+
+    @contextlib.contextmanager
+    def _entering(self, received: Sequence[Tensor], *, learn: bool) -> Iterator[None]:
+        """Inside, a forward pass takes up at this process's first unit, with what was received."""
+        if self._entry is None:
+            yield
+            return
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            torch.set_grad_enabled(False)
+            return tree_map(_without_values, (args, kwargs))
+
+        def enter(module: nn.Module, args: Any, output: Any) -> Any:
+            torch.set_grad_enabled(learn)
+            values, structure = tree_flatten(output)
+            news = iter(received)
+            return tree_unflatten(
+                [next(news) if isinstance(v, Tensor) else v for v in values], structure
+            )
+
+        handles = [
+            self.model.register_forward_pre_hook(begin, with_kwargs=True),
+            self.model.get_submodule(self._entry).register_forward_hook(enter),
+        ]
+        mode = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            torch.set_grad_enabled(mode)
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _run(
+        self, x: Any, received: Sequence[Tensor], leave: Callable[[list[Tensor]], None]
+    ) -> Tensor | None:
+        """This process's part of a forward pass; the network's output on the last process."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            leave(tensors_of(output))
+            raise _Left
+
+        with contextlib.ExitStack() as stack:
+            if not self._last:
+                end = self.model.get_submodule(self.units[-1].exit)
+                stack.callback(end.register_forward_hook(hook).remove)
+            stack.enter_context(self._entering(received, learn=False))
+            stack.enter_context(contextlib.suppress(_Left))
+            return forward(self.model, x)
+        return None
+
+    def _probe(self, x: Any, border: list[Tensor]) -> None:
+        """ValueError if the model's forward cannot be taken up at this process's first unit."""
+        try:
+            with preserved(self.model):
+                self._run(x, border, lambda handed_on: None)
+        except Exception as error:
+            raise ValueError(
+                f"the model's forward cannot be taken up after {self._entry!r}: {error}"
+            ) from error
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        """Keep the values of this process's units alone."""
+        learner = self.learner
+        foreign = {name for name, owner in self._owners.items() if owner not in (None, self.rank)}
+        names = weights.names(learner)
+        for group in learner.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if names.get(p, "") not in foreign]
+        for p in [p for p in learner.optimizer.state if names.get(p, "") in foreign]:
+            del learner.optimizer.state[p]
+        for name in foreign:
+            tensor = weights.get(learner, name)
+            weights.put(learner, name, torch.empty_like(tensor, device="meta"))
+        learner._on_the_manifold = [m for m in self._manifold if not m.U.is_meta]
+
+    def _fetch(self, name: str, owner: int) -> None:
+        """Have the values of ``name`` from the process that they belong to."""
+        tensor = weights.get(self.learner, name)
+        if owner == self.rank:
+            dist.broadcast(tensor.detach().contiguous(), group=self._group, group_src=owner)
+            return
+        real = torch.empty_like(tensor, device=self._device)
+        values = torch.empty(real.shape, dtype=real.dtype, device=self._device)
+        dist.broadcast(values, group=self._group, group_src=owner)
+        weights.put(self.learner, name, real.copy_(values))
+
+
+class _Left(BaseException):
+    """Ends a forward pass early. No ``except Exception`` of the model's own stops it."""
+
+
+def _without_values(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _from(rank: int, value: Any, group: dist.ProcessGroup | None) -> Any:
+    """What process ``rank`` has, on all."""
+    found = [value]
+    with naming(f"process {rank}"):
+        dist.broadcast_object_list(found, group=group, group_src=rank)
+    return found[0]
