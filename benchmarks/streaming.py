@@ -1,6 +1,7 @@
 """What streaming images takes: resident memory by their number, and images a second.
 
     python benchmarks/streaming.py [--kinds folder] [--out benchmarks/results/streaming.json]
+    python benchmarks/streaming.py --train      # adds a row to the file
 
 Makes JPEG files as an image folder, Parquet files and tar files. For each of these and each of
 :data:`JOBS`, a fresh process runs one epoch of random windows in batches of 64. It notes its own
@@ -8,6 +9,9 @@ peak resident memory and that of its largest worker process, as Linux has them; 
 counts in each. Speed is per second of wall clock, and per second of the processors' time, which
 other load on the machine leaves alone. The last job's files are of 500 x 375 pixels, as ImageNet's
 are on average.
+
+``--train``: one worker process feeds a ResNet-18 that SSA trains at 224 pixels: images a second of
+processor time of either, and the share of the wall clock that training waits for images.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ import pyarrow.parquet
 from PIL import Image
 
 from svdalign.lab import data
-from svdalign.lab.training.record import provenance, write_json
+from svdalign.lab.training import RunConfig, Trainer, build_learner, load_data
+from svdalign.lab.training.build import prepare_machine
+from svdalign.lab.training.record import provenance, read_json, write_json
 
 CLASSES, SHARD, TEST = 10, 500, 100  # SHARD: images a file
 BATCH = 64
@@ -127,6 +133,34 @@ def measure(kind: str, folder: str, size: int, workers: int) -> dict[str, Any]:
     }
 
 
+def train(folder: str, steps: int = 6) -> dict[str, Any]:
+    """ResNet-18 on a stream, in this process and one worker."""
+    options = {"data": "folder", "data_dir": folder, "stream": True, "workers": 1, "threads": 1}
+    config = RunConfig(
+        **options, image_size=224, model="resnet18", rank=0.25, rule="ssa-local", batch_size=32,
+        augment=["crop", "flip"],
+    )  # fmt: skip
+    prepare_machine(config)
+    images = load_data(config)
+    trainer = Trainer(config, images, build_learner(config, images))
+    waited, busy = 0.0, 0.0
+    epoch = trainer.batches()
+    trainer.step(*next(epoch))
+    started = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        x, y = next(epoch)
+        waited += time.perf_counter() - asked
+        before = time.process_time()
+        trainer.step(x, y)
+        busy += time.process_time() - before
+    return {
+        "model": config.model,
+        "training_images_per_cpu_second": steps * config.batch_size / busy,
+        "waited_share": waited / (time.perf_counter() - started),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,13 +168,22 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=["folder", "parquet", "webdataset"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
+    parser.add_argument("--train", action="store_true", help="see above")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         kind, folder, size = options.measure
         print(json.dumps(measure(kind, folder, int(size), options.workers)))
         return 0
-    rows = []
+    if options.train:
+        with tempfile.TemporaryDirectory() as folder:
+            write("folder", Path(folder), [jpeg(number, 500) for number in range(100)], 400)
+            found = train(folder)
+        print(found)
+        write_json(options.out, (read_json(options.out) or {}) | {"training": found})
+        return 0
+    known = read_json(options.out) or {}
+    rows = [row for row in known.get("rows", []) if row["kind"] not in options.kinds]
     for kind, (count, width, size) in itertools.product(options.kinds, JOBS):
         blobs = [jpeg(number, width) for number in range(100)]
         with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +203,7 @@ def main() -> int:
         print(rows[-1], flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         setting = {"batch": BATCH, "workers": options.workers}
-        write_json(options.out, {**setting, "rows": rows, **provenance("cpu")})
+        write_json(options.out, {**known, **setting, "rows": rows, **provenance("cpu")})
     return 0
 
 

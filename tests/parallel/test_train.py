@@ -51,13 +51,10 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("parallel", "size", "after"), [("layers", 2, 1), ("data", 2, 3)])
-def test_a_run_of_several_processes_is_that_of_one(
+def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, parallel: str, size: int, after: int
 ) -> None:
-    """And goes on with another number of them."""
-    cuts = ["--rank-energy", "0.9"]
-    assert main(["train", *TINY, *MEAN, *cuts, "--epochs", "2", "--out", "one"]) == 0
-    words = ["train", *TINY, *MEAN, *cuts, "--epochs", "1", "--parallel", parallel]
+    words = ["train", *TINY, "--rank-energy", "0.9", "--epochs", "1", "--parallel", parallel]
     codes, said = svdalign(tmp_path, size, *words)
     assert codes == [0] * size, said
     again = ["train", "--resume", "run", "--epochs", "2"]
@@ -66,12 +63,8 @@ def test_a_run_of_several_processes_is_that_of_one(
     else:
         codes, said = svdalign(tmp_path, after, *again)
         assert codes == [0] * after, said
-    # The rate's schedule is one of two epochs in one run, of one epoch in the other.
-    one, run = measured(Path("one")), measured(Path("run"))
-    assert [row["epoch"] for row in run] == [1, 2]
-    state = storage.read("run/checkpoint.safetensors")
-    assert state["steps"] == 10
-    assert run[0].keys() == one[0].keys()
+    assert [row["epoch"] for row in measured(Path("run"))] == [1, 2]
+    assert storage.read("run/checkpoint.safetensors")["steps"] == 10
 
 
 @pytest.mark.parametrize(("parallel", "size"), [("layers", 3), ("data", 2)])
@@ -85,6 +78,7 @@ def test_an_epoch_of_several_processes_is_that_of_one(
     assert "test accuracy" in said[0]
     assert not any(said[1:])
     for ours, theirs in zip(measured(tmp_path / "run"), measured(tmp_path / "one"), strict=True):
+        assert ours.pop("ranks") == theirs.pop("ranks")
         assert ours == pytest.approx(theirs, rel=1e-4)
     states = [storage.read(f"{name}/checkpoint.safetensors") for name in ("run", "one")]
     for part in ("model", "feedback"):

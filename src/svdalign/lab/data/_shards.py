@@ -23,6 +23,7 @@ SUFFIXES = {"parquet": "parquet", "webdataset": "tar"}
 
 _TEST = ("test", "val", "valid", "validation")
 _AT_ONCE = 16  # images read from a file
+_BUFFER = 1 << 16  # bytes of it read ahead
 _IMAGE = ("image", "img", "jpg", "jpeg", "png", "webp", "JPEG")
 _LABEL = ("label", "labels", "fine_label", "cls", "class")
 
@@ -49,6 +50,9 @@ class Shards(Source):
 
     def rows(self, shard: int, start: int = 0) -> Iterator[bytes | None]:
         """The encoded images of one file, from row ``start`` on."""
+        if self.kind == "parquet":
+            yield from _parquet_rows(self.files[shard], self.image, start)
+            return
         alone = self._all.shard(len(self.files), shard).skip(start)
         # In batches: one by one, `datasets` would share them out among torch's worker processes.
         for batch in alone.iter(_AT_ONCE):
@@ -164,14 +168,8 @@ def _on_hub(name: str) -> tuple[str, dict[str, tuple[str, ...]]]:
 def _open(kind: str, files: tuple[str, ...]) -> Any:
     """A ``datasets.IterableDataset`` of the files. Nothing is copied or left behind."""
     import datasets
-    import pyarrow.dataset
+    import pyarrow
 
-    options: dict[str, Any] = {}
-    if kind == "parquet":  # by default each reader would hold a whole file
-        scan = pyarrow.dataset.ParquetFragmentScanOptions(
-            pre_buffer=False, use_buffered_stream=True
-        )
-        options = {"fragment_scan_options": scan, "batch_size": _AT_ONCE}
     try:
         with TemporaryDirectory() as cache:  # for lock files
             return datasets.load_dataset(
@@ -180,7 +178,6 @@ def _open(kind: str, files: tuple[str, ...]) -> Any:
                 split="train",
                 streaming=True,
                 cache_dir=cache,
-                **options,
             )
     except (OSError, ValueError, pyarrow.ArrowException, tarfile.TarError) as error:
         raise ValueError(f"{files[0]} cannot be read as {kind}: {error}") from error
@@ -208,6 +205,29 @@ def _column(where: str, features: Any, names: tuple[str, ...]) -> str:
     raise ValueError(
         f"{where} has none of the columns {', '.join(names)}; it has {', '.join(features)}"
     )
+
+
+def _parquet_rows(file: str, column: str, start: int) -> Iterator[bytes | None]:
+    """The images of a Parquet file from row ``start`` on. A few pages are held at a time, whatever
+    the size of a row group; ``datasets`` would hold several of those for each reader."""
+    import fsspec
+    import pyarrow.parquet
+
+    with (
+        fsspec.open(file, "rb") as stream,
+        pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as parquet,
+    ):
+        groups, skipped = 0, 0  # whole row groups before the first row
+        while groups < parquet.num_row_groups:
+            rows = parquet.metadata.row_group(groups).num_rows
+            if skipped + rows > start:
+                break
+            groups, skipped = groups + 1, skipped + rows
+        rest = range(groups, parquet.num_row_groups)
+        for batch in parquet.iter_batches(_AT_ONCE, row_groups=rest, columns=[column]):
+            for image in batch.column(0)[max(0, start - skipped) :].to_pylist():
+                yield image["bytes"] if isinstance(image, dict) else image
+            skipped += batch.num_rows
 
 
 def _parquet_labels(file: str, column: str) -> list[Any]:
