@@ -15,8 +15,8 @@ rounds in which other programs kept no more than a tenth of a core busy.
   1F1B); and on the dense network.
 
 ``--memory``: each job in fresh processes; peak resident memory of a process during steps, above
-what it had before it built the network, libraries loaded. It needs no idle machine. Both write into the same file,
-a network at a time.
+what it had, with its libraries, before it built the network. It needs no idle machine. Both write
+into the same file, a network at a time.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def peak(name: str, key: str, rank: int, size: int) -> Any:
 
 
 def warm_up() -> None:
-    """A step of each kind on a tiny network: libraries take their memory when they are first used."""
+    """Steps of a tiny network: libraries take their memory when they are first used."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
     net.append(nn.Linear(8 * 36, 10))
     x, y = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
