@@ -337,7 +337,7 @@ def _declare_profile(parser: Parser) -> None:
 @command("profile", "memory, arithmetic and time of a training step, by method", _declare_profile)
 def _profile(options: Options, terminal: Terminal) -> int:
     from .experiments.profile import Profile, ProfileConfig
-    from .reports import break_even_table, profile_table
+    from .reports import break_even_table, epoch_table, profile_table
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
     with _usage_errors(), terminal.progress.status("working out what a step of each method holds"):
@@ -345,6 +345,8 @@ def _profile(options: Options, terminal: Terminal) -> int:
     with terminal.progress.status("running a step of each method"):
         results = profile.run()
     terminal.show(profile_table(results))
+    if profile.config.epoch_images is not None:
+        terminal.show(epoch_table(results))
     if results["break_even"]:
         terminal.show(break_even_table(results))
     terminal.say(f"report: {profile.folder / 'report.html'}")

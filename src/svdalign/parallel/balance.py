@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,15 +71,18 @@ def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
     if not 1 <= parts <= n:
         raise ValueError(f"parts must be from 1 to the number of items, {n}, got {parts}")
     sums = [0.0, *itertools.accumulate(costs)]
-    # best[i]: the first i items in the parts so far: their largest sum, and how many each has.
-    best: dict[int, tuple[float, tuple[int, ...]]] = {i: (sums[i], (i,)) for i in range(1, n + 1)}
-    for _ in range(1, parts):
-        best = {
-            i: min(
-                (max(largest, sums[i] - sums[j]), (*counts, i - j))
-                for j, (largest, counts) in best.items()
-                if j < i
-            )
-            for i in range(min(best) + 1, n + 1)
-        }
-    return best[n][1]
+
+    def shares(largest: float) -> tuple[int, ...]:
+        """As many items for each part as ``largest`` and those after it allow; not all of the
+        items if it is too small."""
+        ends = [0]
+        for left in reversed(range(parts)):
+            end = start = ends[-1]
+            while end < n - left and sums[end + 1] - sums[start] <= largest:
+                end += 1
+            ends.append(end)
+        return tuple(b - a for a, b in itertools.pairwise(ends))
+
+    largest = sorted({b - a for a, b in itertools.combinations(sums, 2)})
+    enough = bisect_left(largest, True, key=lambda sum_: sum(shares(sum_)) == n)
+    return shares(largest[enough])

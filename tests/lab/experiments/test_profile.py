@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from svdalign.lab.experiments.profile import Profile, ProfileConfig
-from svdalign.lab.reports import break_even_table, profile_table
+from svdalign.lab.reports import break_even_table, epoch_table, profile_table
 from svdalign.lab.reports.tables import profile_rows
 
 TINY: dict[str, Any] = {
@@ -115,6 +115,23 @@ def test_break_even_ranks_by_layer(tmp_path: Path) -> None:
         assert f"<td>{share}</td>" in page
 
 
+def test_an_epoch_is_so_many_steps(tmp_path: Path) -> None:
+    """Of 1,000 images in batches of 16: 63 steps on one device, 8 on eight; or the gradients' way
+    between devices, where that is longer."""
+    options = {**TINY, "methods": ["bp"], "estimate": True, "epoch_images": 1000}
+    config = ProfileConfig(**options, device_flops=1e9, utilisation=0.5, link=1e12)
+    row = Profile(config, tmp_path / "fast").run()["methods"][0]
+    step = 2 * row["step_macs"] / 0.5e9
+    assert row["epoch_seconds"] == pytest.approx({"1": 63 * step, "8": 8 * step})
+    config = ProfileConfig(**options, device_flops=1e18, link=1e6)
+    slow = Profile(config, tmp_path / "slow").run()
+    row = slow["methods"][0]
+    assert row["epoch_seconds"]["8"] == pytest.approx(8 * 4 * row["parameters"] * 1.75 / 1e6)
+    console = io.StringIO()
+    Console(file=console, width=80).print(epoch_table(slow))
+    assert "8 devices" in console.getvalue()
+
+
 def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
     config = ProfileConfig(**TINY, methods=["bp-dense", "dfa-dense"], estimate=True)
     assert Profile(config, tmp_path).run()["break_even"] == []
@@ -130,6 +147,8 @@ def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"image_size": 4}, "image_size must be at least 8"),
         ({"break_even": True, "estimate": True}, "but estimate runs nothing"),
+        ({"epoch_images": 100, "estimate": True}, "device_flops is needed"),
+        ({"devices": [0]}, "devices must be numbers of at least 1"),
         ({"estimate": True, "precision": "bf16"}, "estimate works out fp32 alone"),
         ({"break_even": True, "methods": ["bp-dense"]}, "needs a method with factored weights"),
         ({"device": "tpu"}, "device 'tpu' cannot be used"),

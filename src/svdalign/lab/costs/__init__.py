@@ -2,6 +2,7 @@
 
 from .breakeven import Call, factored_calls, macs_break_even, time_break_even, time_ratios
 from .compute import inference_macs, macs_by_module, parameter_count, step_macs
+from .epoch import epoch_seconds
 from .estimate import pretending
 from .latency import Timing, alternate
 from .memory import LiveTensors, Memory, inference_memory, step_memory, storage_bytes
@@ -12,6 +13,7 @@ __all__ = [
     "Memory",
     "Timing",
     "alternate",
+    "epoch_seconds",
     "factored_calls",
     "inference_macs",
     "inference_memory",

@@ -16,6 +16,7 @@ from .. import methods
 from ..costs import (
     Call,
     alternate,
+    epoch_seconds,
     factored_calls,
     inference_macs,
     inference_memory,
@@ -74,7 +75,32 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
+class EpochConfig:
+    """epoch"""
+
+    epoch_images: int | None = option(
+        None, "predict the time of an epoch of so many images; ImageNet has 1281167"
+    )
+    devices: list[int] = option([1, 8], "on so many devices, each with batch_size images a step")
+    device_flops: float | None = option(
+        None,
+        "floating-point operations a second that a device is sold with; null: a step takes what it "
+        "takes here",
+    )
+    utilisation: float = option(0.35, "share of device_flops that training reaches")
+    link: float = option(25e9, "bytes a second from device to device")
+
+    def __post_init__(self) -> None:
+        for name in ("epoch_images", "device_flops", "utilisation", "link"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if not self.devices or min(self.devices) < 1:
+            raise ValueError(f"devices must be numbers of at least 1, got {self.devices}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
     """profile"""
 
     methods: list[str] = option(DEFAULT, f"of {HELP}")
@@ -90,8 +116,10 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig):
     )
 
     def __post_init__(self) -> None:
-        for part in (BatchConfig, ModelConfig, MachineConfig):
+        for part in (BatchConfig, ModelConfig, MachineConfig, EpochConfig):
             part.__post_init__(self)
+        if self.epoch_images is not None and self.estimate and self.device_flops is None:
+            raise ValueError("device_flops is needed for an epoch's time where nothing is run")
         if len(set(self.methods)) < max(len(self.methods), 1):
             raise ValueError(f"methods must be at least one, each once, got {self.methods}")
         object.__setattr__(self, "settings", check_settings(self.settings, self.methods))
@@ -164,12 +192,34 @@ class Profile:
             rows.append(row)
         if not self.config.estimate:
             self._add_times(rows)
+        for row in rows if self.config.epoch_images is not None else ():
+            row["epoch_seconds"] = self._epochs(row)
         return {
             "status": "finished",
             "config": dataclasses.asdict(self.config),
             "methods": rows,
             "break_even": self._break_even(),
             **provenance(self.config.device),
+        }
+
+    def _epochs(self, row: dict[str, Any]) -> dict[str, float]:
+        """Seconds of an epoch by number of devices."""
+        config = self.config
+        step = row.get("step_seconds")
+        if config.device_flops is not None:
+            step = 2 * row["step_macs"] / (config.device_flops * config.utilisation)
+        assert step is not None
+        assert config.epoch_images is not None
+        return {
+            str(devices): epoch_seconds(
+                step,
+                images=config.epoch_images,
+                batch_size=config.batch_size,
+                devices=devices,
+                gradients=4 * row["parameters"],
+                link=config.link,
+            )
+            for devices in config.devices
         }
 
     def _estimate(self, name: str) -> dict[str, Any]:

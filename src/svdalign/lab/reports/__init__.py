@@ -8,13 +8,14 @@ imports only :mod:`svdalign.lab.training.config`. ``plots`` draws, ``page`` fill
 from .card import card_text
 from .frame import frame
 from .pages import comparison_page, profile_page, run_page
-from .tables import break_even_table, comparison_table, profile_table
+from .tables import break_even_table, comparison_table, epoch_table, profile_table
 
 __all__ = [
     "break_even_table",
     "card_text",
     "comparison_page",
     "comparison_table",
+    "epoch_table",
     "frame",
     "profile_page",
     "profile_table",

@@ -88,6 +88,25 @@ def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
         yield cells
 
 
+def epoch_table(results: Mapping[str, Any]) -> Table:
+    """Predicted times of an epoch for the terminal."""
+    return terminal_table(*epoch_rows(results), title="an epoch, predicted")
+
+
+def epoch_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a profile's predicted epochs: peak of each device, and minutes."""
+    methods = results["methods"]
+    devices = [f"{n} device" + "s" * (n != "1") for n in methods[0]["epoch_seconds"]]
+    return ["method", "peak of each", *devices], [
+        [
+            row["label"],
+            f"{row['memory']['peak'] / 2**30:.1f} GiB",
+            *(f"{seconds / 60:,.1f} min" for seconds in row["epoch_seconds"].values()),
+        ]
+        for row in methods
+    ]
+
+
 def break_even_table(results: Mapping[str, Any]) -> Table:
     """The break-even ranks of a profile for the terminal."""
     return terminal_table(*break_even_rows(results), title="break-even rank (share of full rank)")
