@@ -530,24 +530,142 @@ def step(results: Results) -> str:
 
 
 def large_step(results: Results) -> str:
-    """A real step of a network whose plain backpropagation does not fit."""
-    content = results["large_step_vit_l16"]
+    """Real steps of networks whose plain backpropagation does not fit."""
+    contents = [results["large_step_vit_l16"], results["large_step_resnet101"]]
     rows = [
-        [f"{label}, fp32, worked out", f"{peak / 2**30:.1f} GiB"]
-        for label, peak in content["estimates"].items()
+        [f"{label}, fp32, worked out", *(gib(c["estimates"][label]) for c in contents)]
+        for label in contents[0]["estimates"]
     ]
-    config, peak = content["config"], content["resident_peak"]
-    rows.append([f"SSA, horizon 0, {config['precision']}, run", f"{peak / 2**30:.1f} GiB"])
+    rows.append(
+        [
+            "SSA, horizon 0, run",
+            *(f"{gib(c['resident_peak'])} ({c['config']['precision']})" for c in contents),
+        ]
+    )
+    took = " and ".join(f"{content['seconds']:.0f}" for content in contents)
     return (
-        f"{markdown(['a step of ViT-L/16', 'peak'], rows)}\n\n"
-        f"224×224 pixels, batch {config['batch_size']}, rank 1/4, AdamW. Run: resident memory of "
-        f"the whole process on a machine with 24 GiB, {content['seconds']:.0f} s on two cores. "
+        f"{markdown(['peak of a step', 'ViT-L/16', 'ResNet-101'], rows)}\n\n"
+        "224×224 pixels, batch 256, rank 1/4, AdamW. Run: resident memory of the whole process on "
+        f"a machine with 24 GiB; the steps took {took} s. {source(*contents)}"
+    )
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def parallel(results: Results) -> str:
+    """Two processes of one thread each, by network: speed, idle time, memory, bytes sent."""
+    content = results["parallel"]
+    parts = []
+    for name, jobs in content["rows"].items():
+        rows = [
+            [
+                job,
+                f"{row['images_per_second']:,.0f}",
+                f"{row['ratio']:.2f} ×",
+                " ".join(f"{share:.0%}" for share in row["idle"]),
+                " ".join(f"{peak / 2**20:.0f}" for peak in row.get("peak_bytes", ())) or "–",
+                f"{row['sent'] / 2**20:.1f}" if row["sent"] else "–",
+            ]
+            for job, row in jobs.items()
+            if "images_per_second" in row
+        ]
+        headings = ["images/s", "× the first", "idle", "MiB a process", "MiB sent a step"]
+        parts.append(markdown([name, *headings], rows))
+    return (
+        "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
+        "thread a process unless it says two; medians over rounds in which all jobs take turns. "
+        "Idle: share of the wall clock that a process does not compute. Memory: peak resident "
+        f"during steps, above that before the network was built. {source(content)}"
+    )
+
+
+def stages(results: Results) -> str:
+    """What so many stages would give, and how the formula fared where it could be tested."""
+    content = results["stages"]
+    links = list(content["rows"][0]["links"])
+    rows = [
+        [
+            str(row["stages"]),
+            *(f"{row['links'][link]['times_one_without_prefix']:.1f} ×" for link in links),
+            f"{row['links'][links[-1]]['times_one']:.1f} ×",
+            f"{row['stages'] * (1 - row['bubble']):.1f} ×",
+        ]
+        for row in content["rows"]
+    ]
+    tests = [
+        [row["net"], f"{row['predicted']:.0f}", f"{row['measured']:.0f}", f"{row['ratio']:.2f}"]
+        for row in content.get("validation", ())
+    ]
+    headings = ["stages", *links, f"as it is now, {links[-1]}", "backpropagation, at best"]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"{markdown(['tested on', 'predicted, images/s', 'measured', 'ratio'], tests)}\n\n"
+        f"ResNet-{content['layers']}, batch {content['batch']}, times one process. "
         f"{source(content)}"
+    )
+
+
+def streaming(results: Results) -> str:
+    """What streaming images takes."""
+    content = results["streaming"]
+    rows = [
+        [
+            row["kind"],
+            f"{row['files']:,} of {row['width']} pixels, {row['size']} × {row['size']} windows",
+            f"{row['images_per_cpu_second']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['peak_bytes_of_a_worker'] / 2**20:.0f}",
+        ]
+        for row in content["rows"]
+    ]
+    headings = ["files", "images", "images per second of a core", "MiB", "MiB of a worker"]
+    text = f"{markdown(headings, rows)}\n\n"
+    if "training" in content:
+        found = content["training"]
+        text += (
+            f"Training a {found['model']} at 224 × 224 by SSA at horizon 0 takes in "
+            f"{found['training_images_per_cpu_second']:.1f} images per second of a core here, and "
+            f"waits for images {found['waited_share']:.1%} of the time with one worker process. "
+        )
+    return (
+        f"{text}Batches of {content['batch']}, {content['workers']} workers, one epoch; peak "
+        f"resident memory, libraries included. {source(content)}"
+    )
+
+
+def epochs(results: Results) -> str:
+    """Predicted epochs of the configs for ImageNet."""
+    names = ("resnet18", "resnet50", "mobilenet_v1", "vit_s16")
+    contents = [results[f"epoch_{name}"] for name in names]
+    rows = [
+        [
+            content["config"]["model"],
+            row["label"],
+            gib(row["memory"]["peak"]),
+            *(f"{seconds / 60:.1f}" for seconds in row["epoch_seconds"].values()),
+        ]
+        for content in contents
+        for row in content["methods"]
+    ]
+    config = contents[0]["config"]
+    headings = ["network", "method", "peak of a GPU", "minutes, 1 GPU", "minutes, 8 GPUs"]
+    return (
+        f"{markdown(headings, rows)}\n\n"
+        f"Worked out, not run: {config['epoch_images']:,} images, batches of "
+        f"{config['batch_size']} a GPU, fp32 memory, {config['device_flops']:.3g} FLOP/s at "
+        f"{config['utilisation']:.0%}, {config['link'] / 1e9:.0f} GB/s between GPUs, images always "
+        f"ready. {source(*contents)}"
     )
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "large_step": large_step,
+    "parallel": parallel,
+    "stages": stages,
+    "streaming": streaming,
+    "epochs": epochs,
     "step": step,
     "comparison": comparison,
     "memory": memory,
