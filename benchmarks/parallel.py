@@ -383,6 +383,7 @@ def main() -> None:
                 bytes_ = [f["peak_bytes"] for f in found if f]
                 rows.setdefault(key, {})["peak_bytes"] = bytes_
                 print(f"{name:9} {key:42}", *(f"{b / 2**20:6.0f} MiB" for b in bytes_), flush=True)
+                write_json(options.out, {**content, "batch": BATCH, **provenance("cpu")})
         else:
             end = time.monotonic() + options.seconds
             found = on_processes("speeds", size, name, options.jobs, options.steps, end)
@@ -406,8 +407,7 @@ def main() -> None:
                     f"{row['ratio']:5.2f}×  idle {idle:8} {row['sent'] / 2**20:6.2f} MiB sent",
                     flush=True,
                 )
-        setting = {"batch": BATCH, **provenance("cpu")}
-        write_json(options.out, {**content, **setting})
+        write_json(options.out, {**content, "batch": BATCH, **provenance("cpu")})
 
 
 def summary(key: str, found: list[dict[str, Any]], quiet: list[int]) -> dict[str, Any]:
