@@ -334,7 +334,7 @@ def process(what: str, folder: str, rank: int, size: int, *arguments: Any) -> No
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(minutes=10),
     )
     found = WHAT[what](*arguments, rank, size)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
