@@ -41,11 +41,9 @@ def train(
     """
     started = time.time()
     keeps = trainer.team.rank == 0
-    if not keeps:
-        pass
-    elif resume:
+    if keeps and resume:
         record.restart(trainer.history, to_yaml(absolute(trainer.config)))
-    else:
+    elif keeps:
         record.start(to_yaml(absolute(trainer.config)))
     if not resume:
         torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
