@@ -5,7 +5,8 @@
 Speed (the default): two processes hold one step of every job and take turns with them, so that a
 drift of the machine's speed touches all alike. Images a second and shares of idle time are of the
 steady state: the clock of a pipeline runs while all its processes are at work. Medians over the
-rounds in which other programs kept no more than a tenth of a core busy.
+rounds, and beside them how many cores other programs kept busy meanwhile: run it on a machine with
+as many idle cores as processes.
 
 - SSA at horizon 0 on one process with one thread, and with two;
 - the same on every process by itself, added up: the most that this machine can give;
@@ -52,7 +53,6 @@ from svdalign.lab.training.config import JobConfig
 from svdalign.lab.training.record import provenance, read_json, write_json
 
 BATCH = 128
-MOST_OF_OTHERS = 0.1  #: cores that other programs may keep busy in a round that counts
 TAIL = 3  #: steps after the clock of a pipeline's process has stopped, for the others to end theirs
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "vgg13": ("vgg13", {"image_size": 32}),
@@ -247,16 +247,16 @@ def speeds(name: str, jobs: list[str], steps: int, end: float, rank: int, size: 
         dist.barrier()
         if rank == 0:
             print(f"{name:9} {key:42} ready", file=sys.stderr, flush=True)
-    go_on, others = torch.ones(()), []
+    others: dict[str, list[float]] = {key: [] for key in jobs}
+    go_on = torch.ones(())
     while go_on:
-        before, started = cpu_of_others(), time.perf_counter()
         for key in jobs:
-            dist.barrier()
+            before, started = cpu_of_others(), time.perf_counter()
             if key in made:
                 took, busy = timed(made[key], steps, TAIL if JOBS[key].size == 0 else 0)
                 found[key]["speeds"].append(steps * BATCH / took)
                 found[key]["idle"].append(max(0.0, 1 - busy / took / JOBS[key].threads))
-        others.append((cpu_of_others() - before) / (time.perf_counter() - started))
+            others[key].append((cpu_of_others() - before) / (time.perf_counter() - started))
         go_on.fill_(time.monotonic() < end)
         dist.broadcast(go_on, 0)
     return {"jobs": found, "others": others}
@@ -367,7 +367,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240, help="for a network, about")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--noisy", action="store_true", help="the machine need not be quiet")
     parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parallel.json"))
     options = parser.parse_args()
@@ -387,15 +386,11 @@ def main() -> None:
         else:
             end = time.monotonic() + options.seconds
             found = on_processes("speeds", size, name, options.jobs, options.steps, end)
-            others = found[0]["others"]
-            print(f"{name:9} cores that others kept busy:", *(f"{o:.2f}" for o in others))
-            quiet = [i for i, busy in enumerate(others) if busy < MOST_OF_OTHERS]
-            if not quiet and not options.noisy:
-                raise SystemExit("the machine was never quiet; --noisy takes it as it is")
-            quiet = quiet or list(range(len(others)))
             for key in options.jobs:
                 each = [f["jobs"][key] for f in found if key in f["jobs"]]
-                rows.setdefault(key, {}).update(summary(key, each, quiet))
+                row = rows.setdefault(key, {})
+                row |= summary(key, each)
+                row["others"] = statistics.median(found[0]["others"][key])
             base = rows[BASE]["rounds"]
             for key in options.jobs:
                 row = rows[key]
@@ -404,23 +399,24 @@ def main() -> None:
                 idle = " ".join(f"{share:.0%}" for share in row["idle"])
                 print(
                     f"{name:9} {key:42} {row['images_per_second']:7.0f} images/s "
-                    f"{row['ratio']:5.2f}×  idle {idle:8} {row['sent'] / 2**20:6.2f} MiB sent",
+                    f"{row['ratio']:5.2f}×  idle {idle:8} {row['sent'] / 2**20:6.2f} MiB sent  "
+                    f"others {row['others']:.2f} cores",
                     flush=True,
                 )
         write_json(options.out, {**content, "batch": BATCH, **provenance("cpu")})
 
 
-def summary(key: str, found: list[dict[str, Any]], quiet: list[int]) -> dict[str, Any]:
-    """One job, from what its processes found in the rounds ``quiet``."""
+def summary(key: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One job, from what its processes found."""
     together = sum if JOBS[key].kind == "alone" else min
-    rounds = [together(f["speeds"][i] for f in found) for i in quiet]
+    rounds = [together(values) for values in zip(*(f["speeds"] for f in found), strict=True)]
     told = {k: v for k, v in found[0].items() if k not in ("speeds", "idle")}
     return {
         **told,
         "sent": max(f.get("sent", 0) for f in found),
         "rounds": rounds,
         "images_per_second": statistics.median(rounds),
-        "idle": [statistics.median(f["idle"][i] for i in quiet) for f in found],
+        "idle": [statistics.median(f["idle"]) for f in found],
     }
 
 

@@ -550,6 +550,9 @@ def large_step(results: Results) -> str:
     )
 
 
+ROOF = "SSA, by itself on each process, added up"
+
+
 def gib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB"
 
@@ -564,6 +567,7 @@ def parallel(results: Results) -> str:
                 job,
                 f"{row['images_per_second']:,.0f}",
                 f"{row['ratio']:.2f} ×",
+                f"{row['images_per_second'] / jobs[ROOF]['images_per_second']:.0%}",
                 " ".join(f"{share:.0%}" for share in row["idle"]),
                 " ".join(f"{peak / 2**20:.0f}" for peak in row.get("peak_bytes", ())) or "–",
                 f"{row['sent'] / 2**20:.1f}" if row["sent"] else "–",
@@ -571,12 +575,19 @@ def parallel(results: Results) -> str:
             for job, row in jobs.items()
             if "images_per_second" in row
         ]
-        headings = ["images/s", "× the first", "idle", "MiB a process", "MiB sent a step"]
+        headings = [
+            "images/s",
+            "× the first",
+            "of the roof",
+            "idle",
+            "MiB a process",
+            "MiB sent a step",
+        ]
         parts.append(markdown([name, *headings], rows))
     return (
         "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
         "thread a process unless it says two; medians over rounds in which all jobs take turns. "
-        "Idle: share of the wall clock that a process does not compute. Memory: peak resident "
+        "The roof is one process by itself on each core, added up. Idle: share of the wall clock that a process does not compute. Memory: peak resident "
         f"during steps, above that before the network was built. {source(content)}"
     )
 
