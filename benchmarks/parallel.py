@@ -253,6 +253,7 @@ def speeds(name: str, jobs: list[str], steps: int, end: float, rank: int, size: 
         for key in jobs:
             before, started = cpu_of_others(), time.perf_counter()
             if key in made:
+                torch.set_num_threads(JOBS[key].threads)
                 took, busy = timed(made[key], steps, TAIL if JOBS[key].size == 0 else 0)
                 found[key]["speeds"].append(steps * BATCH / took)
                 found[key]["idle"].append(max(0.0, 1 - busy / took / JOBS[key].threads))

@@ -575,19 +575,13 @@ def parallel(results: Results) -> str:
             for job, row in jobs.items()
             if "images_per_second" in row
         ]
-        headings = [
-            "images/s",
-            "× the first",
-            "of the roof",
-            "idle",
-            "MiB a process",
-            "MiB sent a step",
-        ]
-        parts.append(markdown([name, *headings], rows))
+        speeds = ["images/s", "× the first", "of the roof", "idle"]
+        parts.append(markdown([name, *speeds, "MiB a process", "MiB sent a step"], rows))
     return (
         "\n\n".join(parts) + f"\n\nBatches of {content['batch']}, rank 1/4, AdamW, fp32, one "
         "thread a process unless it says two; medians over rounds in which all jobs take turns. "
-        "The roof is one process by itself on each core, added up. Idle: share of the wall clock that a process does not compute. Memory: peak resident "
+        "The roof is one process by itself on each core, added up. Idle: share of the wall clock "
+        "that a process does not compute. Memory: peak resident "
         f"during steps, above that before the network was built. {source(content)}"
     )
 

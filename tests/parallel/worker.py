@@ -176,7 +176,7 @@ def data(rank: int, size: int, folder: Path) -> None:
     both = parallel.DataParallel(mine)
     for i, (x, y) in enumerate(batches(6)):
         if i == 4:
-            sva.reduce_rank(mine.model, mine.optimizer, energy=0.9)
+            sva.reduce_rank(mine.model, mine.optimizer, energy=0.6, min_rank=1)
         both.step(x.chunk(size)[rank], y.chunk(size)[rank])
     both.save(folder / "state.safetensors")
     torch.save(mine.model.state_dict(), folder / f"rank{rank}.pt")
