@@ -17,7 +17,7 @@ from ..factors.stiefel import RETRACTIONS
 __all__ = ["balanced", "unit_seconds"]
 
 
-def unit_seconds(learner: Learner, x: Any, y: Tensor, repeats: int = 3) -> list[float]:
+def unit_seconds(learner: Learner, x: Any, y: Tensor, repeats: int = 5) -> list[float]:
     """Seconds that each unit takes for a batch, the least of ``repeats``: forward, backward, and
     the retraction of its factors (an optimizer's step is short beside these).
 

@@ -70,7 +70,7 @@ class LayerParallel:
         units = self.plan.units
         self.seconds: list[float] | None = None  #: of each unit, where it was measured
         if partition is None:
-            self.seconds = _from(0, unit_seconds(learner, *example), group)
+            self.seconds = self._measured(example)
             partition = balanced(self.seconds, self.size)
         self.partition = tuple(partition)
         if len(self.partition) != self.size or sum(self.partition) != len(units) or 0 in partition:
@@ -93,6 +93,14 @@ class LayerParallel:
         learner._one_pass = self._one_pass
         self._let_go()
         self._probe(example[0], border)
+
+    def _measured(self, example: tuple[Any, Tensor]) -> list[float]:
+        """Seconds of each unit, the mean over the processes: one slow moment of one of them is not
+        to decide the balance of all."""
+        each: list[list[float]] = [[]] * self.size
+        with naming(OTHER):
+            dist.all_gather_object(each, unit_seconds(self.learner, *example), self._group)
+        return [sum(seconds) / self.size for seconds in zip(*each, strict=True)]
 
     @property
     def sent(self) -> int:
