@@ -21,7 +21,8 @@ from svdalign.lab import models
 from svdalign.lab.costs import alternate
 from svdalign.lab.training.build import prepare_machine
 from svdalign.lab.training.config import JobConfig
-from svdalign.lab.training.record import provenance, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import write_json
 
 BATCH, CLASSES, MARK = 128, 10, 1.05
 

@@ -24,7 +24,8 @@ import torch
 from svdalign.lab.data import batches
 from svdalign.lab.experiments.card import IMAGES, ship
 from svdalign.lab.training import load_run
-from svdalign.lab.training.record import provenance, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import write_json
 
 PROGRAMS = {
     "pt2": """

@@ -19,7 +19,7 @@ from torch import nn
 
 import svdalign as sva
 from svdalign.lab.costs import step_memory
-from svdalign.lab.training.record import provenance
+from svdalign.lab.training.provenance import provenance
 
 DEPTHS = (4, 8, 16, 32)
 METHODS: dict[str, tuple[str, int | None]] = {

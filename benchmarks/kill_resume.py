@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from svdalign import storage
-from svdalign.lab.training.record import Record, provenance, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import Record, write_json
 
 MOMENTS = ("any", "write", "any", "cut")  # dealt out in turns
 CLOCKS = {"seconds", "epoch_seconds", "images_per_second"}

@@ -23,7 +23,7 @@ import torch
 import svdalign as sva
 from svdalign.lab import models
 from svdalign.lab.experiments.profile import Profile, ProfileConfig
-from svdalign.lab.training.record import provenance
+from svdalign.lab.training.provenance import provenance
 
 METHODS = ["bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "ssa-local"]
 SIZE, CLASSES = 224, 1000

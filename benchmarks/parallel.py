@@ -50,7 +50,8 @@ from svdalign import parallel
 from svdalign.lab import models
 from svdalign.lab.training.build import prepare_machine
 from svdalign.lab.training.config import JobConfig
-from svdalign.lab.training.record import provenance, read_json, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import read_json, write_json
 
 BATCH = 128
 TAIL = 3  #: steps after the clock of a pipeline's process has stopped, for the others to end theirs

@@ -4,14 +4,15 @@
     python benchmarks/results_table.py --check   # fail if they are out of date
 
 A table stands between ``<!-- table:NAME begin -->`` and ``<!-- table:NAME end -->``: one of
-``TABLES``, or that of the file NAME.json: a profile, an experiment of ``svdalign reproduce``, or
-what ``benchmarks/rank_reduction.py`` or ``benchmarks/levers.py`` measured.
+``TABLES``, or that of the file NAME.json: a profile, an experiment of ``svdalign reproduce``, or a
+comparison of changes.
 What is not measured yet is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -283,19 +284,22 @@ def peers(results: Results) -> str:
     """BioTorch's methods beside ours on the same job."""
     content = results["peers"]
     headings = ["method", "CIFAR-10 part, %", "peak rate", "degrees to BP", "time per step"]
-    rows = [
-        [
-            row["label"],
-            accuracy(row),
-            f"{row['lr']:g}",
-            ", ".join(f"{angle:.0f}" for angle in row["angles"]),
-            f"{row['step_ratio']:.2f} ×",
-        ]
-        for row in content["rows"]
-    ]
+    rows = []
+    for row in content["summary"]:
+        first = next(run for run in content["runs"] if run["method"] == row["method"])
+        last = first["history"][-1]
+        rows.append(
+            [
+                row["of"] if row["change"] == "as it is" else row["change"],
+                accuracy(row),
+                f"{first['config']['lr']:g}",
+                ", ".join(f"{angle:.0f}" for angle in last["angles"]),
+                f"{row['step_ratio']:.2f} ×",
+            ]
+        )
     return (
         f"{markdown(headings, rows)}\n\n"
-        f"biotorch {content['biotorch']} in an environment of its own; job, search of the learning "
+        f"biotorch {last['biotorch']} in an environment of its own; job, search of the learning "
         "rate and seeds are those of the README's comparison on CIFAR-10; initial weights, images "
         "and their order are the same for all five. Degrees to BP: the angle from each "
         "convolution's gradient, and the classifier's, to BP's at the end of training. Time: × BP "
@@ -457,36 +461,36 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{several}"
 
 
-def levers(content: Mapping[str, Any]) -> str:
-    """Changes to the recipe one at a time, at one learning rate."""
-    rate, job = content["rows"][0]["lr"], content["job"]
-    found = {(r["label"], r["lever"]): r for r in content["rows"] if r["lr"] == rate}
-    methods = sorted({label for label, _ in found}, key=lambda label: ("BP" in label, label))
+def changes(content: Mapping[str, Any]) -> str:
+    """A comparison of changes made one at a time: a row a change, a column a method."""
+    config = content["config"]
+    found = {(row["of"], row["change"]): row for row in content["summary"]}
+    methods = sorted({of for of, _ in found}, key=lambda label: ("BP" in label, label))
 
-    def cell(method: str, lever: str) -> str:
-        if (method, lever) not in found:
+    def cell(method: str, change: str) -> str:
+        if (method, change) not in found:
             return "–"
-        reached = 100 * statistics.mean(found[method, lever]["accuracies"])
-        if lever == "as it is" or (method, "as it is") not in found:
+        reached = 100 * found[method, change]["accuracy"]
+        if change == "as it is" or (method, "as it is") not in found:
             return f"{reached:.1f}"
-        start = 100 * statistics.mean(found[method, "as it is"]["accuracies"])
-        return f"{reached - start:+.1f}"
+        return f"{reached - 100 * found[method, 'as it is']['accuracy']:+.1f}"
 
-    names = dict.fromkeys(lever for _, lever in found)
+    names = dict.fromkeys(change for _, change in found)
     rows = [[name, *(cell(method, name) for method in methods)] for name in names]
     changed = "as it is" in names
-    changes = ", and points more or less than that" if changed else ""
+    against = ", and points more or less than that" if changed else ""
     headings = methods if changed else ["accuracy"]  # horizons are among the changes
-    seeds = sorted({len(row["accuracies"]) for row in found.values()})
-    name = job["data"].replace("cifar", "CIFAR-")
+    seeds = sorted({row["runs"] for row in found.values()})
+    name = config["data"].replace("cifar", "CIFAR-")
     each = " or ".join(map(str, seeds))
+    rate = f"learning rate {config['lr']:g}" if config["lr"] else "each at its own learning rate"
     return (
-        f"{markdown(['lever', *headings], rows)}\n\n"
-        f"Accuracy in % on {job['validation']:,} held-out training images{changes}: "
-        f"{job['model']} at rank {job['rank']:g} on "
-        f"{job['train_limit'] - job['validation']:,} images of {name} at {job['image_size']}×"
-        f"{job['image_size']}, {job['epochs']} epochs, learning rate {rate}, "
-        f"{each} seed(s). {source(content)}"
+        f"{markdown(['change', *headings], rows)}\n\n"
+        f"Accuracy in % on {config['validation']:,} held-out training images{against}: "
+        f"{config['model']} at rank {config['rank']:g} on "
+        f"{config['train_limit'] - config['validation']:,} images of {name} at "
+        f"{config['image_size']}×{config['image_size']}, {config['epochs']} epochs, {rate}, {each} "
+        f"seed(s). {source(content)}"
     )
 
 
@@ -689,10 +693,10 @@ def of_file(content: Mapping[str, Any]) -> str:
         so_far = "" if content["status"] == "finished" else " Not all runs are done."
         lead = f"**{content['title']}.** {content['shows']}{so_far}"
         return f"{lead}\n\n{markdown(*experiment_table(content))}\n\n{source(content)}"
-    if "lever" in content.get("rows", [{}])[0]:
-        return levers(content)
-    if "marks" in content:
-        return f"{markdown(*rank_cuts(content))}\n\n{source(content)}"
+    if "summary" in content:
+        if any("compact" in run for run in content.get("runs", ())):
+            return f"{markdown(*rank_cuts(content))}\n\n{source(content)}"
+        return changes(content)
     config = content["config"]
     how = "worked out" if config["estimate"] else "measured"
     fused = "fused convolutions, " if config.get("fuse") else ""
@@ -705,24 +709,43 @@ def of_file(content: Mapping[str, Any]) -> str:
 
 
 def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    latencies = [key for key in content["summary"][0] if key.startswith("latency, ")]
-    headings = ["run", "test accuracy", "under fixed", "worst dip", "parameters", "MACs"]
-    rows = []
+    """What cuts while training cost and save; the first change of all is the one without them."""
+    rows, latencies = [], []
+    fixed = content["summary"][0]
     for row in content["summary"]:
-        found = [r["accuracy"] for r in content["rows"] if r["variant"] == row["variant"]]
-        spread = statistics.stdev(found) if len(found) > 1 else None
+        mine = [run for run in content["runs"] if run["method"] == row["method"]]
+        compact = [run["compact"] for run in mine]
+        shares = (
+            statistics.mean(of[key]["ratio"] for of in compact) for key in ("parameters", "macs")
+        )
+        times = {
+            f"latency, batch {of[0]['batch']}": statistics.median(entry["ratio"] for entry in of)
+            for of in zip(*(of["latency"] for of in compact), strict=True)
+        }
+        worst = max((dip for run in mine for dip in dips(run["history"])), default=None)
+        latencies = list(times)
         rows.append(
             [
-                row["variant"],
-                accuracy({"accuracy": statistics.mean(found), "accuracy_std": spread}),
-                number(row["points_under_fixed"], "{:.1f}"),
-                number(row["worst_dip_points"], "{:.1f}"),
-                f"{row['parameters']:.0%}",
-                f"{row['macs']:.0%}",
-                *(f"{row[key]:.2f}" for key in latencies),
+                row["change"],
+                accuracy(row),
+                f"{100 * (fixed['accuracy'] - row['accuracy']):.1f}",
+                number(worst, "{:.1f}"),
+                *(f"{share:.0%}" for share in shares),
+                *(f"{ratio:.2f}" for ratio in times.values()),
             ]
         )
+    headings = ["run", "test accuracy", "under fixed", "worst dip", "parameters", "MACs"]
     return [*headings, *latencies], rows
+
+
+def dips(history: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Points of test accuracy lost from one epoch to the next, for each epoch that ended in a cut
+    and the one after it."""
+    return [
+        100 * (a["test_accuracy"] - b["test_accuracy"])
+        for a, b in itertools.pairwise(history)
+        if a["kept_energy"] or b["kept_energy"]
+    ]
 
 
 def profile(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

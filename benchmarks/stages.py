@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 import svdalign as sva
 from svdalign import parallel
 from svdalign.lab.models._resnet import ResNet
-from svdalign.lab.training.record import provenance, read_json, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import read_json, write_json
 
 LINKS = {  # bits a second, seconds
     "1 Gbit/s, 100 µs": (1e9, 1e-4),

@@ -41,7 +41,7 @@ from svdalign.lab.costs import step_memory
 from svdalign.lab.training.build import prepare_machine
 from svdalign.lab.training.checkpointing import checkpointed, segment_sizes
 from svdalign.lab.training.config import JobConfig
-from svdalign.lab.training.record import provenance
+from svdalign.lab.training.provenance import provenance
 
 MIB = 2**20
 REFERENCES = ("bp-dense", "bp")

@@ -39,7 +39,8 @@ from PIL import Image
 from svdalign.lab import data
 from svdalign.lab.training import RunConfig, Trainer, build_learner, load_data
 from svdalign.lab.training.build import prepare_machine
-from svdalign.lab.training.record import provenance, read_json, write_json
+from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import read_json, write_json
 
 CLASSES, SHARD, TEST = 10, 500, 100  # SHARD: images a file
 BATCH = 64

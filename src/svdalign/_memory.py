@@ -1,4 +1,4 @@
-"""Peak memory of a training step, what it is made of, and that of an inference.
+"""Peak memory of a training step, split into its parts, and of an inference.
 
 On CUDA the allocator knows. On the CPU every tensor made while :class:`LiveTensors` is active is
 followed by its storage: from the operation that made it to the moment its last reference, that of
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ._operations import Operations
 from .engine.forward import evaluating
 
 __all__ = ["LiveTensors", "Memory", "inference_memory", "step_memory", "storage_bytes"]
@@ -28,8 +28,8 @@ __all__ = ["LiveTensors", "Memory", "inference_memory", "step_memory", "storage_
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes alive at the moment of the peak. ``activations`` is all that is not in the other three:
-    activations held for the backward pass, the batch, temporaries."""
+    """Bytes alive at the moment of the peak. ``activations`` is everything else: activations saved
+    for the backward pass, the batch, temporaries."""
 
     peak: int
     parameters: int
@@ -42,7 +42,7 @@ class Memory:
         return self.peak - self.parameters - self.gradients - self.optimizer
 
     def as_dict(self) -> dict[str, int]:
-        """The peak and all that it is made of, ready for JSON."""
+        """The peak and its parts, ready for JSON."""
         return {**dataclasses.asdict(self), "activations": self.activations}
 
 
@@ -52,7 +52,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveTensors(Operations):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors while active: ``live`` now, ``peak`` so far.
 
     ``existing`` tensors count from the start; others from the operation that returns them.
@@ -62,7 +62,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, existing: Iterable[Tensor] = (), on_peak: Callable[[int], None] | None = None
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = 0
         self.peak = 0
         self._on_peak: Callable[[int], None] | None = None
@@ -73,15 +73,10 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             on_peak(self.peak)
             self._on_peak = on_peak
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        reused = args[0] if _accumulates(func, sys._getframe(1)) else None
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation itself; what it returns is followed."""
+        result = func(*args, **kwargs)
+        reused = args[0] if _accumulates(func, sys._getframe(2)) else None  # who called torch
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf, reused)
@@ -135,11 +130,11 @@ def step_memory(
     optimizer: torch.optim.Optimizer,
     batch: Iterable[Tensor] = (),
 ) -> Memory:
-    """Run ``step`` once and return what it held at its peak.
+    """Run ``step`` once and return the memory at its peak, split into its parts.
 
     Args:
         step: one training step; it does change the model.
-        modules: whose parameters and buffers are at stake: the model, and the feedback if any.
+        modules: those whose parameters and buffers are counted: the model, and the feedback if any.
         optimizer: of these parameters; run a step before, so that its state exists.
         batch: input and labels, part of the peak.
     """

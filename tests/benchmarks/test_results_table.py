@@ -38,7 +38,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rules=["bp-dense", "ssa"], seeds=2,
     )  # fmt: skip
     comparison = Comparison(config, folder / "runs")
-    comparison.measure_costs()
     size: dict[str, Any] = {"model": "mlp", "width": 0.05, "batch_size": 4, "image_size": 8}
     profiled = Profile(ProfileConfig(**size, estimate=True), folder / "profile").run()
     timed = ProfileConfig(**size, methods=["bp-dense", "ssa"], seconds=0.1)
@@ -52,11 +51,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     same = {"parameters": 1234, "macs": 2e6, "config": {"epochs": 3}}
     table1 = [{**row, **same} for row in ran["summary"]]
-    cut = {"parameters": 0.311, "macs": 0.352, "latency, batch 1": 0.5, "points_under_fixed": 0.4}
+    compact = {
+        "parameters": {"ratio": 0.311}, "macs": {"ratio": 0.352},
+        "latency": [{"batch": 1, "ratio": 0.5}],
+    }  # fmt: skip
+    falling = [{"test_accuracy": a, "kept_energy": {"a": 0.9}} for a in (0.5, 0.45, 0.8)]
     cuts = {
-        "marks": {},
-        "rows": [{"variant": "cut", "accuracy": accuracy} for accuracy in (0.79, 0.81)],
-        "summary": [{"variant": "cut", "worst_dip_points": None, **cut}],
+        "summary": [
+            {"method": "ssa, fixed", "change": "fixed", "accuracy": 0.804, "accuracy_std": None},
+            {"method": "ssa, cut", "change": "cut", "accuracy": 0.8, "accuracy_std": 0.0141},
+        ],
+        "runs": [
+            {"method": f"ssa, {name}", "compact": compact, "history": history}
+            for name, history in (("fixed", []), ("cut", falling), ("cut", []))
+        ],
     }
     source = {key: ran[key] for key in ("git", "command", "machine", "status", "torch")}
     for name, content in {
@@ -92,7 +100,8 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     assert "| BP, checkpointed |" in fresh
     assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
-    assert "| cut | 80.0 ± 1.4 | 0.4 | – | 31% | 35% | 0.50 |" in fresh
+    assert "| fixed | 80.4 | 0.0 | – | 31% | 35% | 0.50 |" in fresh
+    assert "| cut | 80.0 ± 1.4 | 0.4 | 5.0 | 31% | 35% | 0.50 |" in fresh
     assert "| --- | ---: | ---: | ---: | ---: |" in fresh
     assert script.render(fresh, script.Results(results, results)) == fresh
 

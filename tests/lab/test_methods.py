@@ -13,7 +13,7 @@ from svdalign import rules
 from svdalign.lab import methods
 from svdalign.lab.cli import main
 from svdalign.lab.data import ImageData, Split
-from svdalign.lab.training import RunConfig, build_learner, build_model
+from svdalign.lab.training import RunConfig, build_learner, build_model, load_run
 from svdalign.lab.training.checkpointing import CheckpointedSequential
 from svdalign.rules import Rule
 
@@ -51,6 +51,20 @@ def mlp(in_channels, num_classes, image_size, width):
     return nn.Sequential(
         nn.Flatten(), nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
     )
+
+
+def frozen(config, data):
+    """Trains the classifier alone."""
+    from svdalign.lab.training import Trainer, build_learner
+
+    def groups(parameters):
+        return [{"params": [p], "lr_scale": float(p is parameters[-1])} for p in parameters]
+
+    return Trainer(config, data, build_learner(config, data, groups=groups))
+
+
+def no_trainer(config, data):
+    return None
 
 
 def touch(**anything):
@@ -155,6 +169,37 @@ def test_a_rule_and_a_network_of_ones_own(capsys: pytest.CaptureFixture[str]) ->
     assert "Greedy" in capsys.readouterr().out
     profile = ["profile", "--estimate", "true", "--model", "own_things:mlp", "--width", "0.5"]
     assert main([*profile, "--methods", *own, "--out", "c"]) == 0
+
+
+@pytest.mark.usefixtures("_own")
+def test_a_trainer_of_ones_own_is_part_of_the_run() -> None:
+    words = [*SMALL, "--model", "own_things:Net", "--rule", "bp-dense"]
+    assert main(["train", *words, "--trainer", "own_things:frozen", "--out", "a"]) == 0
+    trainer = load_run("a")
+    initial = build_model(trainer.config, trainer.data).state_dict()
+    *others, last = trainer.learner.model.state_dict().items()
+    assert all(torch.equal(value, initial[name]) for name, value in others)
+    assert not torch.equal(last[1], initial[last[0]])
+    assert main(["train", "--resume", "a", "--epochs", "2"]) == 0
+    assert len(load_run("a").learner.optimizer.param_groups) == len(initial)
+
+
+@pytest.mark.usefixtures("_own")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_things:nothing", "takes config and data; config, data is not among its parameters"),
+        ("own_things:Nothing", "own_things:Nothing cannot be imported"),
+        ("own_things", "must be package.module:Name"),
+        ("own_things:no_trainer", "must make a svdalign.lab.training.Trainer, got NoneType"),
+    ],
+)
+def test_what_is_no_trainer_is_refused(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *SMALL, "--model", "mlp", "--trainer", name, "--out", "a"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("a").exists()
 
 
 @pytest.mark.usefixtures("_own")

@@ -126,7 +126,7 @@ def test_what_may_change_between_two_halves_of_a_run() -> None:
 
 def test_a_comparison_goes_on_within_a_run() -> None:
     fields = {k: v for k, v in TINY.items() if k not in ("rank_energy", "rank_min")}
-    config = CompareConfig(**fields, rules=["bp-dense", "ssa"])
+    config = CompareConfig(**fields, rules=["bp-dense", "ssa"], costs=False)
     whole = Comparison(config, "whole").run()
     with pytest.raises(Kill):
         Comparison(config, "killed").run(stop=dying(13))

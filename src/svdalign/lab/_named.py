@@ -1,14 +1,16 @@
-"""What users name as ``package.module:Name``: networks of their own; rules as well, which
-:func:`svdalign.rules.get` imports."""
+"""What users name as ``package.module:Name``: networks and trainers of their own; rules as well,
+which :func:`svdalign.rules.get` imports."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["import_named", "search_here"]
+__all__ = ["import_maker", "search_here"]
 
 
 def search_here() -> None:
@@ -17,14 +19,16 @@ def search_here() -> None:
         sys.path.insert(0, here)
 
 
-def import_named(name: str) -> Any:
-    """The object that ``package.module:Name`` names. Modules are also looked for in the current
-    folder.
+def import_maker(name: str, *needed: str) -> Callable[..., Any]:
+    """The class or function that ``package.module:Name`` names. Modules are also looked for in the
+    current folder.
 
     Importing runs the module's code: use only names, and configs with such names, that you trust.
+    Nothing is returned that does not take the arguments ``needed`` by name: a config from elsewhere
+    cannot have any function called.
 
     Raises:
-        ValueError: where there is no such module or nothing of that name in it.
+        ValueError: where there is no such module, nothing of that name in it, or something else.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -36,4 +40,14 @@ def import_named(name: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name} cannot be imported: {error}") from error
-    return found
+    try:
+        known = set(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        known = set()
+    if missing := sorted(set(needed) - known):
+        raise ValueError(
+            f"{name} must be a class or function that takes {' and '.join(needed)}; "
+            f"{', '.join(missing)} is not among its parameters"
+        )
+    made: Callable[..., Any] = found
+    return made

@@ -137,9 +137,11 @@ class Parser(ArgumentParser):
 
 
 def parse(parser: Parser, command: Parser, words: Sequence[str]) -> dict[str, Any]:
-    """``words``, the command's name first, by ``parser``, of which ``command`` is the one called;
-    UsageError for what cannot be. Of a command that can resume, ``given`` are the options that are
-    there: it takes few of them."""
+    """Parse ``words``, whose first is the command's name; ``command`` is that command's parser.
+
+    Raises UsageError for words that are not valid. For a command that can resume, ``given`` are the
+    options that were given: most of them cannot be changed then.
+    """
     joined = [words[0], *command.join(words[1:])]
     try:
         options = dict(parser.parse_args(joined).as_dict()[words[0]])

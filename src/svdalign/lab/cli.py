@@ -11,8 +11,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jsonargparse import set_parsing_settings
 
@@ -20,17 +21,20 @@ from .arguments import Parser, UsageError, did_you_mean, parse
 from .terminal import Terminal, close_streams, prepare_streams
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .training.config import RunConfig
     from .training.interrupt import Interrupt
+    from .training.progress import Progress
 
 __all__ = ["main"]
 
-COMPLETION = "--print_completion"  #: ``=shtab-bash`` and others, where shtab is installed
+COMPLETION = "--print_completion"  #: ``=shtab-bash`` and others
 FAILED, MISUSED = 1, 2
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 EXIT_CODES = (
-    "exit codes: 0 done; 1 diverged, or failed while running; 2 options that cannot be, nothing "
-    "was run; 130 or 143 interrupted by Ctrl-C or SIGTERM, the same command goes on"
+    "exit codes: 0 done; 1 diverged, or failed while running; 2 options that are not valid, "
+    "nothing was run; 130 or 143 interrupted by Ctrl-C or SIGTERM, the same command goes on"
 )
 
 Options = dict[str, Any]
@@ -60,6 +64,20 @@ def command(
         return run
 
     return register
+
+
+def _options_of(config: str, folder: str = "", *, new: bool = True) -> Callable[[Parser], None]:
+    """A function that declares an option for each field of ``config``, a ``module:Class`` of the
+    lab, and where results go, if ``folder`` says what their folders are called."""
+
+    def declare(parser: Parser) -> None:
+        module, _, name = config.partition(":")
+        kind = getattr(import_module(f"{__package__}.{module}"), name)
+        parser.add_config(kind, device=_device())
+        if folder:
+            parser.add_folder(folder, new=new)
+
+    return declare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,8 +123,7 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
     that is called alone, or of all for a completion script."""
     from .. import __version__
 
-    if find_spec("shtab") is not None:
-        set_parsing_settings(add_print_completion_argument=True)
+    set_parsing_settings(add_print_completion_argument=True)
     parser = Parser(
         prog="svdalign",
         usage="svdalign COMMAND [--option value ...]",
@@ -137,10 +154,7 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
 
 
 def _declare_train(parser: Parser) -> None:
-    from .training.config import RunConfig
-
-    parser.add_config(RunConfig, device=_device())
-    parser.add_folder("train")
+    _options_of("training.config:RunConfig", "train")(parser)
     parser.add_argument(
         "--resume",
         type=str | None,
@@ -189,8 +203,9 @@ def _lead(
 ) -> int:
     """Train as the only process, or the first of several."""
     from .runner import Run, Sweep
-    from .training.config import evaluated_on, to_yaml
+    from .training.config import evaluated_on
     from .training.interrupt import Interrupt
+    from .training.options import to_yaml
     from .training.processes import refusing
     from .training.progress import PlainProgress, progress_for
     from .training.run import absolute
@@ -226,35 +241,20 @@ def _lead(
     return _exit_code(results["status"], interrupt)
 
 
-def _declare_compare(parser: Parser) -> None:
-    from .experiments.compare import CompareConfig
-
-    parser.add_config(CompareConfig, device=_device())
-    parser.add_folder("compare")
-
-
-@command("compare", "several rules on the same data and budget; table and report", _declare_compare)
+@command(
+    "compare",
+    "several rules, or changes to them, on the same data and budget; table and report",
+    _options_of("experiments.compare:CompareConfig", "compare"),
+)
 def _compare(options: Options, terminal: Terminal) -> int:
     from .experiments.compare import CompareConfig, Comparison
     from .reports import comparison_table
-    from .training.interrupt import Interrupt
-    from .training.progress import progress_for
 
-    folder, overwrite = options.pop("out"), options.pop("overwrite")
-    with _usage_errors():
-        comparison = Comparison(CompareConfig(**options), folder, overwrite=overwrite)
-    with Interrupt() as interrupt:
-        with terminal.progress.status("measuring what a step costs"):
-            comparison.measure_costs()
-        with progress_for(terminal.progress, comparison.pending) as progress:
-            results = comparison.run(progress=progress, stop=lambda: interrupt.requested)
-    terminal.show(comparison_table(results))
-    terminal.say(f"report: {comparison.folder / 'report.html'}")
-    if results["status"] == "interrupted":
-        same = f"the same command{' without --overwrite' * overwrite}"
-        terminal.say(f"go on with {same} and --out {comparison.folder}")
-    terminal.result(results)
-    return _exit_code(results["status"], interrupt)
+    def show(work: _Work, results: Options) -> None:
+        terminal.show(comparison_table(results))
+        terminal.say(f"report: {work.folder / 'report.html'}")
+
+    return _carry_out(options, terminal, CompareConfig, Comparison, show)
 
 
 def _declare_export(parser: Parser) -> None:
@@ -327,40 +327,33 @@ def _inspect(options: Options, terminal: Terminal) -> int:
     return 0
 
 
-def _declare_profile(parser: Parser) -> None:
-    from .experiments.profile import ProfileConfig
-
-    parser.add_config(ProfileConfig, device=_device())
-    parser.add_folder("profile")
-
-
-@command("profile", "memory, arithmetic and time of a training step, by method", _declare_profile)
+@command(
+    "profile",
+    "memory, arithmetic and time of a training step, by method",
+    _options_of("experiments.profile:ProfileConfig", "profile"),
+)
 def _profile(options: Options, terminal: Terminal) -> int:
     from .experiments.profile import Profile, ProfileConfig
     from .reports import break_even_table, epoch_table, profile_table
 
-    folder, overwrite = options.pop("out"), options.pop("overwrite")
-    with _usage_errors(), terminal.progress.status("working out what a step of each method holds"):
-        profile = Profile(ProfileConfig(**options), folder, overwrite=overwrite)
-    with terminal.progress.status("running a step of each method"):
-        results = profile.run()
-    terminal.show(profile_table(results))
-    if profile.config.epoch_images is not None:
-        terminal.show(epoch_table(results))
-    if results["break_even"]:
-        terminal.show(break_even_table(results))
-    terminal.say(f"report: {profile.folder / 'report.html'}")
-    terminal.result(results)
-    return 0
+    def show(work: _Work, results: Options) -> None:
+        if results["status"] == "finished":
+            terminal.show(profile_table(results))
+            if results["config"]["epoch_images"] is not None:
+                terminal.show(epoch_table(results))
+            if results["break_even"]:
+                terminal.show(break_even_table(results))
+            terminal.say(f"report: {work.folder / 'report.html'}")
+
+    return _carry_out(options, terminal, ProfileConfig, Profile, show)
 
 
 def _declare_reproduce(parser: Parser) -> None:
-    from .experiments.paper import EXPERIMENTS, ReproduceConfig
+    from .experiments.paper import EXPERIMENTS
 
     parser.usage = f"{parser.prog} WHAT [WHAT ...] [--config FILE.yaml] [--option value ...]"
     parser.add_argument("what", nargs="+", metavar="WHAT", help=f"of all, {', '.join(EXPERIMENTS)}")
-    parser.add_config(ReproduceConfig, device=_device())
-    parser.add_folder("reproduce-SCALE", new=False)
+    _options_of("experiments.paper:ReproduceConfig", "reproduce-SCALE", new=False)(parser)
 
 
 @command("reproduce", "the paper's figures and tables", _declare_reproduce)
@@ -368,66 +361,33 @@ def _reproduce(options: Options, terminal: Terminal) -> int:
     from .experiments.paper import ReproduceConfig, Reproduction
     from .experiments.paper.draw import experiment_table
     from .reports.tables import terminal_table
-    from .training.interrupt import Interrupt
-    from .training.progress import progress_for
 
-    names, folder, overwrite = (options.pop(key) for key in ("what", "out", "overwrite"))
-    with _usage_errors():
-        work = Reproduction(names, ReproduceConfig(**options), folder, overwrite=overwrite)
-    with Interrupt() as interrupt, progress_for(terminal.progress, work.pending) as progress:
-        found = work.run(progress=progress, stop=lambda: interrupt.requested)
-    for name, results in found.items():
-        title = f"{name}: {results['title']}"
-        terminal.show(terminal_table(*experiment_table(results), title=title))
-    terminal.say(f"page: {work.folder / 'index.html'}")
-    finished = all(results["status"] == "finished" for results in found.values())
-    if not finished:
-        terminal.say(f"go on with the same command{' without --overwrite' * overwrite}")
-    terminal.result(found)
-    return _exit_code("finished" if finished else "interrupted", interrupt)
+    def show(work: _Work, found: Options) -> None:
+        for name, results in found.items():
+            title = f"{name}: {results['title']}"
+            terminal.show(terminal_table(*experiment_table(results), title=title))
+        terminal.say(f"page: {work.folder / 'index.html'}")
+
+    work = partial(Reproduction, options.pop("what"))
+    return _carry_out(options, terminal, ReproduceConfig, work, show)
 
 
-def _declare_tune(parser: Parser) -> None:
-    from .experiments.tune import TuneConfig
-
-    parser.add_config(TuneConfig, device=_device())
-    parser.add_folder("tune")
-
-
-@command("tune", "learning rates of several rules, with the same effort for each", _declare_tune)
+@command(
+    "tune",
+    "learning rates of several rules, with the same effort for each",
+    _options_of("experiments.tune:TuneConfig", "tune"),
+)
 def _tune(options: Options, terminal: Terminal) -> int:
     from .experiments.tune import TuneConfig, Tuning
-    from .reports.tables import terminal_table
-    from .training.interrupt import Interrupt
-    from .training.progress import progress_for
+    from .reports.tables import search_table
 
-    folder, overwrite = options.pop("out"), options.pop("overwrite")
-    with _usage_errors():
-        work = Tuning(TuneConfig(**options), folder, overwrite=overwrite)
-    with Interrupt() as interrupt, progress_for(terminal.progress, work.planned) as progress:
-        results = work.run(progress=progress, stop=lambda: interrupt.requested)
-    rows = []
-    for name, found in results["accuracy"].items():
-        best = max(found, key=found.__getitem__)
-        tried = ", ".join(f"{rate}: {100 * reached:.2f}%" for rate, reached in found.items())
-        edge = ", at the edge: give more --tries" if name in results["at_edge"] else ""
-        rows.append([results["labels"][name], f"{best}{edge}", tried])
-    headings = ("method", "best rate", "held-out accuracy by rate")
-    terminal.show(terminal_table(headings, rows))
-    if results["status"] == "interrupted":
-        same = f"the same command{' without --overwrite' * overwrite}"
-        terminal.say(f"go on with {same} and --out {work.folder}")
-    terminal.result(results)
-    return _exit_code(results["status"], interrupt)
+    def show(work: _Work, results: Options) -> None:
+        terminal.show(search_table(results))
+
+    return _carry_out(options, terminal, TuneConfig, Tuning, show)
 
 
-def _declare_data(parser: Parser) -> None:
-    from .training.config import DataConfig
-
-    parser.add_config(DataConfig)
-
-
-@command("data", "load a data set and say what is in it", _declare_data)
+@command("data", "load a data set and say what is in it", _options_of("training.config:DataConfig"))
 def _data(options: Options, terminal: Terminal) -> int:
     from .reports.tables import counts, terminal_table
     from .training.build import load_data
@@ -479,12 +439,49 @@ def _rules(options: Options, terminal: Terminal) -> int:
 # --- what all commands share --------------------------------------------------------------------
 
 
+class _Work(Protocol):
+    """A comparison, a search of rates, a profile, a reproduction: in a folder, and resumable."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def pending(self) -> int: ...
+    def run(self, *, progress: Progress | None, stop: Callable[[], bool]) -> Options: ...
+
+
+def _carry_out(
+    options: Options,
+    terminal: Terminal,
+    config: Callable[..., Any],
+    make: Callable[..., _Work],
+    show: Callable[[_Work, Options], None],
+) -> int:
+    """Make the work that ``options`` describe, do it until it is done or interrupted, show what was
+    found; an exit code."""
+    from .training.interrupt import Interrupt
+    from .training.progress import progress_for
+
+    folder, overwrite = options.pop("out"), options.pop("overwrite")
+    with _usage_errors(), terminal.progress.status("looking at what is to be done"):
+        work = make(config(**options), folder, overwrite=overwrite)
+    with Interrupt() as interrupt, progress_for(terminal.progress, work.pending) as progress:
+        results = work.run(progress=progress, stop=lambda: interrupt.requested)
+    show(work, results)
+    parts = [results] if "status" in results else results.values()
+    stopped = any(part["status"] == "interrupted" for part in parts)
+    if stopped:
+        same = f"the same command{' without --overwrite' * overwrite}"
+        terminal.say(f"go on with {same} and --out {work.folder}")
+    terminal.result(results)
+    return _exit_code("interrupted" if stopped else "finished", interrupt)
+
+
 def _exit_code(status: str, interrupt: Interrupt) -> int:
     return {"finished": 0, "interrupted": interrupt.exit_code}.get(status, FAILED)
 
 
 def _device() -> str:
-    """Where work is done unless told: on a CUDA device where there is one."""
+    """The default device: CUDA where there is one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -492,7 +489,7 @@ def _device() -> str:
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """What goes wrong in here, before any training, is the user's to put right."""
+    """Turn errors that are raised in here, before any training, into :class:`UsageError`."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -500,7 +497,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What ends a run from outside, such as a full disk."""
+    """Errors that end a run from outside, such as a full disk."""
     from safetensors import SafetensorError
 
     from ..parallel import PeerError

@@ -36,7 +36,7 @@ DENSE, CHECKPOINTED = "-dense", "-checkpointed"
 
 @dataclass(frozen=True)
 class Method:
-    """A rule, how its weights are held, and the settings that it was tuned to.
+    """A rule, the form of its weights, and the settings that it was tuned to.
 
     ``label``: its name in tables and figures. ``rule``: the name of a registered rule, or
     ``package.module:Class``. ``factored``: weights are ``U diag(s) V^T``, otherwise dense.

@@ -17,16 +17,16 @@ from typing import Any
 from ..engine import Learner
 from .data import ImageData
 from .reports import run_page
-from .training.build import build_learner, load_data, prepare_machine
+from .training.build import load_data, prepare_machine
 from .training.checkpoint import load_checkpoint
 from .training.config import DataConfig, RunConfig
 from .training.processes import tell
-from .training.progress import Progress, Silent
+from .training.progress import Progress
 from .training.record import Record, new_folder, unfinished
 from .training.run import train
-from .training.trainer import Trainer
+from .training.trainer import build_trainer
 
-__all__ = ["Run", "Sweep", "follow"]
+__all__ = ["Run", "Sweep", "SweepWork", "follow"]
 
 _NONE = {"status": "interrupted"}
 Measure = Callable[[Learner], dict[str, Any]]
@@ -40,7 +40,7 @@ def follow(config: RunConfig, *, stop: Callable[[], bool] = lambda: False) -> st
         return "refused"
     record, state = Record(news[0]), news[1]
     prepare_machine(config)
-    trainer = _trainer(config, load_data(config))
+    trainer = build_trainer(config, load_data(config))
     if state == "resume":
         load_checkpoint(trainer, record.checkpoint_path)
     trainer.join()
@@ -48,24 +48,19 @@ def follow(config: RunConfig, *, stop: Callable[[], bool] = lambda: False) -> st
     return str(results["status"])
 
 
-def _trainer(config: RunConfig, data: ImageData) -> Trainer:
-    return Trainer(config, data, build_learner(config, data))
-
-
 @dataclass(frozen=True)
 class Run:
     """One training run.
 
     ``name``: its folder within the sweep's, "" for that itself. ``label``: the title of its report.
-    ``shown``: its name in the display of progress, ``label`` unless given. ``make``: builds its
-    trainer. ``measure``: makes, from config and data, what measures the learner after each epoch.
+    ``shown``: its name in the display of progress, ``label`` unless given. ``measure``: makes, from
+    config and data, what measures the learner after each epoch.
     """
 
     name: str
     config: RunConfig
     label: str
     shown: str = ""
-    make: Callable[[RunConfig, ImageData], Trainer] = _trainer
     measure: Callable[[RunConfig, ImageData], Measure] | None = None
 
 
@@ -73,10 +68,10 @@ class Sweep:
     """Runs in a folder. Creating one only reads the folder.
 
     ``folder``: None for ``runs/KIND-NNN``: the latest that was begun with ``config`` and is not
-    finished, or else a new one, made when it is first needed. ``kind``: of the sweep as a whole,
-    whose own files :attr:`top` stands for; "train" where it is one run. ``config``: its YAML.
-    ``results``: by name of the run, what it has measured. ``overwrite``: start all of them over.
-    ``longer``: runs that are there may go on for more epochs than they were to take.
+    finished, or else a new one, made when it is first needed. ``kind``: which command the folder
+    belongs to; "train" for a single run. ``config``: the command's config as YAML. ``results``: the
+    results of each run, by its name. ``overwrite``: start all runs over. ``longer``: an existing
+    run may be given more epochs than it was started with.
     Raises ValueError for a folder that holds something else, for another run where one of these
     belongs, and for a run that another process is busy with.
     """
@@ -142,8 +137,7 @@ class Sweep:
 
     def check(self) -> None:
         """Build what the runs need, to find all mistakes before any training; raises ValueError.
-        One run stands for all that differ from it by the seed alone, but for those that go on from
-        a checkpoint."""
+        Of runs that differ only in the seed one is built, and all that go on from a checkpoint."""
         seen: list[RunConfig] = []
         for run in self.runs:
             alike = dataclasses.replace(run.config, seed=0)
@@ -151,7 +145,7 @@ class Sweep:
             if self._is_pending(run) and (goes_on or alike not in seen):
                 seen.append(alike)
                 prepare_machine(run.config)
-                trainer = run.make(run.config, self.data(run.config))
+                trainer = build_trainer(run.config, self.data(run.config))
                 if goes_on and not self._overwrite:
                     load_checkpoint(trainer, self.record(run).checkpoint_path)
 
@@ -179,7 +173,7 @@ class Sweep:
             if self._is_pending(run):
                 if stop():
                     break
-                self.results[run.name] = self._train(run, progress or Silent(), stop)
+                self.results[run.name] = self._train(run, progress or Progress(), stop)
         return {run.name: self.results[run.name] for run in runs if run.name in self.results}
 
     def _is_pending(self, run: Run) -> bool:
@@ -194,7 +188,7 @@ class Sweep:
             state = record.state(config, overwrite=fresh, longer=self._longer)
             if state == "done":
                 return record.results() or {}
-            trainer = run.make(config, data)
+            trainer = build_trainer(config, data)
             if run.measure is not None:
                 trainer.measure = run.measure(config, data)
             if state == "resume":
@@ -212,3 +206,19 @@ class Sweep:
             )
             record.report_path.write_text(run_page(results, run.label), encoding="utf-8")
         return results
+
+
+class SweepWork:
+    """A base of what a command does in a folder by a sweep."""
+
+    _sweep: Sweep
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self._sweep.folder
+
+    @property
+    def pending(self) -> int:
+        """How many runs are still to be done."""
+        return self._sweep.pending

@@ -93,7 +93,7 @@ def close_streams() -> None:
 
 
 def _drop(stream: Any) -> None:
-    """From now on ``stream`` leads nowhere."""
+    """Discard all that is written to ``stream`` from now on."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

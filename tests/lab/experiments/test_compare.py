@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from svdalign.lab.experiments import METHODS, CompareConfig, Comparison
+from svdalign.lab.experiments import METHODS, CompareConfig, Comparison, card
 from svdalign.lab.experiments.compare import summarise
+from svdalign.lab.experiments.variants import Variant
 from svdalign.lab.reports import comparison_table
 from svdalign.lab.training.build import make_rule
 from svdalign.lab.training.config import method_config
@@ -30,7 +31,6 @@ TINY: dict[str, Any] = {
 def compare(folder: Path, *, overwrite: bool = False, stop_after: int = 99, **changes: Any) -> Any:
     """``stop_after``: steps."""
     comparison = Comparison(CompareConfig(**{**TINY, **changes}), folder, overwrite=overwrite)
-    comparison.measure_costs()
     asked = iter(range(1, 100))
 
     def stop() -> bool:
@@ -52,7 +52,7 @@ def test_every_method_names_a_rule_and_differs_from_the_job_in_that_alone(name: 
     assert config.rank == (0.3 if METHODS[name].factored else None)
     assert method_config(name, job, seed=0, lr=0.5).lr == 0.5
     for field in dataclasses.fields(CompareConfig):
-        if field.name not in ("rules", "seeds", "lr", "settings", "rank"):
+        if hasattr(config, field.name) and field.name not in ("lr", "rank"):
             assert getattr(config, field.name) == getattr(job, field.name)
 
 
@@ -60,9 +60,9 @@ def test_settings_are_of_one_method_alone() -> None:
     settings = {"dfa": {"units": "2", "options": {"beta": "0.5"}}}  # as the command line gives them
     two = {**TINY, "rules": ["bp", "dfa"]}
     job = CompareConfig(**two, settings=settings)
-    config = job.run("dfa", 0)
-    assert (config.units, config.options) == (2, {**METHODS["dfa"].options, "beta": 0.5})
-    assert job.run("bp", 0) == CompareConfig(**two).run("bp", 0)
+    bp, dfa = (job.run(variant, 0) for variant in job.variants)
+    assert (dfa.units, dfa.options) == (2, {**METHODS["dfa"].options, "beta": 0.5})
+    assert bp == method_config("bp", CompareConfig(**two), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_settings_are_of_one_method_alone() -> None:
         ({"dfa": 3}, "settings of dfa must be {field: value}, got 3"),
         ({"dfa": {"fuse": "maybe"}}, "fuse must be true or false, got 'maybe'"),
         ({"dfa": {"unit": 3}}, "settings of dfa name unit; a run has .*units"),
-        ({"dfa": {"width": -1}}, "width must be a positive number, got -1"),
+        ({"dfa": {"width": -1}}, "width must be above 0, got -1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message: str) -> None:
@@ -132,7 +132,6 @@ def test_the_same_again_runs_nothing(tmp_path: Path) -> None:
     runs = files(tmp_path / "ssa-seed0")
     again = Comparison(CompareConfig(**TINY), tmp_path)
     assert again.pending == 0
-    again.measure_costs()
     results = again.run()
     assert results["summary"] == first["summary"]
     assert files(tmp_path / "ssa-seed0") == runs
@@ -186,8 +185,72 @@ def test_interrupted_before_anything_is_measured(tmp_path: Path) -> None:
 
 def test_rates_can_be_given_by_method() -> None:
     config = CompareConfig(**{**TINY, "rules": ["bp", "ssa"], "lr": {"ssa": 0.25}})
-    assert config.run("ssa", 0).lr == 0.25
-    assert config.run("bp", 0).lr == METHODS["bp"].lr
+    assert [config.run(variant, 0).lr for variant in config.variants] == [METHODS["bp"].lr, 0.25]
+
+
+CHANGES: dict[str, Any] = {
+    "as it is": {},
+    "half the rank": {"rank": 0.25, "rules": ["ssa"]},
+    "slow": {"lr": 0.001, "options": {"beta": "0.5"}, "rules": ["ssa"]},
+}
+
+
+def test_changes_are_made_one_at_a_time_on_top_of_a_methods_own_settings() -> None:
+    settings = {"ssa": {"epochs": 1, "options": {"alpha": 3.0}}}
+    job = CompareConfig(**TINY, changes=CHANGES, settings=settings)
+    plain, ssa, half, slow = (job.run(variant, 0) for variant in job.variants)
+    assert [variant.name for variant in job.variants] == [
+        "bp-dense, as it is", "ssa, as it is", "ssa, half the rank", "ssa, slow",
+    ]  # fmt: skip
+    assert plain == method_config("bp-dense", job, seed=0)
+    assert ssa == method_config("ssa", job, seed=0, settings=settings["ssa"])
+    assert half == dataclasses.replace(ssa, rank=0.25)
+    assert slow == dataclasses.replace(ssa, lr=0.001, options={"alpha": 3.0, "beta": 0.5})
+
+
+def test_a_comparison_of_changes_names_them_and_goes_on(tmp_path: Path) -> None:
+    changes = {"changes": CHANGES, "costs": False, "epochs": 1}
+    part = compare(tmp_path, stop_after=4, **changes)
+    assert part["status"] == "interrupted"
+    results = compare(tmp_path, **changes)
+    assert [(row["of"], row["change"], row["runs"]) for row in results["summary"]] == [
+        ("BP", "as it is", 1), ("SSA, horizon 2", "as it is", 1),
+        ("SSA, horizon 2", "half the rank", 1), ("SSA, horizon 2", "slow", 1),
+    ]  # fmt: skip
+    ranks = [max(run["history"][-1]["ranks"].values()) for run in results["runs"][1:]]
+    assert ranks[0] == 2 * ranks[1] == ranks[2]
+    assert results["runs"][2]["config"]["rank"] == 0.25
+    assert (tmp_path / "ssa-half-the-rank-seed0" / "results.json").exists()
+    assert "SSA, horizon 2, slow" in (tmp_path / "report.html").read_text()
+    assert Comparison(CompareConfig(**{**TINY, **changes}), tmp_path).pending == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": {"rnk": 1}}, "settings of a name rnk; a run has"),
+        ({"a": 3}, "settings of a must be {field: value}, got 3"),
+        ({"half": {"rank": 0.25}}, "'half' changes nothing of bp-dense; name"),
+        ({"a, b": {"width": 0.5}, "a b": {"width": 0.4}}, "changes must differ in letters"),
+    ],
+)
+def test_changes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**TINY, changes=changes)
+
+
+def test_what_compact_networks_take_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "BATCHES", (1,))
+    changes = {"rules": ["ssa"], "costs": False, "compact": True}
+    (run,) = compare(tmp_path, **changes)["runs"]
+    found = run["compact"]
+    assert 0 < found["parameters"]["ratio"] < 1
+    assert found["parameters"]["compact"] == run["parameters"]
+    assert [row["batch"] for row in found["latency"]] == [1]
+    (again,) = compare(tmp_path, **changes)["runs"]
+    assert again["compact"] == found  # a latency is not measured the same twice
 
 
 def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
@@ -197,12 +260,12 @@ def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
 
     whole, part = run(0, "finished", 0.8), run(1, "interrupted", 0.2)
     costs = {"bp": {"parameters": 200, "macs": 2000, "step_seconds": 1.0}}
-    (row,) = summarise(["bp"], [whole, part], costs)
+    (row,) = summarise([Variant("bp", "", {})], [whole, part], costs)
     assert (row["accuracy"], row["accuracy_std"], row["runs"]) == (0.8, None, 1)
     assert (row["parameters"], row["macs"], row["step_seconds"]) == (100, 1000, 1.0)
-    (row,) = summarise(["bp"], [part], costs)
+    (row,) = summarise([Variant("bp", "", {})], [part], costs)
     assert (row["accuracy"], row["complete"], row["parameters"]) == (0.2, False, 200)
-    (row,) = summarise(["bp"], [whole, run(2, "finished", 0.6)], costs)
+    (row,) = summarise([Variant("bp", "", {})], [whole, run(2, "finished", 0.6)], costs)
     assert row["parameters"] == 101
 
 
@@ -215,9 +278,9 @@ def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds must be at least one"),
         ({"seeds": [1, 1]}, "each once"),
         ({"seeds": [-1]}, "seed must be at least 0"),
-        ({"lr": -1.0}, "lr must be a positive number"),
+        ({"lr": -1.0}, "lr must be above 0"),
         ({"lr": {"bpp": 0.1}}, "lr names bpp, but rules are"),
-        ({"lr": {"ssa": -0.1}}, "lr must be a positive number"),
+        ({"lr": {"ssa": -0.1}}, "lr must be above 0"),
         ({"epochs": -2}, "epochs must be at least 1"),
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"data": "imagenet"}, "unknown data set 'imagenet'"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -162,7 +163,33 @@ def test_mistakes_are_found_first(tmp_path: Path, changes: dict[str, Any], messa
 
 def test_a_profile_is_not_overwritten_unasked(tmp_path: Path) -> None:
     config = ProfileConfig(**TINY, methods=["bp-dense"], estimate=True)
-    Profile(config, tmp_path).run()
-    with pytest.raises(ValueError, match="holds a profile"):
-        Profile(config, tmp_path)
-    Profile(config, tmp_path, overwrite=True).run()
+    first = Profile(config, tmp_path).run()
+    before = (tmp_path / "results.json").read_bytes()
+    assert Profile(config, tmp_path).run() == first  # there is nothing left to measure
+    other = dataclasses.replace(config, batch_size=4)
+    with pytest.raises(ValueError, match=r"holds another profile \(batch_size 16 there, 4 here"):
+        Profile(other, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert Profile(other, tmp_path, overwrite=True).run()["config"]["batch_size"] == 4
+
+
+def test_a_profile_goes_on_with_the_next_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ProfileConfig(**TINY, methods=["bp-dense", "ssa"])
+    asked = iter([False])
+    part = Profile(config, tmp_path).run(stop=lambda: next(asked, True))
+    assert part["status"] == "interrupted"
+    (dense,) = part["methods"]
+    again = Profile(config, tmp_path)
+    assert again.pending == 1
+    measured: list[str] = []
+    memory = Profile._memory
+    monkeypatch.setattr(
+        Profile, "_memory", lambda self, name: measured.append(name) or memory(self, name)
+    )
+    results = again.run()
+    assert measured == ["ssa"]
+    assert results["status"] == "finished"
+    assert results["methods"][0]["memory"] == dense["memory"]
+    assert all(row["step_ratio"] > 0 for row in results["methods"])

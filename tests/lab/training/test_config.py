@@ -9,7 +9,8 @@ import yaml
 
 from svdalign.lab import methods, models
 from svdalign.lab.training.build import make_rule
-from svdalign.lab.training.config import RunConfig, to_yaml
+from svdalign.lab.training.config import RunConfig
+from svdalign.lab.training.options import to_yaml
 
 
 @pytest.mark.parametrize(
@@ -22,15 +23,15 @@ from svdalign.lab.training.config import RunConfig, to_yaml
         ("horizon", -1, "horizon must be at least 0, got -1"),
         ("seed", -1, "seed must be at least 0"),
         ("threads", 0, "threads must be at least 1"),
-        ("lr", 0.0, "lr must be a positive number, got 0.0"),
-        ("lr", float("nan"), "lr must be a positive number, got nan"),
-        ("width", -1.0, "width must be a positive number"),
-        ("rank", 0, "rank must be at least 1, got 0"),
+        ("lr", 0.0, "lr must be above 0, got 0.0"),
+        ("lr", float("nan"), "lr must be above 0, got nan"),
+        ("width", -1.0, "width must be above 0"),
+        ("rank", 0, "rank must be .* whole number of at least 1, got 0"),
         ("rank", 1.5, "rank must be a fraction in"),
         ("weight_decay", -0.1, "weight_decay must be at least 0"),
         ("label_smoothing", 1.0, "label_smoothing must be below 1"),
         ("momentum", 1.0, "momentum must be below 1"),
-        ("warmup", 1.5, "warmup is a share"),
+        ("warmup", 1.5, "warmup must be at most 1"),
         (
             "augment",
             ["rotate"],
@@ -48,13 +49,13 @@ def test_a_value_that_cannot_be_is_named(field: str, value: Any, message: str) -
     [
         ({"nesterov": True}, "nesterov needs optimizer sgd and a momentum above 0"),
         ({"nesterov": True, "optimizer": "sgd", "momentum": 0.0}, "nesterov needs optimizer sgd"),
-        ({"bias_lr": 0.0}, "bias_lr must be a positive number, got 0"),
+        ({"bias_lr": 0.0}, "bias_lr must be above 0, got 0"),
         ({"bias_lr": 2.0, "optimizer": "muon"}, "bias_lr must be 1 with optimizer muon, got 2"),
         ({"nesterov": True, "optimizer": "muon"}, "nesterov needs optimizer sgd"),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"tta": 1}, "tta must be true or false, got 1"),
-        ({"rank_parameters": 1.5}, "rank_parameters must be a whole number of at least 1"),
-        ({"rank_parameters": 0}, "rank_parameters must be at least 1, got 0"),
+        ({"rank_parameters": 1.5}, "rank_parameters must be a fraction in"),
+        ({"rank_parameters": 0}, "rank_parameters must be .* of at least 1, got 0"),
         ({"rank_parameters": 0.5}, "rank_parameters needs rank_freeze"),
         ({"rank_parameters": 0.5, "rank_energy": 0.9}, "not both"),
         ({"rank_parameters": 0.5, "rank_freeze": 5}, "rank_freeze, .* at most .* 4, got 5"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from svdalign.lab.training.interrupt import Interrupt
+from svdalign.lab.training.provenance import provenance
 from svdalign.lab.training.record import (
     LOCK,
     InUseError,
     Record,
     new_folder,
-    provenance,
     write_json,
 )
 
@@ -122,8 +122,8 @@ def test_a_locked_folder_is_in_use_until_its_owner_ends(tmp_path: Path) -> None:
     [
         ("/somewhere/bin/svdalign", "svdalign"),
         ("/there/svdalign/__main__.py", "python -m svdalign"),
-        ("benchmarks/levers.py", "python benchmarks/levers.py"),
-        ("/there/benchmarks/levers.py", "python levers.py"),
+        ("benchmarks/step.py", "python benchmarks/step.py"),
+        ("/there/benchmarks/step.py", "python step.py"),
     ],
 )
 def test_provenance_names_the_command_but_not_where_it_lies(

@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 def factored_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """By name, the first call of each factored layer in a forward pass of ``model`` on ``x``."""
+    """The first call of each factored layer, by name, in a forward pass of ``model`` on ``x``."""
     calls: dict[str, Call] = {}
 
     def note(name: str, layer: FactoredLayer, args: tuple[Tensor], y: Tensor) -> None:

@@ -4,21 +4,21 @@ training step."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn, no_grad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ..._operations import Operations
 from ...engine.forward import evaluating
 
 __all__ = ["inference_macs", "macs_by_module", "parameter_count", "step_macs"]
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers held as parameters, each shared one counted once."""
+    """Number of parameters; shared ones are counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -78,21 +78,15 @@ _COUNTS = {
 }
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Flops(Operations):  # type: ignore[no-untyped-call]
     """Torch's FLOP counts without its attribution to modules, which forbids ``autograd.grad``."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.total: int = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation itself; its FLOPs are counted."""
         result = func(*args, **kwargs)
         count = _COUNTS.get(func._overloadpacket)  # type: ignore[attr-defined]
         if count is not None:

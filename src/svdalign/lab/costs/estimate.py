@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..._operations import Operations
 
 __all__ = ["pretending"]
 
@@ -25,21 +26,15 @@ def pretending() -> Iterator[None]:
     """
     # Not a function mode: these are off where a backward pass runs a forward one again.
     fused = mock.patch.object(F, "scaled_dot_product_attention", _attention)
-    with torch.device("meta"), fused, _NoNumbers():  # type: ignore[no-untyped-call]
+    with torch.device("meta"), fused, _NoNumbers():
         yield
 
 
-class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoNumbers(Operations):  # type: ignore[no-untyped-call]
     """Meta tensors, where a program asks for more than their shape."""
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation on shapes alone."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
         real = kwargs.get("device") == torch.device("cpu")  # asked for by name: probes of a loss

@@ -19,11 +19,12 @@ from ..data import ImageData, batches
 from ..reports import card_text
 from ..training.build import build_model, evaluate, example_batch, memory_format
 from ..training.config import RunConfig
-from ..training.record import check_writable, provenance, write_json
+from ..training.provenance import provenance
+from ..training.record import check_writable, write_json
 from ..training.run import describe
 from ..training.trainer import Trainer
 
-__all__ = ["BATCHES", "card", "latency", "ship"]
+__all__ = ["BATCHES", "card", "latency", "ship", "versus_dense"]
 
 BATCHES = (1, 128)  #: sizes at which latency is measured
 IMAGES = 64  #: real images on which files are checked
@@ -78,10 +79,7 @@ def ship(
 def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dict[str, Any]:
     """What there is to know of ``small``, the compact model of ``trainer``, ready for JSON."""
     model, config, data = trainer.learner.model, trainer.config, trainer.data
-    # The same network with dense weights, in the same form: batch norms folded.
-    dense = export.compact(build_model(config.dense(), data))
     x = example_batch(config, data)
-    (loss, accuracy), (_, trained) = (evaluate(m, data, config) for m in (small, model))
     return {
         "network": config.model,
         "width": config.width,
@@ -95,15 +93,28 @@ def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dic
             "epochs": trainer.epoch,
             "seed": config.seed,
         },
+        **versus_dense(trainer, small),
+        "files": files,
+        "config": dataclasses.asdict(config),
+        **provenance(config.device),
+    }
+
+
+def versus_dense(trainer: Trainer, small: nn.Module | None = None) -> dict[str, Any]:
+    """Accuracy of ``small``, the compact model of ``trainer``, and its parameters, MACs and latency
+    beside those of the same network with dense weights."""
+    model, config, data = trainer.learner.model, trainer.config, trainer.data
+    small = export.compact(model) if small is None else small
+    dense = export.compact(build_model(config.dense(), data))  # in the same form: norms folded
+    x = example_batch(config, data)
+    (loss, accuracy), (_, trained) = (evaluate(m, data, config) for m in (small, model))
+    return {
         "test_accuracy": accuracy,
         "test_accuracy_of_trained_model": trained,
         "test_loss": loss,
         "parameters": _versus(parameter_count(small), parameter_count(dense)),
         "macs": _versus(inference_macs(small, x), inference_macs(dense, x)),
         "latency": latency(small, dense, config, data),
-        "files": files,
-        "config": dataclasses.asdict(config),
-        **provenance(config.device),
     }
 
 

@@ -5,70 +5,63 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..methods import DEFAULT, HELP
 from ..reports import comparison_page
-from ..runner import Run, Sweep
-from ..training.config import (
-    JobConfig,
-    RunConfig,
-    check_settings,
-    method_config,
-    option,
-    to_yaml,
-)
+from ..runner import Run, Sweep, SweepWork
+from ..training.checkpoint import load_run
+from ..training.config import RunConfig, method_config
+from ..training.options import option, to_yaml
 from ..training.progress import Progress
-from ..training.record import provenance
+from ..training.provenance import provenance
 from ..training.run import describe
 from . import costs
+from .card import versus_dense
+from .variants import MethodsConfig, Variant
 
 __all__ = ["CompareConfig", "Comparison", "summarise"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(JobConfig):
+class CompareConfig(MethodsConfig):
     """comparison"""
 
-    rules: list[str] = option(DEFAULT, f"methods to compare, of {HELP}")
     seeds: int | list[int] = option(1, "how many seeds, or which: 3 is the same as [0, 1, 2]")
     lr: float | dict[str, float] | None = option(
         None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"
     )
-    settings: dict[str, Any] = option(
-        {}, "{method: {field: value}}: what else differs for a method, such as units or options"
+    costs: bool = option(True, "measure what a training step of each takes")
+    compact: bool = option(
+        False, "measure what each trained network takes once it is compact, beside the dense one"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rules", "seeds"):
-            values = getattr(self, name)
-            if values in ([], 0) or (isinstance(values, list) and len(set(values)) < len(values)):
-                raise ValueError(f"{name} must be at least one, each once, got {values}")
+        if self.seeds in ([], 0) or len(set(self.numbers)) < len(self.numbers):
+            raise ValueError(f"seeds must be at least one, each once, got {self.seeds}")
         if isinstance(self.lr, dict) and (unknown := sorted(set(self.lr) - set(self.rules))):
             raise ValueError(
                 f"lr names {', '.join(unknown)}, but rules are {', '.join(self.rules)}"
             )
-        object.__setattr__(self, "settings", check_settings(self.settings, self.rules))
-        list(self.runs())  # names every mistake in a method's own settings
+        for variant in self.variants:
+            self.run(variant, self.numbers[0])  # names every mistake in its settings
 
-    def runs(self) -> Iterator[tuple[str, RunConfig]]:
-        """(method, config of its run), seed by seed, so that every method has its first early."""
-        for seed in self.seeds if isinstance(self.seeds, list) else range(self.seeds):
-            for name in self.rules:
-                yield name, self.run(name, seed)
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The seeds."""
+        return self.seeds if isinstance(self.seeds, list) else range(self.seeds)
 
-    def run(self, name: str, seed: int) -> RunConfig:
-        """The run of method ``name``."""
-        lr = self.lr.get(name) if isinstance(self.lr, dict) else self.lr
-        return method_config(name, self, seed=seed, lr=lr, settings=self.settings.get(name))
+    def run(self, variant: Variant, seed: int) -> RunConfig:
+        """The run of a variant."""
+        lr = self.lr.get(variant.method) if isinstance(self.lr, dict) else self.lr
+        return variant.config(self, seed=seed, lr=lr)
 
 
-class Comparison:
+class Comparison(SweepWork):
     """A comparison in a folder: ``METHOD-seedN`` for each run, ``results.json``, ``report.html``.
 
     Creating one checks everything that can be wrong before training starts, and raises ValueError
@@ -83,63 +76,76 @@ class Comparison:
         self._costs: dict[str, Any] = {}
         self._costs_of: dict[str, Any] = {}
         self._fresh = overwrite
-        self._runs = {f"{name}-seed{run.seed}": (name, run) for name, run in config.runs()}
+        runs = [  # seed by seed, so that every method has its first early
+            (variant, self._run(variant, seed))
+            for seed in config.numbers
+            for variant in config.variants
+        ]
+        self._variants = {run.name: variant for variant, run in runs}
         self._sweep = Sweep(
-            folder, self._listed(), kind="compare", config=to_yaml(config), overwrite=overwrite
+            folder,
+            [run for _, run in runs],
+            kind="compare",
+            config=to_yaml(config),
+            overwrite=overwrite,
         )
         self._sweep.check()
-        self._first = next(iter(config.runs()))[1]
-        self.data = self._sweep.data(self._first)
+        self.data = self._sweep.data(runs[0][1].config)
 
-    @property
-    def folder(self) -> Path:
-        """Where everything is written."""
-        return self._sweep.folder
-
-    @property
-    def pending(self) -> int:
-        """How many runs are still to be done."""
-        return self._sweep.pending
-
-    def measure_costs(self) -> None:
+    def _measure_costs(self, stored: dict[str, Any]) -> None:
         """Costs of each method, unless the folder has them for these very methods."""
-        configs = {name: self.config.run(name, self._first.seed) for name in self.config.rules}
+        first = self.config.numbers[0]
+        configs = {
+            variant.name: self.config.run(variant, first) for variant in self.config.variants
+        }
         self._costs_of = {name: _plain(config) for name, config in configs.items()}
-        stored = (None if self._fresh else self._sweep.top.results()) or {}
         if stored.get("costs_of") == self._costs_of:
             self._costs = stored["costs"]
             return
-        reference = self.config.run("bp-dense", 0)
+        reference = method_config("bp-dense", self.config, seed=0)
         self._costs = costs.measure(configs, self.data, reference=reference)
 
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
         """Do what is pending; return what ``results.json`` holds. ``stop`` as in :func:`train`."""
-        top = self._sweep.top
+        top, progress = self._sweep.top, progress or Progress()
+        stored = (None if self._fresh else top.results()) or {}
         with top.locked():
+            if self.config.costs:
+                with progress.doing("measuring what a step of each method costs"):
+                    self._measure_costs(stored)
             top.start(to_yaml(self.config))
-            content = self._content(self._sweep.run(progress=progress, stop=stop))
+            results = self._sweep.run(progress=progress, stop=stop)
+            content = self._content(results, stored)
             top.write_results(content)
             top.report_path.write_text(comparison_page(content), encoding="utf-8")
         return content
 
-    def _listed(self) -> Iterator[Run]:
-        for key, (name, config) in self._runs.items():
-            label = methods.get(name).label
-            shown = f"{label}, seed {config.seed}" if self.config.seeds != 1 else label
-            yield Run(key, config, label, shown)
+    def _run(self, variant: Variant, seed: int) -> Run:
+        label = variant.label
+        shown = f"{label}, seed {seed}" if self.config.seeds != 1 else label
+        return Run(f"{variant.folder}-seed{seed}", self.config.run(variant, seed), label, shown)
 
-    def _content(self, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _content(
+        self, results: dict[str, dict[str, Any]], stored: dict[str, Any]
+    ) -> dict[str, Any]:
         runs = [
-            {"method": self._runs[name][0], **{key: result[key] for key in _RUN_KEYS}}
+            {"method": self._variants[name].name, **{key: result[key] for key in _RUN_KEYS}}
             for name, result in results.items()
         ]
+        if self.config.compact:
+            known = {(r["method"], r["seed"]): r.get("compact") for r in stored.get("runs", ())}
+            for name, run in zip(results, runs, strict=True):
+                if run["status"] == "finished":
+                    run["compact"] = known.get((run["method"], run["seed"])) or versus_dense(
+                        load_run(self.folder / name)
+                    )
         return {
             "status": "interrupted" if self.pending else "finished",
             "config": dataclasses.asdict(self.config),
             "data": describe(self.data),
-            "summary": summarise(self.config.rules, runs, self._costs),
+            "summary": summarise(self.config.variants, runs, self._costs),
             "runs": runs,
             "costs": self._costs,
             "costs_of": self._costs_of,
@@ -154,17 +160,17 @@ _RUN_KEYS = (
 
 
 def summarise(
-    names: list[str], runs: list[dict[str, Any]], costs: dict[str, Any]
+    variants: Sequence[Variant], runs: list[dict[str, Any]], costs: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row a method: accuracy over its complete runs (mean, and standard deviation of the sample
+    """A row a variant: accuracy over its complete runs (mean, and standard deviation of the sample
     from two on), or of an interrupted one so far where there is no complete one, and its costs.
 
     Parameters and MACs are those that training ends with, where a run has ended: ranks may have
     been cut; what a step costs is that of the first.
     """
     rows = []
-    for name in names:
-        mine = [run for run in runs if run["method"] == name]
+    for variant in variants:
+        mine = [run for run in runs if run["method"] == variant.name]
         ended = [run for run in mine if run["status"] != "interrupted"]
         sizes = {
             key: round(statistics.mean(run[key] for run in ended))
@@ -176,13 +182,16 @@ def summarise(
         accuracies = [a for a in (whole or part) if a is not None]
         rows.append(
             {
-                "method": name,
-                "label": methods.get(name).label,
+                "method": variant.name,
+                "label": variant.label,
+                "of": methods.get(variant.method).label,
+                "change": variant.change,
                 "runs": len(whole),
                 "complete": bool(whole),
+                "accuracies": accuracies,
                 "accuracy": statistics.mean(accuracies) if accuracies else None,
                 "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-                **costs.get(name, {}),
+                **costs.get(variant.name, {}),
                 **sizes,
             }
         )

@@ -1,4 +1,4 @@
-"""What has become of a run's factored layers: ranks over time, spectra, orthogonality, size.
+"""The state of a run's factored layers: ranks over time, spectra, orthogonality, size.
 
 Read off the run folder alone: no model is built and no data is loaded.
 """

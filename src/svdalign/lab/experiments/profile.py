@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,14 @@ from ..training.config import (
     RunConfig,
     check_settings,
     method_config,
-    option,
-    to_yaml,
 )
-from ..training.record import Record, new_folder, provenance
+from ..training.options import Options, differences, option, to_yaml
+from ..training.progress import Progress
+from ..training.provenance import provenance
+from ..training.record import Record, new_folder, unfinished
 from .costs import Step
 
-__all__ = ["Profile", "ProfileConfig"]
+__all__ = ["Profile", "ProfileConfig", "check_profile"]
 
 #: Factors and checkpoints go together, so a claim of little memory has to meet both at once.
 DEFAULT = [
@@ -60,41 +62,34 @@ DEFAULT = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
+class BatchConfig(Options):
     """batch"""
 
-    batch_size: int = option(128, "images a step")
-    image_size: int = option(32, "height and width of the images in pixels")
-    channels: int = option(3, "channels of the images")
-    classes: int = option(10, "classes to tell apart")
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "image_size", "channels", "classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    batch_size: int = option(128, "images a step", least=1)
+    image_size: int = option(32, "height and width of the images in pixels", least=1)
+    channels: int = option(3, "channels of the images", least=1)
+    classes: int = option(10, "classes to tell apart", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochConfig:
+class EpochConfig(Options):
     """epoch"""
 
     epoch_images: int | None = option(
-        None, "predict the time of an epoch of so many images; ImageNet has 1281167"
+        None, "predict the time of an epoch of so many images; ImageNet has 1281167", above=0
     )
     devices: list[int] = option([1, 8], "on so many devices, each with batch_size images a step")
     device_flops: float | None = option(
         None,
         "floating-point operations a second that a device is sold with; null: a step takes what it "
         "takes here",
+        above=0,
     )
-    utilisation: float = option(0.35, "share of device_flops that training reaches")
-    link: float = option(25e9, "bytes a second from device to device")
+    utilisation: float = option(0.35, "share of device_flops that training reaches", above=0)
+    link: float = option(25e9, "bytes a second from device to device", above=0)
 
     def __post_init__(self) -> None:
-        for name in ("epoch_images", "device_flops", "utilisation", "link"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be a positive number, got {value}")
+        super().__post_init__()
         if not self.devices or min(self.devices) < 1:
             raise ValueError(f"devices must be numbers of at least 1, got {self.devices}")
 
@@ -118,8 +113,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
     )
 
     def __post_init__(self) -> None:
-        for part in (BatchConfig, ModelConfig, MachineConfig, EpochConfig):
-            part.__post_init__(self)
+        super().__post_init__()
         if self.epoch_images is not None and self.estimate and self.device_flops is None:
             raise ValueError("device_flops is needed for an epoch's time where nothing is run")
         if len(set(self.methods)) < max(len(self.methods), 1):
@@ -143,7 +137,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
         return next((name for name in self.methods if self.run(name).rank is not None), None)
 
     def run(self, name: str) -> RunConfig:
-        """The run whose step stands for method ``name``."""
+        """The run whose training step is measured for method ``name``."""
         shared = {f.name for f in dataclasses.fields(JobConfig)}
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
@@ -153,7 +147,8 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
 class Profile:
     """A profile in a folder: ``config.yaml``, ``results.json``, ``report.html``.
 
-    Creating one raises ValueError for what cannot be profiled.
+    Creating one raises ValueError for what cannot be profiled. What the folder holds of the same
+    profile is not measured again; ``overwrite`` starts over.
     """
 
     def __init__(
@@ -161,13 +156,14 @@ class Profile:
     ) -> None:
         self.config = config
         prepare_machine(config.run(config.methods[0]))
+        if folder is None and not overwrite:
+            folder = unfinished("runs", "profile", to_yaml(config))
+        stored = None
         if folder is not None:
-            record = Record(folder, "profile")
-            record.check()
-            record.check_free()
-            if not overwrite and record.results() is not None:
-                raise ValueError(f"{folder} holds a profile; give another --out, or --overwrite")
-        self._estimates = {name: self._estimate(name) for name in config.methods}
+            stored = check_profile(folder, config, overwrite=overwrite)
+        self._stored = stored or {"status": "interrupted", "methods": []}
+        done = self._stored["status"] == "finished"
+        self._estimates = {} if done else {name: self._estimate(name) for name in config.methods}
         self._record = Record(folder or new_folder("runs", "profile"), "profile")
 
     @property
@@ -175,32 +171,50 @@ class Profile:
         """Where everything is written."""
         return self._record.folder
 
-    def run(self) -> dict[str, Any]:
-        """Measure, or estimate, every method; return what ``results.json`` holds."""
+    @property
+    def pending(self) -> int:
+        """Number of methods whose memory is still to be measured."""
+        return len(self.config.methods) - len(self._stored["methods"])
+
+    def run(
+        self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Measure, or estimate, every method; return what ``results.json`` holds.
+
+        ``stop`` is asked before each method; when it returns True, the profile ends with ``status``
+        ``"interrupted"``, and the same profile again goes on with the next method. Times are taken
+        at the end, of all methods together.
+        """
+        if self._stored["status"] == "finished":
+            return self._stored
+        rows: list[dict[str, Any]] = list(self._stored["methods"])
+        progress = progress or Progress()
         with self._record.locked():
-            self._record.start(to_yaml(self.config))
-            content = self._measured()
+            if not rows:
+                self._record.start(to_yaml(self.config))
+            while len(rows) < len(self.config.methods) and not stop():
+                name = self.config.methods[len(rows)]
+                with progress.doing(f"a step of {name}"):
+                    rows.append(self._memory(name))
+                self._record.write_results(self._content("interrupted", rows))
+            if len(rows) < len(self.config.methods):
+                return self._content("interrupted", rows)
+            if not self.config.estimate:
+                with progress.doing("steps of all methods in turns"):
+                    self._add_times(rows)
+            for row in rows if self.config.epoch_images is not None else ():
+                row["epoch_seconds"] = self._epochs(row)
+            content = self._content("finished", rows)
             self._record.write_results(content)
             self._record.report_path.write_text(profile_page(content), encoding="utf-8")
         return content
 
-    def _measured(self) -> dict[str, Any]:
-        rows = []
-        for name, row in self._estimates.items():
-            if not self.config.estimate:
-                if self.config.precision == "fp32":
-                    row["estimated_memory"] = row["memory"]
-                row["memory"] = self._step(name, self.config.device).memory().as_dict()
-            rows.append(row)
-        if not self.config.estimate:
-            self._add_times(rows)
-        for row in rows if self.config.epoch_images is not None else ():
-            row["epoch_seconds"] = self._epochs(row)
+    def _content(self, status: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "status": "finished",
+            "status": status,
             "config": dataclasses.asdict(self.config),
             "methods": rows,
-            "break_even": self._break_even(),
+            "break_even": self._break_even() if status == "finished" else [],
             **provenance(self.config.device),
         }
 
@@ -223,6 +237,15 @@ class Profile:
             )
             for devices in config.devices
         }
+
+    def _memory(self, name: str) -> dict[str, Any]:
+        """All that is measured of a method except its times."""
+        row = self._estimates[name]
+        if not self.config.estimate:
+            if self.config.precision == "fp32":
+                row["estimated_memory"] = row["memory"]
+            row["memory"] = self._step(name, self.config.device).memory().as_dict()
+        return row
 
     def _estimate(self, name: str) -> dict[str, Any]:
         with pretending():  # in single precision: there is no autocast without numbers
@@ -253,7 +276,7 @@ class Profile:
                 row[f"{key}_seconds"], row[f"{key}_ratio"] = mine.median, mine.ratio(dense)
 
     def _break_even(self) -> list[dict[str, Any]]:
-        """By factored layer, the largest rank that costs no more than the dense layer."""
+        """For each factored layer, the largest rank that costs no more than the dense layer."""
         if self.config.factored is None:
             return []
         # A layer against its dense form, so without what would be fused with it.
@@ -291,6 +314,25 @@ class Profile:
         split = Split(images, torch.arange(config.batch_size, device=device) % config.classes)
         half = (0.5,) * config.channels
         return ImageData("noise", split, split, tuple(map(str, range(config.classes))), half, half)
+
+
+def check_profile(
+    folder: str | Path, config: ProfileConfig, *, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """What ``folder`` holds of this very profile, complete or not; None for nothing.
+
+    Raises ValueError for a folder of something else, unless a profile in it is to be overwritten.
+    """
+    record = Record(folder, "profile")
+    record.check()
+    record.check_free()
+    if overwrite or not record.config_path.exists():
+        return None
+    if changed := differences(record.config(), dataclasses.asdict(config)):
+        raise ValueError(
+            f"{folder} holds another profile ({changed}); give another --out, or --overwrite"
+        )
+    return record.results()
 
 
 def _break_even_times(call: Call, config: RunConfig, seconds: float) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _argmax(found: Mapping[float, float]) -> float:
 
 
 def _rounded(rate: float) -> float:
-    """To two digits, as rates are written."""
+    """``rate`` to two digits, as rates are written."""
     return float(f"{rate:.2g}")
 
 

@@ -10,54 +10,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import methods
-from ..methods import DEFAULT, HELP
-from ..runner import Run, Sweep
-from ..training.config import JobConfig, check_settings, method_config, option, to_yaml
+from ..runner import Run, Sweep, SweepWork
+from ..training.config import JobConfig
+from ..training.options import option, to_yaml
 from ..training.progress import Progress
-from ..training.record import provenance
+from ..training.provenance import provenance
 from .search import at_edge, search
+from .variants import MethodsConfig, Variant
 
 __all__ = ["TuneConfig", "Tuning"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(JobConfig):
+class TuneConfig(MethodsConfig):
     """search"""
 
-    rules: list[str] = option(DEFAULT, f"methods whose rates are searched, of {HELP}")
     rates: list[float] = option([5e-3, 1e-2, 2e-2], "learning rates to begin with")
     tries: int = option(5, "how many rates each method tries in all")
-    seeds: int = option(1, "runs at each rate")
-    settings: dict[str, Any] = option(
-        {}, "{method: {field: value}}: what differs for a method, such as units or options"
-    )
+    seeds: int = option(1, "runs at each rate", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rules or len(set(self.rules)) < len(self.rules):
-            raise ValueError(f"rules must be at least one, each once, got {self.rules}")
         if self.validation is None:
             raise ValueError("validation must say how many images to hold out, got null")
         if len(set(self.rates)) < 2 or min(self.rates) <= 0:
             raise ValueError(f"rates must be at least two positive numbers, got {self.rates}")
-        if self.tries < max(3, len(set(self.rates))):
-            least = max(3, len(set(self.rates)))
+        least = max(3, len(set(self.rates)))
+        if self.tries < least:
             raise ValueError(f"tries must be at least {least}, got {self.tries}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        object.__setattr__(self, "settings", check_settings(self.settings, self.rules))
-        for name in self.rules:
-            self.runs(name, self.rates[0])  # names every mistake in a method's own settings
+        if fixed := [variant.name for variant in self.variants if "lr" in variant.settings]:
+            raise ValueError(f"lr is searched, but settings or changes give it: {'; '.join(fixed)}")
+        for variant in self.variants:
+            self.runs(variant, self.rates[0])  # names every mistake in its settings
 
-    def runs(self, name: str, rate: float) -> list[Run]:
-        """The runs of method ``name`` at a rate, a seed each."""
-        label = f"{methods.get(name).label}, lr {rate:g}"
-        own = self.settings.get(name)
+    def runs(self, variant: Variant, rate: float) -> list[Run]:
+        """The runs of a variant at a rate, a seed each."""
+        label = f"{variant.label}, lr {rate:g}"
         return [
             Run(
-                f"{name}-{rate:g}-seed{seed}",
-                method_config(name, self, seed=seed, lr=rate, settings=own),
+                f"{variant.folder}-{rate:g}-seed{seed}",
+                variant.config(self, seed=seed, lr=rate),
                 label,
                 f"{label}, seed {seed}" if self.seeds > 1 else label,
             )
@@ -69,7 +61,7 @@ class _StoppedError(Exception):
     """The search was interrupted."""
 
 
-class Tuning:
+class Tuning(SweepWork):
     """A search in a folder: ``METHOD-RATE-seedN`` for each run, and ``results.json``.
 
     Every method gets the same number of runs. They begin with the rates that are given, go on
@@ -82,20 +74,19 @@ class Tuning:
     ) -> None:
         self.config = config
         runs = [
-            run for name in config.rules for rate in config.rates for run in config.runs(name, rate)
+            run
+            for variant in config.variants
+            for rate in config.rates
+            for run in config.runs(variant, rate)
         ]
         self._sweep = Sweep(folder, runs, kind="tune", config=to_yaml(config), overwrite=overwrite)
         self._sweep.check()
 
     @property
-    def folder(self) -> Path:
-        """Where everything is written."""
-        return self._sweep.folder
-
-    @property
-    def planned(self) -> int:
-        """How many runs the search takes in all."""
-        return len(self.config.rules) * self.config.tries * self.config.seeds
+    def pending(self) -> int:
+        """How many runs the search still takes."""
+        planned = len(self.config.variants) * self.config.tries * self.config.seeds
+        return planned - len(self._sweep.runs) + self._sweep.pending
 
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
@@ -105,33 +96,37 @@ class Tuning:
         content: dict[str, Any] = {
             "status": "finished",
             "job": {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)},
-            "settings": config.settings,
+            "settings": {v.name: dict(v.settings) for v in config.variants if v.settings},
             "seeds": config.seeds,
-            "labels": {name: methods.get(name).label for name in config.rules},
+            "labels": {variant.name: variant.label for variant in config.variants},
             "accuracy": {},
             "at_edge": [],
             **provenance(config.device),
         }
         with top.locked():
             top.write_config(to_yaml(config))
-            for name in config.rules:
-                measure = partial(self._measure, name, progress, stop)
+            for variant in config.variants:
+                measure = partial(self._measure, variant, progress, stop)
                 try:
                     found = search(measure, config.rates, config.tries)
                 except _StoppedError:
                     content["status"] = "interrupted"
                     break
-                content["accuracy"][name] = {f"{rate:g}": found[rate] for rate in found}
-                content["at_edge"] += [name] * at_edge(found)
+                content["accuracy"][variant.name] = {f"{rate:g}": found[rate] for rate in found}
+                content["at_edge"] += [variant.name] * at_edge(found)
                 top.write_results(content)
             top.write_results(content)
         return content
 
     def _measure(
-        self, name: str, progress: Progress | None, stop: Callable[[], bool], rate: float
+        self,
+        variant: Variant,
+        progress: Progress | None,
+        stop: Callable[[], bool],
+        rate: float,
     ) -> float:
         """Mean accuracy on the held-out images; a run that diverged counts as none right."""
-        runs = self.config.runs(name, rate)
+        runs = self.config.runs(variant, rate)
         self._sweep.add(runs)
         results = self._sweep.run(runs, progress=progress, stop=stop)
         ended = [r for r in results.values() if r["status"] != "interrupted"]

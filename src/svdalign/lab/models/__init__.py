@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .._named import import_named
+from .._named import import_maker
 from ._airbench import Whitening, airbench
 from ._imagenet import resnet18, resnet50, resnet101
 from ._mlp import mlp
@@ -109,18 +109,9 @@ def build(
 
 
 def _own(name: str, wanted: dict[str, Any]) -> nn.Module:
-    """The user's network. Nothing is called that does not take the two arguments by name: a config
-    from elsewhere cannot have any function run."""
-    make = import_named(name)
-    try:
-        known = set(inspect.signature(make).parameters)
-    except (TypeError, ValueError):
-        known = set()
-    if missing := {"in_channels", "num_classes"} - known:
-        raise ValueError(
-            f"model {name} must be a class or function that takes in_channels and num_classes; "
-            f"{', '.join(sorted(missing))} is not among its parameters"
-        )
+    """The user's network."""
+    make = import_maker(name, "in_channels", "num_classes")
+    known = inspect.signature(make).parameters
     if wanted["width"] != 1.0 and "width" not in known:
         raise ValueError(f"model {name} takes no width, got width {wanted['width']}")
     net = make(**{key: value for key, value in wanted.items() if key in known})

@@ -103,7 +103,8 @@ def count(value: float) -> str:
 
 @cache
 def environment() -> Environment:
-    """Of the templates: pages escape all text, Markdown what passes the filter ``text``."""
+    """The environment of the templates: pages escape all text, Markdown what passes the filter
+    ``text``."""
     found = Environment(
         loader=PackageLoader(__package__),
         autoescape=lambda name: name is not None and name.endswith(".html"),
@@ -129,5 +130,5 @@ def _read(name: str) -> Markup:
 
 
 def _digest(script: str) -> str:
-    """As a Content-Security-Policy names an inline script."""
+    """The hash by which a Content-Security-Policy allows an inline script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -201,7 +201,7 @@ def rank_map(histories: Sequence[Runs]) -> plots.Plot | None:
 
 
 def _comparison_table(results: Mapping[str, Any], runs: Sequence[Runs]) -> Table:
-    """With the single runs and their learning rates besides, which are for wide screens."""
+    """The table of a comparison, with single runs and learning rates, for wide screens."""
     headings = ["method", "accuracy", "by seed", "learning rate", "parameters", "inference MACs",
                 "peak training memory", "time per step", "× BP dense"]  # fmt: skip
     rows = []
@@ -341,7 +341,7 @@ def _break_even(results: Mapping[str, Any]) -> list[Section]:
 def _accuracies(
     runs: Mapping[str, Runs], at: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
 ) -> dict[str, Seeds]:
-    """By label the accuracy, in percent, of each run; ``at``: places on x of a run's epochs."""
+    """Accuracy of each run in percent, by label; ``at``: the x values of a run's epochs."""
     return {
         label: [
             _points(run["history"], "test_accuracy", 100, None if at is None else at(run))
@@ -369,7 +369,7 @@ def _seconds(run: Mapping[str, Any]) -> list[float]:
 
 
 def _limits(curves: Iterable[Seeds], others: Sequence[float]) -> tuple[float, float]:
-    """Of an axis on which all of these have room."""
+    """Limits of an axis on which all of these fit."""
     values = [y for seeds in curves for seed in seeds for _, y in seed if y is not None]
     values += others
     room = max(0.06 * (max(values) - min(values)), 0.5)
@@ -377,7 +377,7 @@ def _limits(curves: Iterable[Seeds], others: Sequence[float]) -> tuple[float, fl
 
 
 def _by_layer(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[float | None]]:
-    """From a mapping an epoch for each seed, the mean over seeds by name and epoch."""
+    """Mean over seeds by name and epoch; ``histories``: a mapping for each epoch, for each seed."""
     names = dict.fromkeys(name for history in histories for epoch in history for name in epoch)
     epochs = max(map(len, histories), default=0)
     found: dict[str, list[float | None]] = {}
@@ -389,7 +389,7 @@ def _by_layer(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, lis
 
 
 def _spectra(history: Runs) -> dict[str, list[list[float]]]:
-    """By layer its singular values after each epoch; of many layers, six from first to last."""
+    """Singular values after each epoch, by layer; at most six layers, evenly spread."""
     epochs = [row["spectra"] for row in history if row.get("spectra")]
     names = list(dict.fromkeys(name for epoch in epochs for name in epoch))
     if len(names) > 6:

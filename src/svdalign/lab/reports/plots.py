@@ -103,7 +103,7 @@ class Plot:
     keyed: bool = False
 
     def svg(self) -> Markup:
-        """For a page: ink and rules are the page's."""
+        """SVG for a page, in the page's colours of text and lines."""
         svg = _render([self], "svg", STYLE, legend=not self.keyed).decode("utf-8")
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

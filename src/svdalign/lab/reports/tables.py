@@ -34,6 +34,7 @@ __all__ = [
     "profile_headings",
     "profile_rows",
     "profile_table",
+    "search_table",
     "terminal_table",
 ]
 
@@ -161,6 +162,17 @@ def break_even_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
     ]
 
 
+def search_table(results: Mapping[str, Any]) -> Table:
+    """A search of rates for the terminal."""
+    rows = []
+    for name, found in results["accuracy"].items():
+        best = max(found, key=found.__getitem__)
+        tried = ", ".join(f"{rate}: {100 * reached:.2f}%" for rate, reached in found.items())
+        edge = ", at the edge: give more --tries" if name in results["at_edge"] else ""
+        rows.append([results["labels"][name], f"{best}{edge}", tried])
+    return terminal_table(("method", "best rate", "held-out accuracy by rate"), rows)
+
+
 def images(results: Mapping[str, Any]) -> str:
     """Which images accuracy is of: ``test`` or ``held-out``."""
     return evaluated_on(results["config"].get("validation"))
@@ -218,7 +230,9 @@ def own_settings(results: Mapping[str, Any]) -> list[str]:
     rows = results["summary"] if "summary" in results else results["methods"]
     labels = {row["method"]: row["label"] for row in rows}
     settings = results["config"].get("settings", {})
-    return [f"{labels[name]}: {named_settings(own)}" for name, own in settings.items() if own]
+    return [
+        f"{labels.get(name, name)}: {named_settings(own)}" for name, own in settings.items() if own
+    ]
 
 
 def named_settings(settings: Mapping[str, Any]) -> str:
@@ -243,17 +257,12 @@ def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> lis
         accuracy += AT_CHANCE
     if not row["complete"] and row["accuracy"] is not None:
         accuracy += " so far"
-    if "memory" not in row:
-        return [row["label"], accuracy, *["–"] * (len(COMPARISON) - 2)]
-    return [
-        row["label"],
-        accuracy,
-        f"{row['parameters']:,}",
-        count(row["macs"]),
-        f"{row['memory']['peak'] / 2**20:.1f} MiB",
-        f"{1e3 * row['step_seconds']:.1f} ms",
-        f"{row['step_ratio']:.2f}",
-    ]
+    size = [f"{row['parameters']:,}", count(row["macs"])] if "macs" in row else ["–", "–"]
+    costs = ["–", "–", "–"]
+    if "memory" in row:
+        peak, seconds = row["memory"]["peak"] / 2**20, row["step_seconds"]
+        costs = [f"{peak:.1f} MiB", f"{1e3 * seconds:.1f} ms", f"{row['step_ratio']:.2f}"]
+    return [row["label"], accuracy, *size, *costs]
 
 
 def terminal_table(

@@ -41,7 +41,7 @@ __all__ = [
     "prepare_machine",
 ]
 
-EVAL_BATCH = 500  #: images at once where nothing is held for a backward pass
+EVAL_BATCH = 500  #: images at once where nothing is saved for a backward pass
 WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.Whitening` looks at
 
 

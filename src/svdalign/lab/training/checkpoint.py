@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ... import storage
-from .build import build_learner, load_data, prepare_machine
-from .config import RunConfig, from_dict
+from .build import load_data, prepare_machine
+from .config import RunConfig
+from .options import from_dict
 from .record import MOVABLE, Record, check_resumable
-from .trainer import Trainer
+from .trainer import Trainer, build_trainer
 
 __all__ = ["load_checkpoint", "load_run", "resumed", "save_checkpoint"]
 
@@ -26,8 +27,7 @@ def load_run(folder: str | Path) -> Trainer:
     if not record.checkpoint_path.exists():
         raise ValueError(f"the run in {folder} has no checkpoint yet")
     prepare_machine(config)
-    data = load_data(config)
-    trainer = Trainer(config, data, build_learner(config, data))
+    trainer = build_trainer(config, load_data(config))
     load_checkpoint(trainer, record.checkpoint_path)
     return trainer
 

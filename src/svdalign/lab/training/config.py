@@ -4,15 +4,13 @@ YAML key."""
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
-
-import yaml
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from .. import methods, models
 from ..methods import Method
+from .options import Options, check_rank, option, plain
 
 __all__ = [
     "Augmentation",
@@ -24,17 +22,9 @@ __all__ = [
     "RankConfig",
     "RunConfig",
     "check_settings",
-    "differences",
     "evaluated_on",
-    "from_dict",
     "method_config",
-    "option",
-    "plain",
-    "to_yaml",
 ]
-
-T = TypeVar("T")
-C = TypeVar("C")
 
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
@@ -47,15 +37,8 @@ _DENSE: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def option(default: T, help: str) -> T:
-    """A dataclass field with a default and the line that ``--help`` shows for it."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Options):
     """data"""
 
     data: str = option(
@@ -66,18 +49,24 @@ class DataConfig:
     data_dir: str | None = option(
         None, "folder of Parquet or tar files, or of images with one folder a class"
     )
-    train_limit: int | None = option(None, "use only this many training images")
-    test_limit: int | None = option(None, "use only this many test images")
+    train_limit: int | None = option(None, "use only this many training images", least=1)
+    test_limit: int | None = option(None, "use only this many test images", least=1)
     validation: int | None = option(
-        None, "hold out this many training images and evaluate on them instead of the test images"
+        None,
+        "hold out this many training images and evaluate on them instead of the test images",
+        least=1,
     )
-    image_size: int | None = option(None, "resize images to this height and width in pixels")
+    image_size: int | None = option(
+        None, "resize images to this height and width in pixels", least=1
+    )
     stream: bool | None = option(
         None,
         "have images decoded by worker processes when they are needed, not once and for all; null: "
         "if their pixels would take more than 4 GiB",
     )
-    workers: int | None = option(None, "processes that decode a stream (one a core, at most 8)")
+    workers: int | None = option(
+        None, "processes that decode a stream (one a core, at most 8)", least=0
+    )
     max_unreadable: float = option(
         0.01, "share of a stream's images that may be unreadable: they are left out and listed"
     )
@@ -92,23 +81,16 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_limit", "test_limit", "validation", "image_size"):
-            if getattr(self, name) is not None:
-                _at_least(self, name, 1)
+        super().__post_init__()
         for name in self.augment:
             if name not in get_args(Augmentation):
                 raise ValueError(
                     f"augment must be any of {', '.join(get_args(Augmentation))}, got {name!r}"
                 )
-        if self.workers is not None:
-            _at_least(self, "workers", 0)
-        _switches(self, "tta")
-        if self.stream is not None:
-            _switches(self, "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Options):
     """model"""
 
     model: str = option(
@@ -116,7 +98,7 @@ class ModelConfig:
         f"of {', '.join(models.available())}, or a network of your own as package.module:Net, a "
         "class or function that takes in_channels and num_classes",
     )
-    width: float = option(1.0, "factor on the number of channels of every hidden layer")
+    width: float = option(1.0, "factor on the number of channels of every hidden layer", above=0)
     rank: int | float | None = option(
         0.5, "rank of the factors: a fraction of full rank in (0, 1], or a whole number"
     )
@@ -141,55 +123,49 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "width")
-        _switches(self, "factor_classifier", "fuse")
-        if isinstance(self.rank, float):
-            if not 0 < self.rank <= 1:
-                raise ValueError(
-                    "rank must be a fraction in (0, 1] or a whole number of at least 1, "
-                    f"got {self.rank}"
-                )
-        elif self.rank is not None:
-            _at_least(self, "rank", 1)
+        super().__post_init__()
+        check_rank("rank", self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankConfig:
+class RankConfig(Options):
     """rank reduction"""
 
     rank_energy: float | None = option(
         None,
         "a cut keeps this share, in (0, 1], of each layer's squared singular values; null: no cuts",
+        above=0,
+        most=1,
     )
     rank_parameters: int | float | None = option(
         None,
         "parameters of the whole model after the last cut: a number, or a share of the dense "
         "model's; earlier cuts shrink the model by equal ratios",
     )
-    rank_warmup: int = option(1, "epochs before the first cut; 0 cuts the initial weights")
-    rank_period: int = option(1, "epochs between two cuts")
+    rank_warmup: int = option(1, "epochs before the first cut; 0 cuts the initial weights", least=0)
+    rank_period: int = option(1, "epochs between two cuts", least=1)
     rank_freeze: int | None = option(None, "no cut after this many epochs")
-    rank_ratio: float = option(0.5, "a cut by energy leaves at least this share of a rank")
+    rank_ratio: float = option(
+        0.5, "a cut by energy leaves at least this share of a rank", least=0, most=1
+    )
     rank_min: int | float = option(
         4, "no cut goes below this rank: a whole number, or a fraction of full rank"
     )
 
     def __post_init__(self) -> None:
-        if self.rank_energy is not None and not 0 < self.rank_energy <= 1:
-            raise ValueError(f"rank_energy must be in (0, 1], got {self.rank_energy}")
+        super().__post_init__()
+        check_rank("rank_parameters", self.rank_parameters)
+        check_rank("rank_min", self.rank_min)
         if self.rank_parameters is not None:
-            _rank(self, "rank_parameters")
             if self.rank_energy is not None:
                 raise ValueError("give either rank_energy or rank_parameters, not both")
             if self.rank_freeze is None:
                 raise ValueError("rank_parameters needs rank_freeze, the epoch of the last cut")
-        if not 0 <= self.rank_ratio <= 1:
-            raise ValueError(f"rank_ratio must be in [0, 1], got {self.rank_ratio}")
-        _at_least(self, "rank_warmup", 0)
-        _at_least(self, "rank_period", 1)
-        _rank(self, "rank_min")
-        if self.rank_freeze is not None:
-            _at_least(self, "rank_freeze", self.rank_warmup)
+        if self.rank_freeze is not None and self.rank_freeze < self.rank_warmup:
+            raise ValueError(
+                f"rank_freeze must be at least rank_warmup, {self.rank_warmup}, "
+                f"got {self.rank_freeze}"
+            )
 
     def cuts_rank_after(self, epoch: int) -> bool:
         """Whether ranks are to be cut once ``epoch`` epochs are done."""
@@ -209,78 +185,72 @@ class RankConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Options):
     """training"""
 
-    epochs: int = option(4, "passes over the training images")
-    batch_size: int = option(128, "training images per step")
+    epochs: int = option(4, "passes over the training images", least=1)
+    batch_size: int = option(128, "training images per step", least=1)
     optimizer: Literal["adamw", "sgd", "muon"] = option(
         "adamw",
         "the optimizer; muon trains what is no hidden weight by adamw at a tenth of its rate",
     )
-    weight_decay: float = option(0.0, "decoupled for adamw (and so for muon), an L2 term for sgd")
-    momentum: float = option(0.9, "of sgd and muon; the first of adamw's two betas")
+    weight_decay: float = option(
+        0.0, "decoupled for adamw (and so for muon), an L2 term for sgd", least=0
+    )
+    momentum: float = option(
+        0.9, "of sgd and muon; the first of adamw's two betas", least=0, below=1
+    )
     nesterov: bool = option(False, "use Nesterov momentum; sgd only")
     bias_lr: float = option(
-        1.0, "factor on the learning rate of biases; their weight decay a step stays as it is"
+        1.0,
+        "factor on the learning rate of biases; their weight decay a step stays as it is",
+        above=0,
     )
-    beta2: float = option(0.999, "the second of adamw's two betas")
+    beta2: float = option(0.999, "the second of adamw's two betas", least=0, below=1)
     schedule: Literal["one-cycle", "cosine", "constant"] = option(
         "one-cycle",
         "learning rate over the steps: linear up, then linear to 0, cosine to 0, or flat",
     )
-    warmup: float = option(0.2, "share of all steps in which the learning rate rises")
+    warmup: float = option(
+        0.2, "share of all steps in which the learning rate rises", least=0, most=1
+    )
     label_smoothing: float = option(
-        0.0, "label smoothing, in [0, 1): this share of each label goes to all classes alike"
+        0.0,
+        "label smoothing, in [0, 1): this share of each label goes to all classes alike",
+        least=0,
+        below=1,
     )
     lookahead: int | None = option(
         None,
         "set weights to their moving average every so many steps, and at the end; the average "
         "follows more slowly as training goes on (Jordan 2024)",
+        least=1,
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32, or bf16 under autocast")
 
     def __post_init__(self) -> None:
-        _at_least(self, "epochs", 1)
-        _at_least(self, "batch_size", 1)
-        for name in ("weight_decay", "momentum", "beta2", "warmup", "label_smoothing"):
-            _at_least(self, name, 0.0)
-        for name in ("momentum", "beta2", "label_smoothing"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
-        _positive(self, "bias_lr")
+        super().__post_init__()
         if self.optimizer == "muon" and self.bias_lr != 1:
             raise ValueError(f"bias_lr must be 1 with optimizer muon, got {self.bias_lr}")
-        _switches(self, "nesterov")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs optimizer sgd and a momentum above 0")
-        if self.lookahead is not None:
-            _at_least(self, "lookahead", 1)
-        if self.warmup > 1:
-            raise ValueError(f"warmup is a share of all steps, at most 1, got {self.warmup}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineConfig:
+class MachineConfig(Options):
     """machine"""
 
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1, ...")
-    threads: int | None = option(None, "number of CPU threads (default: torch decides)")
+    threads: int | None = option(None, "number of CPU threads (default: torch decides)", least=1)
     channels_last: bool = option(
         True, "keep images and kernels in channels-last memory format, which is faster"
     )
-    checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch")
+    checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch", least=0)
     logger: str | None = option(
         None,
         "tell each epoch to tensorboard or wandb as well (extra: loggers), or to a logger of your "
         "own as package.module:Class",
     )
-
-    def __post_init__(self) -> None:
-        _switches(self, "channels_last")
-        _at_least(self, "checkpoint_seconds", 0.0)
-        if self.threads is not None:
-            _at_least(self, "threads", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +258,7 @@ class JobConfig(DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig)
     """What all methods of a comparison share: data, network, budget, machine."""
 
     def __post_init__(self) -> None:
-        for part in (DataConfig, ModelConfig, RankConfig, OptimConfig, MachineConfig):
-            part.__post_init__(self)
+        super().__post_init__()
         if self.rank_parameters is not None and (self.rank_freeze or 0) > self.epochs:
             raise ValueError(
                 "rank_freeze, the epoch of the last cut, must be at most the number of epochs, "
@@ -303,7 +272,9 @@ class RunConfig(JobConfig):
 
     rule: str = option("ssa", f"the method, how the network learns: {methods.HELP}")
     horizon: int | str = option(
-        "rule", "how many units upstream a unit's task gradient travels; rule: the rule's own"
+        "rule",
+        "how many units upstream a unit's task gradient travels; rule: the rule's own",
+        least=0,
     )
     error: Literal["rule", "output", "local", "target"] = option(
         "rule", "where a unit's error comes from; rule: the rule's own"
@@ -311,30 +282,32 @@ class RunConfig(JobConfig):
     options: dict[str, Any] = option(
         {}, "other fields of the rule to change, one by one: --options.alpha 0.5"
     )
-    lr: float | None = option(None, "peak learning rate (what the method was tuned to)")
-    seed: int = option(0, "of the initial weights, the feedback and the order of the data")
+    lr: float | None = option(None, "peak learning rate (what the method was tuned to)", above=0)
+    seed: int = option(0, "of the initial weights, the feedback and the order of the data", least=0)
+    trainer: str | None = option(
+        None,
+        "what trains, as package.module:function, which takes config and data and returns a "
+        "svdalign.lab.training.Trainer: for what no other option says",
+    )
     parallel: Literal["layers", "data"] | None = option(
         None,
         "under torchrun, what its processes share out: layers, the units of the network; data, the "
         "images of every batch",
     )
     parallel_timeout: float = option(
-        1800.0, "seconds after which a process that hears nothing from another one gives up"
+        1800.0,
+        "seconds after which a process that hears nothing from another one gives up",
+        above=0,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, "seed", 0)
-        if not isinstance(self.horizon, str):
-            _at_least(self, "horizon", 0)
-        elif self.horizon != "rule":
+        if isinstance(self.horizon, str) and self.horizon != "rule":
             raise ValueError(
                 "horizon must be a whole number of at least 0, or rule for the rule's own (what "
                 f"has no limit is backpropagation, rule bp), got {self.horizon!r}"
             )
         self._take_from(methods.get(self.rule))
-        _positive(self, "lr")
-        _positive(self, "parallel_timeout")
 
     @property
     def rate(self) -> float:
@@ -348,7 +321,7 @@ class RunConfig(JobConfig):
         return methods.get(self.rule)
 
     def dense(self) -> RunConfig:
-        """The same run with dense weights."""
+        """This run with dense weights."""
         method = dataclasses.replace(self.method, factored=False)
         return dataclasses.replace(self, rule=method.name, rank=None, **_DENSE)
 
@@ -431,62 +404,3 @@ def check_settings(settings: Mapping[str, Any], names: Iterable[str]) -> dict[st
 def evaluated_on(validation: int | None) -> str:
     """What the images are called that accuracy is measured on: "test" or "held-out"."""
     return "test" if validation is None else "held-out"
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The fields in which two configs, as dicts, differ, with both values; "" where none does."""
-    return ", ".join(
-        f"{key} {there.get(key)} there, {here.get(key)} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    )
-
-
-def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
-    """``kind(**values)`` with an error that names the keys it does not have."""
-    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
-    return kind(**values)
-
-
-def plain(value: Any) -> Any:
-    """Convert strings from the command line to the YAML scalars they spell, at any depth."""
-    if isinstance(value, str):
-        return yaml.safe_load(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return value
-
-
-def to_yaml(config: Any) -> str:
-    """The config as YAML that ``--config`` takes back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _at_least(config: object, name: str, least: float) -> None:
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name} must be at least {least:g}, got {value}")
-
-
-def _switches(config: object, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}")
-
-
-def _rank(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, int):
-        _at_least(config, name, 1)
-    elif not 0 < value <= 1:
-        raise ValueError(
-            f"{name} must be a whole number of at least 1, or a fraction in (0, 1], got {value}"
-        )
-
-
-def _positive(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from .._named import import_named
+from .._named import import_maker
 from .record import finite
 
 __all__ = ["LOGGERS", "Logger", "check_logger", "make_logger", "numbers"]
@@ -82,7 +82,7 @@ def check_logger(name: str | None) -> None:
     if name is None:
         return
     if ":" in name:
-        import_named(name)
+        import_maker(name)
     elif name not in LOGGERS:
         raise ValueError(
             f"logger must be {', '.join(LOGGERS)} or package.module:Class, got {name!r}"
@@ -95,7 +95,7 @@ def make_logger(logger: str | None, folder: Path, name: str, config: Mapping[str
     """The logger of that name, or ``package.module:Class``, for a run."""
     if logger is None:
         return Nowhere()
-    kind = import_named(logger) if ":" in logger else LOGGERS[logger][1]
+    kind = import_maker(logger) if ":" in logger else LOGGERS[logger][1]
     made: Logger = kind(folder, name, config)
     return made
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as bars
 from rich.console import Console
@@ -16,32 +17,34 @@ from .config import evaluated_on
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["LiveProgress", "PlainProgress", "Progress", "Silent", "progress_for"]
+__all__ = ["LiveProgress", "PlainProgress", "Progress", "progress_for"]
 
-REFRESH_SECONDS = (
-    0.25  #: between two readings of the running loss, each of which waits for the device
-)
-
-
-class Progress(Protocol):
-    """Told about each run's start, steps, epochs and end."""
-
-    def start(self, name: str, trainer: Trainer) -> None: ...
-    def step(self, trainer: Trainer) -> None: ...
-    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
-    def end(self, trainer: Trainer, status: str) -> None: ...
+#: Seconds between two readings of the running loss, each of which waits for the device.
+REFRESH_SECONDS = 0.25
 
 
-class Silent:
-    """Shows nothing."""
+class Progress:
+    """Told about each run's start, steps, epochs and end; shows nothing."""
 
-    def start(self, name: str, trainer: Trainer) -> None: ...
-    def step(self, trainer: Trainer) -> None: ...
-    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None: ...
-    def end(self, trainer: Trainer, status: str) -> None: ...
+    def start(self, name: str, trainer: Trainer) -> None:
+        """A run begins or goes on."""
+
+    def step(self, trainer: Trainer) -> None:
+        """It has made a step."""
+
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """It has ended an epoch, measured in ``row``."""
+
+    def end(self, trainer: Trainer, status: str) -> None:
+        """It has ended."""
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """While active, something else is done, ``what``."""
+        yield
 
 
-class PlainProgress(AbstractContextManager["PlainProgress"]):
+class PlainProgress(Progress, AbstractContextManager["PlainProgress"]):
     """One line an epoch. ``runs``: how many runs there will be, for the time left."""
 
     def __init__(self, console: Console, runs: int = 1) -> None:
@@ -79,7 +82,7 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
             self._print(f"{self._name}  {status} after {trainer.global_step} steps", soft_wrap=True)
 
 
-class LiveProgress(AbstractContextManager["LiveProgress"]):
+class LiveProgress(Progress, AbstractContextManager["LiveProgress"]):
     """A bar for the run with its running loss, accuracy and speed, and one for all ``runs``."""
 
     def __init__(self, console: Console, runs: int = 1) -> None:
@@ -103,13 +106,17 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        task = self._bars.add_task(what, total=None, note="")
+        self._bars.refresh()
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     def start(self, name: str, trainer: Trainer) -> None:
         total = trainer.total_steps

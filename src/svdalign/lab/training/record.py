@@ -1,4 +1,4 @@
-"""Who may write into a folder, what a run leaves there, and where its numbers come from."""
+"""Who may write into a folder, and what a run leaves there."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from ..._files import replace_file
-from .config import MachineConfig, RunConfig, differences, from_dict
+from .config import MachineConfig, RunConfig
+from .options import differences, from_dict
 
 try:
     import fcntl
@@ -34,7 +29,6 @@ __all__ = [
     "check_writable",
     "finite",
     "new_folder",
-    "provenance",
     "read_json",
     "unfinished",
     "write_json",
@@ -64,33 +58,15 @@ class Record:
     there, and :meth:`locked` keeps other processes out while it does it.
     """
 
-    FILES = (
-        "metrics.jsonl", "results.json", "report.html", "checkpoint.safetensors", "unreadable.txt"
-    )  # fmt: skip
-
     def __init__(self, folder: str | Path, kind: str = "train") -> None:
         self.folder = Path(folder)
+        self.config_path = self.folder / "config.yaml"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.results_path = self.folder / "results.json"
+        self.report_path = self.folder / "report.html"
+        self.checkpoint_path = self.folder / "checkpoint.safetensors"
+        self.unreadable_path = self.folder / "unreadable.txt"
         self._mark = f"# svdalign {kind}\n"
-
-    @property
-    def config_path(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
-
-    @property
-    def results_path(self) -> Path:
-        return self.folder / "results.json"
-
-    @property
-    def report_path(self) -> Path:
-        return self.folder / "report.html"
 
     def results(self) -> dict[str, Any] | None:
         """What the run measured, or None where there is no complete ``results.json``."""
@@ -172,13 +148,14 @@ class Record:
                 path.unlink(missing_ok=True)
 
     def start(self, config_yaml: str) -> None:
-        """Make the folder hold this config and no results yet. Only files of ours are removed."""
-        for name in self.FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        """Begin a run: write its config, remove the files of an earlier one and no others."""
+        ours = (self.metrics_path, self.results_path, self.report_path)
+        for path in (*ours, self.checkpoint_path, self.unreadable_path):
+            path.unlink(missing_ok=True)
         self.write_config(config_yaml)
 
     def write_config(self, config_yaml: str) -> None:
-        """Make the folder hold this config, marked as ours, beside what else is in it."""
+        """Write this config, marked as ours; other files stay."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # Whole or not there: what is left after a kill is what a resumed run starts from.
         replace_file(
@@ -223,7 +200,7 @@ class Record:
     def write_unreadable(self, reasons: Iterable[str]) -> None:
         """Add what could not be read, and why, to ``unreadable.txt``, a line each; no file is made
         for none."""
-        path = self.folder / "unreadable.txt"
+        path = self.unreadable_path
         form = {"encoding": "utf-8", "errors": "surrogateescape"}  # as names of files are bytes
         known = path.read_text(**form).splitlines() if path.exists() else []
         lines = dict.fromkeys([*known, *(" ".join(reason.split()) for reason in reasons)])
@@ -316,73 +293,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """Versions, git commit, machine and command line of this process, ready for JSON."""
-    return {
-        "svdalign": _version("svdalign"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git": _git_commit(),
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        },
-        "command": _command(),
-    }
-
-
-def _command() -> str:
-    """The command line of this process, with the program's name in place of where it lies (a script
-    keeps a relative path)."""
-    program = Path(sys.argv[0])
-    name = [program.name]
-    if program.name == "__main__.py":
-        name = ["python", "-m", program.parent.name]
-    elif program.suffix == ".py":
-        name = ["python", program.name if program.is_absolute() else str(program)]
-    return shlex.join([*name, *sys.argv[1:]])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, with ``+`` if it was changed since."""
-    package = Path(__file__).resolve().parent.parent
-    if _git(package, ["ls-files", "--error-unmatch", "__init__.py"]) is None:
-        return None  # installed, and so in no repository of its own
-    commit = _git(package, ["rev-parse", "HEAD"])
-    return commit and commit + ("+" if _git(package, ["status", "--porcelain", "."]) else "")
-
-
-def _git(folder: Path, arguments: Iterable[str]) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def finite(value: Any) -> Any:

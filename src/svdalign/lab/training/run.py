@@ -14,10 +14,12 @@ from ..costs import inference_macs, parameter_count
 from ..data import ImageData
 from .build import example_batch
 from .checkpoint import save_checkpoint
-from .config import RunConfig, to_yaml
+from .config import RunConfig
 from .loggers import make_logger, numbers
+from .options import to_yaml
 from .progress import Progress
-from .record import Record, provenance
+from .provenance import provenance
+from .record import Record
 from .trainer import Trainer
 
 __all__ = ["absolute", "describe", "train"]
@@ -105,7 +107,7 @@ def train(
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """With a path to the data that holds in every folder."""
+    """The config with an absolute path to the data, so that it is valid in every folder."""
     where = config.data_dir and str(Path(config.data_dir).absolute())
     return dataclasses.replace(config, data_dir=where)
 

@@ -18,11 +18,13 @@ from ...factors import FactoredLayer, RankCut, reduce_rank
 from ...factors.rank import parameter_budget
 from ...factors.rediagonalize import spectrum
 from ...storage import ranks
+from .._named import import_maker
 from ..costs import parameter_count
 from ..data import ImageData, batches, num_batches
 from .averaging import Lookahead
 from .build import (
     augmentation,
+    build_learner,
     evaluate,
     evaluate_views,
     example_batch,
@@ -31,10 +33,10 @@ from .build import (
 )
 from .config import RunConfig
 from .processes import Alone, Together
-from .progress import Progress, Silent
+from .progress import Progress
 from .schedule import learning_rate_factor
 
-__all__ = ["Running", "Trainer", "spectra"]
+__all__ = ["Running", "Trainer", "build_trainer", "spectra"]
 
 DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
 
@@ -143,7 +145,7 @@ class Trainer:
         epoch left weights that are not finite, or if its mean loss is not finite or more than
         ``DIVERGED`` times that of a guess.
         """
-        progress = progress or Silent()
+        progress = progress or Progress()
         progress.start(name, self)
         status = "finished"
         while status == "finished" and self.epoch < self.config.epochs:
@@ -308,9 +310,25 @@ class Trainer:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
+def build_trainer(config: RunConfig, data: ImageData) -> Trainer:
+    """The trainer that the config describes, ready for its first step.
+
+    Raises ValueError for what cannot be built.
+    """
+    if config.trainer is None:
+        return Trainer(config, data, build_learner(config, data))
+    trainer = import_maker(config.trainer, "config", "data")(config=config, data=data)
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"trainer {config.trainer} must make a svdalign.lab.training.Trainer, "
+            f"got {type(trainer).__name__}"
+        )
+    return trainer
+
+
 def spectra(model: nn.Module) -> dict[str, list[float]]:
-    """By factored layer, its singular values from the largest to the smallest: at most
-    :data:`SAMPLES` of them, evenly spread, to three digits."""
+    """Singular values of each factored layer, by its name, from largest to smallest: at most
+    :data:`SAMPLES`, evenly spread, to three digits."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, FactoredLayer):

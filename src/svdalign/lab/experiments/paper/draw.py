@@ -136,7 +136,7 @@ def _finished(results: Mapping[str, Any]) -> bool:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], value: Value) -> dict[str, plots.Seeds]:
-    """By method, for each seed, ``(epoch, value)``."""
+    """Points ``(epoch, value)`` of each seed, by method."""
     return {
         label: [list(enumerate(history, 1)) for history in seeds]
         for label, seeds in by_epoch(rows, value).items()
@@ -144,7 +144,7 @@ def _points(rows: Sequence[Mapping[str, Any]], value: Value) -> dict[str, plots.
 
 
 def _angle_curves(rows: Sequence[Mapping[str, Any]], angle: Value) -> plots.Plot:
-    """By epoch, with a line at 90 degrees; the scale holds 0 to 100 degrees at least."""
+    """Angles by epoch, with a line at 90 degrees; the scale covers at least 0 to 100 degrees."""
     points = _points(rows, angle)
     values = [y for seeds in points.values() for seed in seeds for _, y in seed if y is not None]
     return plots.curves(

@@ -23,19 +23,20 @@ __all__ = [
 
 Row = Mapping[str, Any]
 Value = Callable[[Row], float | None]
-"""Of what was measured at the end of an epoch; None where it was not finite."""
+"""A number from what was measured at the end of an epoch; None where it was not finite."""
 Cell = Callable[[Sequence[Row], Row], str]
-"""Of all rows of an experiment and one of them, what a cell of its table says."""
+"""From all rows of an experiment and one of them, the text of a cell of its table."""
 
 
 def whole_angle(epoch: Row) -> float | None:
-    """Of the gradient as a whole, in degrees."""
+    """Angle of the whole gradient to BP's, in degrees."""
     cosine = epoch["alignment"]["cosine"]
     return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def hidden_angle(epoch: Row) -> float | None:
-    """Mean over the hidden layers. The output's layer comes last: every rule teaches it exactly."""
+    """Mean angle over the hidden layers. The output layer comes last: every rule teaches it
+    exactly."""
     return mean(list(epoch["alignment"]["layers"].values())[:-1])
 
 
@@ -46,13 +47,13 @@ def error(epoch: Row) -> float | None:
 
 
 def drift(epoch: Row) -> float | None:
-    """The largest of any factor."""
+    """The largest orthogonality error of any factor."""
     found = [value for value in epoch["orthogonality"].values() if value is not None]
     return max(found) if found else None
 
 
 def by_epoch(rows: Sequence[Row], value: Value) -> dict[str, list[list[float | None]]]:
-    """By method, for each seed, what ``value`` makes of each epoch."""
+    """``value`` of each epoch of each seed, by method."""
     return {
         row["label"]: [[value(epoch) for epoch in history] for history in row["histories"]]
         for row in rows
@@ -60,7 +61,7 @@ def by_epoch(rows: Sequence[Row], value: Value) -> dict[str, list[list[float | N
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of the values that are there; None where none is."""
+    """Mean of the values that are there; None where none is."""
     there = [value for value in values if value is not None]
     return statistics.mean(there) if there else None
 
@@ -135,7 +136,8 @@ COLUMNS: dict[str, dict[str, Cell]] = {
 
 
 def cost_table(profiles: Mapping[str, Sequence[Row]]) -> tuple[Sequence[str], list[list[str]]]:
-    """Of training and of inference, each beside the first method's of the same network."""
+    """Headings and rows: costs of training and of inference, each also as a ratio to the first
+    method of the same network."""
     headings = ["network", "method", "parameters"]
     for of in ("a step", "an inference"):
         headings += [f"peak of {of} (MiB)", "× BP", f"MACs of {of}", "× BP"]

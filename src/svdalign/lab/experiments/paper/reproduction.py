@@ -17,19 +17,14 @@ from ....engine import Learner
 from ....factors import FactoredLayer
 from ....factors.stiefel import orthogonality_error
 from ...data import ImageData, sizes
-from ...runner import Run, Sweep
+from ...runner import Run, Sweep, SweepWork
 from ...training.build import example_batch, prepare_machine
-from ...training.config import (
-    JobConfig,
-    MachineConfig,
-    RunConfig,
-    method_config,
-    option,
-    to_yaml,
-)
+from ...training.config import JobConfig, MachineConfig, RunConfig, method_config
+from ...training.options import option, to_yaml
 from ...training.progress import Progress
-from ...training.record import Record, provenance, read_json, write_json
-from ..profile import Profile
+from ...training.provenance import provenance
+from ...training.record import read_json, write_json
+from ..profile import Profile, ProfileConfig, check_profile
 from .draw import experiment_figures, index_page
 from .specs import EXPERIMENTS, Experiment, Variant
 
@@ -45,15 +40,10 @@ class ReproduceConfig(MachineConfig):
     image_folder: str | None = option(
         None, "folder of images, train and test with one directory a class, for table2"
     )
-    seeds: int | None = option(None, "how many seeds, in place of the scale's own number")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+    seeds: int | None = option(None, "how many seeds, in place of the scale's own number", least=1)
 
 
-class Reproduction:
+class Reproduction(SweepWork):
     """Experiments in a folder: ``config.yaml``, ``runs/GROUP-VARIANT-seedN`` for each training run,
     and for each experiment ``NAME.json``, and its figures as SVG and PNG; ``index.html`` shows all
     there are.
@@ -82,17 +72,10 @@ class Reproduction:
         runs = {run.name: run for name in self.names for run in self._runs_of(name)}
         folder = folder or f"runs/reproduce-{config.scale}"
         self._sweep = Sweep(folder, runs.values(), kind="reproduce", overwrite=overwrite)
+        for name in self.names:
+            for at, profile in self._profiles_of(name).values():
+                check_profile(at, profile, overwrite=overwrite)
         prepare_machine(JobConfig(**self._machine))
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is written."""
-        return self._sweep.folder
-
-    @property
-    def pending(self) -> int:
-        """How many training runs are still to be done."""
-        return self._sweep.pending
 
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
@@ -176,7 +159,7 @@ class Reproduction:
             "config": dataclasses.asdict(self.config),
         }
         if experiment.costs:
-            content |= self._profiles(name, experiment.costs[self.config.scale], stop)
+            content |= self._profiled(name, stop)
         else:
             content |= self._measured(name, done)
         write_json(self._path(name), {**content, **provenance(self.config.device)})
@@ -214,18 +197,28 @@ class Reproduction:
             )
         return {"status": "finished" if complete else "interrupted", "rows": rows}
 
-    def _profiles(self, name: str, configs: Any, stop: Callable[[], bool]) -> dict[str, Any]:
+    def _profiles_of(self, name: str) -> dict[str, tuple[Path, ProfileConfig]]:
+        """Folder and config of each profile that an experiment needs, by label."""
+        costs = EXPERIMENTS[name].costs
+        configs = costs[self.config.scale].items() if costs else ()
+        return {
+            label: (
+                self.folder / "runs" / f"{name}-{i}", dataclasses.replace(config, **self._machine)
+            )
+            for i, (label, config) in enumerate(configs, 1)
+        }  # fmt: skip
+
+    def _profiled(self, name: str, stop: Callable[[], bool]) -> dict[str, Any]:
         profiles: dict[str, Any] = {}
-        for i, (label, config) in enumerate(configs.items()):
-            folder = self.folder / "runs" / f"{name}-{i + 1}"
-            wanted = dataclasses.replace(config, **self._machine)
-            results = None if self._overwrite else Record(folder, "profile").results()
-            if results is None or results["config"] != dataclasses.asdict(wanted):
-                if stop():
-                    break
-                results = Profile(wanted, folder, overwrite=True).run()
+        wanted = self._profiles_of(name)
+        for label, (folder, config) in wanted.items():
+            if stop():
+                break
+            results = Profile(config, folder, overwrite=self._overwrite).run(stop=stop)
+            if results["status"] == "interrupted":
+                break
             profiles[label] = results["methods"]
-        status = "finished" if len(profiles) == len(configs) else "interrupted"
+        status = "finished" if len(profiles) == len(wanted) else "interrupted"
         return {"status": status, "profiles": profiles}
 
 

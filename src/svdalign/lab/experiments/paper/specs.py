@@ -151,7 +151,7 @@ ANGLES = {
 
 
 def _drift() -> dict[str, Variant]:
-    """The reconstruction's factors, held to the manifold by what there is to hold them."""
+    """The reconstruction with each way to keep its factors orthonormal."""
     free = {**RECONSTRUCTION}
     variants = {
         f"penalty-{beta:g}": Variant(
