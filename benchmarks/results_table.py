@@ -494,9 +494,9 @@ def changes(content: Mapping[str, Any]) -> str:
     )
 
 
-def step(results: Results) -> str:
+def step(results: Results, name: str = "step") -> str:
     """Peak and time of a training step, against both kinds of backpropagation."""
-    content = results["step"]
+    content = results[name]
     rows = []
     for result in content["results"]:
         for method, cost in result["costs"].items():
@@ -670,6 +670,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "epochs": epochs,
     "step": step,
+    "step_local": partial(step, name="step_local"),
     "comparison": comparison,
     "make_compare": make_compare,
     "reproduce/table1": methods_on_smallconv,
