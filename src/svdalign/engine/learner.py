@@ -19,7 +19,7 @@ from .._autocast import outside_autocast
 from .._table import as_html, as_text
 from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
-from ..task import Kind, Loss, Task
+from ..task import Kind, Loss, Task, find_class_axis
 from .checks import (
     check_batch,
     check_early_updates,
@@ -125,7 +125,11 @@ class Learner:
         # Training on several processes (svdalign.parallel) replaces these two.
         self._one_pass: Callable[..., Tensor | None] = stream
         self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
-        self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
+        plan = make_plan(model, units, example, whole=self.horizon is None)
+        if self._kind in ("classes", None):
+            axis = find_class_axis(self.loss, plan.output_shape, plan.output_axis)
+            plan = replace(plan, output_axis=axis)
+        self.plan: Plan = plan
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
@@ -370,6 +374,7 @@ class Learner:
         error = self._output_error(x, y) if self._local.need_output_error else None
         supervision = Supervision(y, self._task_loss, error, self._task)
         losses: dict[str, Tensor] = {}
+        named = dict(self.model.named_parameters())
 
         def unit_loss(unit: Unit, features: dict[int, Tensor]) -> Tensor:
             if unit is self.plan.output:
@@ -381,9 +386,7 @@ class Learner:
 
         def unit_backward(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
-                parameters: list[Tensor] = [
-                    self.model.get_parameter(name) for name in unit.parameters
-                ]
+                parameters: list[Tensor] = [named[name] for name in unit.parameters]
             else:
                 parameters = [*reached(heads, list(self.model.parameters()))]
             parameters += self._local.feedback_parameters(unit)

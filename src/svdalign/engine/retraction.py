@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,32 +31,8 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
     """Retract the trainable factors ``U`` and ``V`` of ``modules``, ``how`` being a name in
     :data:`svdalign.factors.stiefel.RETRACTIONS`.
 
-    A schedule-free optimizer holds a second copy ``z`` of each weight and evaluates with a mean of
-    the two, so ``z`` is moved along.
+    A schedule-free optimizer keeps two copies of each weight, and both are retracted; see below.
     """
-    schedule_free = all("train_mode" in group for group in optimizer.param_groups)
-    factors = [
-        X
-        for module in modules
-        for X in (module.U, module.V)
-        if isinstance(X, nn.Parameter) and X.requires_grad
-    ]
-    with torch.no_grad(), outside_autocast():
-        for alike in _alike(factors):
-            retraction = RETRACTIONS[how]
-            found = retraction(torch.stack([*alike])) if len(alike) > 1 else [retraction(alike[0])]
-            for X, retracted in zip(alike, found, strict=True):
-                z = optimizer.state.get(X, {}).get("z")
-                if schedule_free and isinstance(z, Tensor) and z.shape == X.shape:
-                    z += (retracted - X).to(z.dtype)
-                X.copy_(retracted)
-
-
-def _alike(factors: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """``factors`` in groups of one shape, dtype and device and at most ``TOGETHER`` values."""
-    groups: dict[Hashable, list[nn.Parameter]] = defaultdict(list)
-    for X in factors:
-        groups[X.shape, X.dtype, X.device].append(X)
-    for alike in groups.values():
-        size = max(1, TOGETHER // alike[0].numel())
-        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
