@@ -275,7 +275,7 @@ def _samples(
     but one) as the target of all places, of which there are few. Samples, classes and places
     differ in number: a loss that takes one for another refuses."""
     C = output.classes
-    n = max(3 if C == 2 else 2, len(values))
+    n = len(values) if len(values) > 1 else 3 if C == 2 else 2
     few = {1: 7 if C == 4 else 4, 2: 4, 3: 2}.get(len(output.places), 2)
     shape = [n, *[few] * len(output.places)]
     if len(output.shape) > 1:

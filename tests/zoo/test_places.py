@@ -1,4 +1,4 @@
-"""One answer a place: signals, images, volumes and tokens, with classes where the model has them."""
+"""One answer a place: signals, images, volumes, tokens, with classes where the model has them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import rules
 from .._autocast import outside_autocast
 from .._table import as_html, as_text
-from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import Kind, Loss, Task, find_class_axis
 from .checks import (
@@ -142,7 +141,6 @@ class Learner:
         self.feedback = self._local.feedback
         self.transport = self.rule.transport(model, generator)
         self._on_the_manifold = orthonormal(model, self.feedback)
-        self._ranks = {layer: layer.rank for layer in factored_layers(model).values()}
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -250,23 +248,8 @@ class Learner:
                 "learner.optimizer.zero_grad() and returns learner.backward(x, y).loss, then "
                 "learner.after_update()"
             )
-        self._check_ranks()
         self.optimizer.step()
         self.after_update()
-
-    def _check_ranks(self) -> None:
-        """Refuse to step if the optimizer's state has ranks that the model no longer has."""
-        for layer, before in self._ranks.items():
-            for p in (layer.U, layer.s, layer.V) if layer.rank != before else ():
-                stale = (*p.shape[:-1], before)
-                state = self.optimizer.state.get(p, {}).values()
-                if any(isinstance(value, Tensor) and value.shape == stale for value in state):
-                    raise RuntimeError(
-                        f"model's ranks were cut and the optimizer's state was not: a factor of "
-                        f"shape {tuple(p.shape)} has state of shape {stale}; cut both by "
-                        "reduce_rank(model, learner, ...), or clear learner.optimizer.state"
-                    )
-            self._ranks[layer] = layer.rank
 
     def after_update(self) -> None:
         """Retract the factors every ``retract_every`` steps. For loops that call ``optimizer.step``

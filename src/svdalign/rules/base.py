@@ -38,9 +38,10 @@ class UnitSpec:
 
     ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
     (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
-    for the example, in the same way. ``layers``: its factored layers in order of execution. ``dtype``: precision of
-    the weights, and of what feedback reads. ``penalised``: those of ``layers`` that no unit before
-    has, all of them by default: a layer that several units call is penalised once.
+    for the example, in the same way. ``layers``: its factored layers in order of execution.
+    ``dtype``: precision of the weights, and of what feedback reads. ``penalised``: those of
+    ``layers`` that no unit before has, all of them by default: a layer that several units call is
+    penalised once.
     """
 
     name: str
