@@ -181,12 +181,19 @@ class Task:
 
 def find_class_axis(loss: Loss, shape: Sequence[int], known: int) -> int:
     """The axis of classes in an output of ``shape``: where ``loss`` takes class indices, else the
-    one that the network's last layer is ``known`` for."""
+    one that the network's last layer is ``known`` for. ValueError where the two differ and only
+    sizes that are equal by chance let the loss be called."""
     loss = _on_cpu(loss)
     for axis in dict.fromkeys((known, 1, len(shape) - 1)) if len(shape) > 2 else ():
         output = Output(tuple(shape), axis)
         index = torch.zeros(1, dtype=torch.int64, device="cpu")
         if output.classes > 1 and _takes(loss, *_samples(output, index)):
+            if axis != known and shape[axis] == shape[known]:
+                where = "come last" if known == len(shape) - 1 else f"are in axis {known}"
+                raise ValueError(
+                    f"loss must be one for an output of shape {tuple(shape)}, whose classes {where}"
+                    + f"; {FOR_TOKENS}" * (known == 2)
+                )
             return axis
     return known
 

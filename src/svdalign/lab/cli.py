@@ -340,10 +340,10 @@ def _profile(options: Options, terminal: Terminal) -> int:
     from .reports import break_even_table, epoch_table, profile_table
 
     folder, overwrite = options.pop("out"), options.pop("overwrite")
-    with _usage_errors(), terminal.progress.status("working out what a step of each method holds"):
-        profile = Profile(ProfileConfig(**options), folder, overwrite=overwrite)
-    with terminal.progress.status("running a step of each method"):
-        results = profile.run()
+    with _usage_errors():
+        config = ProfileConfig(**options)
+        profile = Profile(config, folder, overwrite=overwrite, say=terminal.warn)
+    results = profile.run()
     terminal.show(profile_table(results))
     if profile.config.epoch_images is not None:
         terminal.show(epoch_table(results))

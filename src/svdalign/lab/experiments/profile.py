@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,12 +154,19 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
 class Profile:
     """A profile in a folder: ``config.yaml``, ``results.json``, ``report.html``.
 
-    Creating one raises ValueError for what cannot be profiled.
+    ``say``: told what is being worked out or run. Creating one raises ValueError for what cannot be
+    profiled.
     """
 
     def __init__(
-        self, config: ProfileConfig, folder: str | Path | None = None, *, overwrite: bool = False
+        self,
+        config: ProfileConfig,
+        folder: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._say = say
         self.config = config
         prepare_machine(config.run(config.methods[0]))
         if folder is not None:
@@ -188,6 +196,7 @@ class Profile:
         rows = []
         for name, row in self._estimates.items():
             if not self.config.estimate:
+                self._say(f"running a step of {name}")
                 if self.config.precision == "fp32":
                     row["estimated_memory"] = row["memory"]
                 row["memory"] = self._step(name, self.config.device).memory().as_dict()
@@ -225,15 +234,18 @@ class Profile:
         }
 
     def _estimate(self, name: str) -> dict[str, Any]:
+        number = self.config.methods.index(name) + 1
+        self._say(f"working out a step of {name}, {number} of {len(self.config.methods)}")
         with pretending():  # in single precision: there is no autocast without numbers
             step = self._step(name, "meta")
+            macs = step_macs(step)
             memory = step.memory()
             return {
                 "method": name,
                 "label": methods.get(name).label,
                 "parameters": parameter_count(step.learner.model),
                 "macs": inference_macs(step.learner.model, step.x),
-                "step_macs": step_macs(step),
+                "step_macs": macs,
                 "memory": memory.as_dict(),
                 "inference_memory": inference_memory(compact(step.learner.model), step.x[:1]),
             }
@@ -245,6 +257,7 @@ class Profile:
         image = steps["bp-dense"].x[:1]
         inference = {name: partial(_infer, model, image) for name, model in models.items()}
         seconds = self.config.seconds
+        self._say(f"timing steps, for about {seconds:.0f} s")
         times = alternate(steps, rounds=15, warmup=1, seconds=0.8 * seconds)
         latencies = alternate(inference, rounds=51, warmup=5, seconds=0.2 * seconds)
         for row in rows:
