@@ -165,6 +165,8 @@ class Task:
                     raise ValueError(
                         f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
                         "; give the learner task='other' if y is no index into the output"
+                        + f"; {FOR_TOKENS}"
+                        * (len(shape) == 3 and axis == 1)
                     )
         elif y.ndim != len(shape) or y.shape[axis] != C:
             raise ValueError(
