@@ -73,6 +73,7 @@ binary = torch.arange(B) % 2
 
 FOUND = {
     "class indices": (F.cross_entropy, (B, C), hard, "classes"),
+    "two classes": (F.cross_entropy, (B, 2), binary, "classes"),
     "as a module": (nn.CrossEntropyLoss(), (B, C), hard, "classes"),
     "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), (B, C), hard, "classes"),
     "weighted": (nn.CrossEntropyLoss(weight=torch.rand(C).double()), (B, C), hard, "classes"),
