@@ -284,7 +284,7 @@ BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor] | None, Tensor, str]] = 
         partial(F.cross_entropy, label_smoothing=0.1), hard + 1, r"class indices in \[0, 4\]",
     ),
     "one-hot, whole": (nn.CrossEntropyLoss(), one_hot, r"one-hot torch\.int64.*y\.float\(\)"),
-    "one-hot, by default": (None, one_hot, r"one-hot torch\.int64.*y\.argmax\(-1\)"),
+    "one-hot, by default": (None, one_hot, r"one-hot torch\.int64.*y\.argmax\(1\)"),
     "a column": (None, hard[:, None], r"y must hold class indices .*shape \(12, 1\)"),
     "too few": (nn.CrossEntropyLoss(), hard[:-1], r"each of the 12 samples"),
 }  # fmt: skip

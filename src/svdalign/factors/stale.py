@@ -10,14 +10,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 __all__ = ["note_new_rank"]
 
-MARK = "_svdalign_new_rank"  #: attribute of parameters whose shape has changed
+MARK = "_svdalign_shapes_before"  #: attribute of parameters whose shape has changed
 
 _watching: list[object] = []  #: the hook's handle, once there is something to watch for
 
 
 def note_new_rank(parameter: nn.Parameter) -> None:
-    """Have every optimizer that ``parameter`` belongs to checked before its steps, from now on."""
-    setattr(parameter, MARK, True)
+    """``parameter`` is about to change its shape: check every optimizer that it belongs to before
+    its steps, from now on."""
+    setattr(parameter, MARK, getattr(parameter, MARK, set()) | {parameter.shape})
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_refuse_stale_state))
 
@@ -25,12 +26,10 @@ def note_new_rank(parameter: nn.Parameter) -> None:
 def _refuse_stale_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
-        if not hasattr(p, MARK):
+        if not (before := getattr(p, MARK, set()) - {p.shape}):
             continue
         for value in optimizer.state.get(p, {}).values():
-            if not isinstance(value, Tensor) or value.ndim != p.ndim:
-                continue
-            if value.shape[:-1] == p.shape[:-1] and value.shape != p.shape:
+            if isinstance(value, Tensor) and value.shape in before:
                 _refuse(p, f"has state of shape {tuple(value.shape)}")
         # Its state is flat vectors over all parameters, whose length it remembers.
         known = getattr(optimizer, "_numel_cache", None)
