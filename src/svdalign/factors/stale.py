@@ -26,7 +26,8 @@ def note_new_rank(parameter: nn.Parameter) -> None:
 def _refuse_stale_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
-        if not (before := getattr(p, MARK, set()) - {p.shape}):
+        before: set[torch.Size] = getattr(p, MARK, set()) - {p.shape}
+        if not before:
             continue
         for value in optimizer.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape in before:
