@@ -227,7 +227,6 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
         self.optimizer.zero_grad(set_to_none=True)
-        self._check_ranks()
         self._retired = update
         try:
             report = self.backward(x, y)
