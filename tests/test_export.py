@@ -281,6 +281,16 @@ def test_a_transposed_convolution_that_is_told_a_size(scheme: str) -> None:
         model.up(torch.randn(2, 8, 4, 4).double(), output_size=(9, 8))
 
 
+def test_so_is_one_in_a_model_that_cannot_be_traced() -> None:
+    class Dependent(Upsampled):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    cut = factorize(Dependent().double(), {"up": 2})
+    x = torch.randn(2, 8, 8, 7).double()
+    torch.testing.assert_close(compact(cut)(x), cut(x), rtol=0, atol=1e-10)
+
+
 def test_training_mode_of_the_model_is_left() -> None:
     model = factorize(nn.Sequential(nn.Linear(9, 9), nn.Dropout(), nn.Linear(9, 2)), 0.3)
     model.train()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("datasets", "matplotlib", "rich", "jsonargparse", "pyarrow", "pandas", "PIL", "yaml")
 
 PROBE = f"""
@@ -38,6 +40,23 @@ def test_public_names() -> None:
         assert hasattr(sva, name)
 
 
+#: Ways into the lab from outside, which import it when they are used.
+ENTRANCES = [("__main__.py",), ("data.py",)]
+
+
+def test_data_is_the_labs_once_a_name_is_asked_for() -> None:
+    code = (
+        "import sys, svdalign.data as d; assert 'svdalign.lab' not in sys.modules; "
+        "from svdalign.data import load; import svdalign.lab.data; "
+        "assert load is svdalign.lab.data.load and 'load' in dir(d)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import svdalign.data
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = svdalign.data.nothing
+
+
 def test_nothing_outside_the_lab_imports_it() -> None:
     import ast
     from pathlib import Path
@@ -47,7 +66,7 @@ def test_nothing_outside_the_lab_imports_it() -> None:
     package = Path(svdalign.__file__).parent
     for file in package.rglob("*.py"):
         place = file.relative_to(package).parts
-        if place[0] == "lab" or place == ("__main__.py",):
+        if place[0] == "lab" or place in ENTRANCES:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -325,6 +325,14 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_said_with_the_files_name(tmp_path):
+    def fail(part: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'x'}'"):
+        _files.replace_file(tmp_path / "x", fail)
+
+
 def test_new_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     """The order that makes a power cut harmless: sync the file, rename, sync the folder."""
     log = []

@@ -17,14 +17,19 @@ M = TypeVar("M", bound=nn.Module)
 
 def copied(model: M) -> M:
     """``copy.deepcopy(model)``, also for modules that hold sparse tensors, or tensors computed from
-    their parameters, as pruning and the older weight and spectral norms keep them."""
+    their parameters, as pruning and the older weight and spectral norms keep them. Parameters of
+    modules that ``torch.jit`` compiled can be trained in the copy, too."""
     found = (t for module in model.modules() for t in tree_leaves(vars(module)))
     refused = {
         id(t): t
         for t in found
         if isinstance(t, Tensor) and not (t.is_leaf and t.layout == torch.strided)
     }
-    return copy.deepcopy(model, {key: t.detach().clone() for key, t in refused.items()})
+    copy_ = copy.deepcopy(model, {key: t.detach().clone() for key, t in refused.items()})
+    for parameter in copy_.parameters():
+        if not parameter.is_leaf:  # as torch.jit copies them
+            parameter.detach_().requires_grad_()
+    return copy_
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a temporary file, then give that file the name ``path``.
 
     A file at ``path`` stays until the new content is on the disk, and for good if ``write`` fails.
+    An OSError names ``path``.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -80,9 +81,11 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         write(part)
         _sync(part)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # a full disk has no name, and a temporary file a bad one
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _sync(path.parent)

@@ -71,7 +71,8 @@ def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
 
     That is a parameter, or what is computed from one such as ``weight``, in a ``forward`` that can
     be traced; and, traced or not, any attribute of a child that a module's code names, as in
-    ``self.out.weight.dtype`` or ``self.out.in_features``.
+    ``self.out.weight.dtype`` or ``self.out.in_features``. Where nothing can be traced, modules that
+    take more than their input, such as ``output_size``, are taken to be given it.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {
@@ -84,7 +85,8 @@ def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
     try:
         graph = _Tracer(leaf).trace(model)
     except Exception:  # tracing runs the user's own code on stand-ins, which can fail in any way
-        return found
+        leaves = {m for m in modules.values() if isinstance(m, leaf)}
+        return found | {m for m in leaves if len(inspect.signature(m.forward).parameters) > 1}
     for node in graph.nodes:
         path = str(node.target)
         if node.op == "get_attr":

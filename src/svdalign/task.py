@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from ._autocast import outside_autocast
 
-__all__ = ["KINDS", "Kind", "Loss", "Task", "class_axis", "find_task", "width"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Loss",
+    "Output",
+    "Task",
+    "class_axis",
+    "find_class_axis",
+    "find_task",
+    "width",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,18 +38,43 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def class_axis(shape: Sequence[int]) -> int:
-    """The axis of classes in an output of ``shape``: 1 in (B, C, H, W), else the last."""
-    return 1 if len(shape) == 4 else -1
+    """Where classes stand in an output of ``shape`` unless more is known: 1 in (B, C, H, W) and
+    (B, C, D, H, W), else last."""
+    return 1 if len(shape) > 3 else max(0, len(shape) - 1)
 
 
 def width(shape: Sequence[int]) -> int:
     """How many numbers an answer has in an output of ``shape``; 1 in (B,)."""
-    return shape[class_axis(shape)] if len(shape) > 1 else 1
+    return Output(tuple(shape)).classes
+
+
+@dataclass(frozen=True)
+class Output:
+    """A network's output: its ``shape`` for the example, and the ``axis`` of its classes, the usual
+    one by default (:func:`class_axis`). What other axes there are beside the batch's are places
+    (tokens, pixels, voxels)."""
+
+    shape: tuple[int, ...]
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        if self.axis < 0:
+            object.__setattr__(self, "axis", class_axis(self.shape))
+
+    @property
+    def classes(self) -> int:
+        """How many numbers an answer has; 1 in (B,)."""
+        return self.shape[self.axis] if len(self.shape) > 1 else 1
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sizes of the axes of places."""
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in (0, self.axis))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the targets of an output of ``output_shape`` are.
+    """What the targets of a network's ``output`` are.
 
     ``kind``: ``"classes"``, one class for each sample, token or pixel, as indices or as
     probabilities; ``"binary"``, yes or no by the sign of one logit; ``"labels"``, several labels a
@@ -49,12 +84,12 @@ class Task:
     """
 
     kind: Kind
-    output_shape: tuple[int, ...]
+    output: Output
     ignored: tuple[int, ...] = ()
     in_place: bool = True
 
     def __str__(self) -> str:
-        each = {3: "token", 4: "pixel"}.get(len(self.output_shape), "sample")
+        each = {3: "token", 4: "pixel", 5: "voxel"}.get(len(self.output_shape), "sample")
         text = {
             "classes": f"one of {self.classes} classes for each {each}",
             "binary": f"yes or no for each {each}",
@@ -65,9 +100,14 @@ class Task:
         return text + (f", classes {list(self.ignored)} ignored" if self.ignored else "")
 
     @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the network's output for the example."""
+        return self.output.shape
+
+    @property
     def classes(self) -> int:
         """The width of the network's output."""
-        return width(self.output_shape)
+        return self.output.classes
 
     @property
     def one_class_a_sample(self) -> bool:
@@ -85,7 +125,7 @@ class Task:
             return ((z.flatten() > 0) == (y.flatten() > 0)).float().mean()
         if not (self.are_indices(y) and self.in_place and z.ndim == y.ndim + 1):
             return None
-        answers = z.argmax(class_axis(z.shape))
+        answers = z.argmax(self.output.axis)
         if answers.shape != y.shape:
             return None
         counted = self.counted(y)
@@ -110,10 +150,10 @@ class Task:
                 )
         if self.kind != "classes":
             return
-        C, shape = self.classes, self.output_shape
+        C, shape, axis = self.classes, self.output_shape, self.output.axis
 
         def refuses(index: Tensor) -> bool:
-            return not _takes(_on_cpu(loss), *_samples(shape, index.reshape(1)))
+            return not _takes(_on_cpu(loss), *_samples(self.output, index.reshape(1)))
 
         if self.are_indices(y):
             low, high = (int(value) for value in y.aminmax())
@@ -125,8 +165,10 @@ class Task:
                     raise ValueError(
                         f"y must hold class indices in [0, {C - 1}], got values in [{low}, {high}]"
                         "; give the learner task='other' if y is no index into the output"
+                        + f"; {FOR_TOKENS}"
+                        * (len(shape) == 3 and axis == 1)
                     )
-        elif y.ndim != len(shape) or y.shape[class_axis(shape)] != C:
+        elif y.ndim != len(shape) or y.shape[axis] != C:
             raise ValueError(
                 "y must hold class indices (torch.int64), one axis less than the output's "
                 f"{shape}, or probabilities of the output's shape, got {y.dtype} of shape "
@@ -135,33 +177,46 @@ class Task:
         elif _whole(y) and not _takes(_on_cpu(loss), torch.zeros(y[:2].shape), y[:2]):
             raise ValueError(
                 f"y must hold class indices or probabilities, got one-hot {y.dtype}: give "
-                f"y.argmax({class_axis(shape)}) or y.float()"
+                f"y.argmax({axis}) or y.float()"
             )
 
 
-def find_task(loss: Loss, output_shape: tuple[int, ...], y: Tensor, kind: Kind | None) -> Task:
-    """The task of the targets ``y`` for an output of ``output_shape``; of ``kind`` if given."""
-    C, axis, loss = width(output_shape), class_axis(output_shape), _on_cpu(loss)
+def find_class_axis(loss: Loss, shape: Sequence[int], known: int) -> int:
+    """The axis of classes in an output of ``shape``: where ``loss`` takes class indices, else the
+    one that the network's last layer is ``known`` for. ValueError where the two differ and only
+    sizes that are equal by chance let the loss be called."""
+    loss = _on_cpu(loss)
+    for axis in dict.fromkeys((known, 1, len(shape) - 1)) if len(shape) > 2 else ():
+        output = Output(tuple(shape), axis)
+        index = torch.zeros(1, dtype=torch.int64, device="cpu")
+        if output.classes > 1 and _takes(loss, *_samples(output, index)):
+            if axis != known and shape[axis] == shape[known]:
+                where = "come last" if known == len(shape) - 1 else f"are in axis {known}"
+                raise ValueError(
+                    f"loss must be one for an output of shape {tuple(shape)}, whose classes {where}"
+                    + f"; {FOR_TOKENS}" * (known == 2)
+                )
+            return axis
+    return known
+
+
+def find_task(loss: Loss, output: Output, y: Tensor, kind: Kind | None) -> Task:
+    """The task of the targets ``y`` for ``output``; of ``kind`` if given."""
+    C, axis, ndim, loss = output.classes, output.axis, len(output.shape), _on_cpu(loss)
     if kind is None:
         yes_or_no = bool(((y == 0) | (y == 1)).all())
-        if _whole(y) and C > 1 and y.ndim + 1 == len(output_shape):
-            kind = "other" if _takes_indices(loss, output_shape, y) is False else "classes"
-        elif y.ndim == len(output_shape) and C > 1 and y.shape[axis] == C:
+        if _whole(y) and C > 1 and y.ndim + 1 == ndim:
+            kind = "other" if _takes_indices(loss, output, y) is False else "classes"
+        elif y.ndim == ndim and C > 1 and y.shape[axis] == C:
             distribution = bool((y >= 0).all()) and bool(((y.sum(axis) - 1).abs() < 1e-2).all())
             kind = "classes" if distribution else "labels" if yes_or_no else "numbers"
-        elif C == 1 and yes_or_no and _is_binary(loss, output_shape, y):
+        elif C == 1 and yes_or_no and _is_binary(loss, output, y):
             kind = "binary"
         else:
             kind = "numbers" if y.is_floating_point() else "other"
     if kind != "classes":
-        return Task(kind, output_shape)
-    index = torch.zeros(1, dtype=torch.int64, device="cpu")
-    if output_shape[1:] == (C, C) and not _takes(loss, *_samples(output_shape, index)):
-        raise ValueError(
-            f"loss must be one for an output of shape {output_shape}, whose classes come last; "
-            f"{FOR_TOKENS}"
-        )
-    return Task(kind, output_shape, *_ignored_and_in_place(loss, output_shape))
+        return Task(kind, output)
+    return Task(kind, output, *_ignored_and_in_place(loss, output))
 
 
 def _whole(y: Tensor) -> bool:
@@ -180,26 +235,26 @@ FOR_TOKENS = (
 MANY = 256
 
 
-def _takes_indices(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool | None:
+def _takes_indices(loss: Loss, output: Output, y: Tensor) -> bool | None:
     """Whether ``loss`` takes every index into the output and no other; None if it cannot be asked,
     because it refuses the index 0."""
     taken = [
-        _takes(loss, *_samples(shape, _like(y, index)))
-        for index in (0, width(shape) - 1, width(shape))
+        _takes(loss, *_samples(output, _like(y, index)))
+        for index in (0, output.classes - 1, output.classes)
     ]
     return taken == [True, True, False] if taken[0] else None
 
 
-def _ignored_and_in_place(loss: Loss, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+def _ignored_and_in_place(loss: Loss, output: Output) -> tuple[tuple[int, ...], bool]:
     """The classes from which ``loss`` learns nothing, and whether a target teaches its own
     position and every position is taught."""
-    C = width(shape)
+    C = output.classes
     classes = range(C) if C <= MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
     indices = torch.tensor(list(classes), device="cpu")
-    gradient = _gradient(loss, *_samples(shape, indices))
+    gradient = _gradient(loss, *_samples(output, indices))
     if gradient is None:
         return (), False
-    by_class = gradient.movedim(class_axis(shape), -1) if len(shape) > 1 else gradient[:, None]
+    by_class = gradient.movedim(output.axis, -1) if gradient.ndim > 1 else gradient[:, None]
     taught = by_class.ne(0).any(-1).reshape(len(gradient), -1)[: len(indices)]
     learned = taught.any(1)
     return tuple(indices[~learned].tolist()), bool(taught[learned].all())
@@ -211,11 +266,11 @@ def _ignore_index(loss: Loss, classes: int) -> set[int]:
     return {index} if isinstance(index, int) and 0 <= index < classes else set()
 
 
-def _is_binary(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool:
+def _is_binary(loss: Loss, output: Output, y: Tensor) -> bool:
     """Whether ``loss`` pulls a logit up without end for the target 1, and down for 0."""
     for logit in (-4.0, 4.0):
         for target, sign in ((0, 1), (1, -1)):
-            z, targets = _samples(shape, _like(y, target), y.ndim)
+            z, targets = _samples(output, _like(y, target), y.ndim)
             gradient = _gradient(loss, z + logit, targets)
             if gradient is None or not bool((gradient * sign > 0).all()):
                 return False
@@ -223,18 +278,22 @@ def _is_binary(loss: Loss, shape: tuple[int, ...], y: Tensor) -> bool:
 
 
 def _samples(
-    output_shape: tuple[int, ...], values: Tensor, target_ndim: int | None = None
+    output: Output, values: Tensor, target_ndim: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A small output near 0 whose samples have one of ``values`` each (two samples if there is but
-    one) as the target of all tokens or pixels, of which there are few."""
-    n = max(2, len(values))
-    few = {3: (7 if output_shape[-1] == 4 else 4, output_shape[-1]), 4: (*output_shape[1:2], 4, 4)}
-    shape = (n, *few.get(len(output_shape), output_shape[1:]))
+    """A small output near 0 whose samples have one of ``values`` each (several samples if there is
+    but one) as the target of all places, of which there are few. Samples, classes and places
+    differ in number: a loss that takes one for another refuses."""
+    C = output.classes
+    n = len(values) if len(values) > 1 else 3 if C == 2 else 2
+    few = {1: 7 if C == 4 else 4, 2: 4, 3: 2}.get(len(output.places), 2)
+    shape = [n, *[few] * len(output.places)]
+    if len(output.shape) > 1:
+        shape.insert(output.axis, C)
     generator = torch.Generator("cpu").manual_seed(0)
     z = 1e-3 * torch.randn(shape, generator=generator, device="cpu")
     y = values.cpu().reshape(-1, *[1] * (len(shape) - 1)).expand(n, *shape[1:])
     if target_ndim is None or target_ndim < len(shape):
-        y = y.select(class_axis(shape), 0)
+        y = y.select(output.axis, 0)
     return z, y.contiguous()
 
 

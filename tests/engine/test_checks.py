@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -243,50 +244,34 @@ def test_an_optimizer_that_evaluates_the_loss_takes_the_steps_of_its_closure() -
         learner.update()
 
 
-class ScheduleFree(torch.optim.Optimizer):
-    """Schedule-free SGD (Defazio et al. 2024): ``y`` stands in the weights, ``z`` in the state, and
-    evaluation is at ``x = (y - (1 - beta) z) / beta``."""
-
-    def __init__(self, parameters, lr: float, beta: float = 0.9) -> None:
-        super().__init__(parameters, {"lr": lr, "beta": beta, "k": 0, "train_mode": True})
-
-    def x(self, p: Tensor) -> Tensor:
-        beta = self.param_groups[0]["beta"]
-        return (p - (1 - beta) * self.state[p]["z"]) / beta if p in self.state else p
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            lr, beta = group["lr"], group["beta"]
-            weight = 1 / (group["k"] + 1)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                z = self.state[p].setdefault("z", p.clone())
-                x = (p - (1 - beta) * z) / beta
-                z -= lr * p.grad
-                x = (1 - weight) * x + weight * z
-                p.copy_(beta * x + (1 - beta) * z)
-            group["k"] += 1
+SCHEDULE_FREE = {
+    "AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-2),
+    "SGD": lambda p: schedulefree.SGDScheduleFree(p, lr=1.0),
+    "RAdam": lambda p: schedulefree.RAdamScheduleFree(p, lr=1e-2),
+    "AdamW, the mean kept": lambda p: schedulefree.AdamWScheduleFreeReference(p, lr=1e-2),
+    "AdamW, closure": lambda p: schedulefree.AdamWScheduleFreeClosure(p, lr=1e-2),
+}
 
 
-def test_the_retraction_moves_both_copies_of_a_schedule_free_optimizer() -> None:
-    """So ``x``, which it never sees, moves by as much as the weights do."""
+@pytest.mark.parametrize("kind", SCHEDULE_FREE)
+def test_what_schedule_free_optimizers_evaluate_stays_on_the_manifold(kind: str) -> None:
+    """And is as good as what they train, as it is for dense weights: all weights are of a mean
+    that gradients were never taken at."""
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    y = x[:, :3].argmax(1)
     model = sva.factorize(net(), {"0": 3, "2": 3})
-    learner = learner_of(model, optimizer=lambda p: ScheduleFree(p, 0.5))
-    optimizer = learner.optimizer
-    for _ in range(3):
-        learner.step(X, Y)
-    learner.optimizer.zero_grad()
-    learner.backward(X, Y)
-    optimizer.step()
-    factors = [model[0].U, model[0].V, model[2].U, model[2].V]
-    before = [(p.detach().clone(), optimizer.x(p).detach().clone()) for p in factors]
-    learner.after_update()
-    for p, (y, x) in zip(factors, before, strict=True):
-        moved = p.detach() - y
-        assert moved.abs().max() > 1e-4
-        torch.testing.assert_close(optimizer.x(p).detach() - x, moved, rtol=0, atol=1e-6)
+    learner = learner_of(model, optimizer=SCHEDULE_FREE[kind], example=x)
+    modes = [m for m in ("train", "eval") if hasattr(learner.optimizer, m)]
+    for mode in modes[:1]:
+        getattr(learner.optimizer, mode)()
+    trained = [float(learner.step(x, y).loss) for _ in range(100)][-1]
+    for mode in modes[1:]:
+        getattr(learner.optimizer, mode)()
+    for layer in (model[0], model[2]):
+        for X in (layer.U, layer.V):
+            torch.testing.assert_close(X.mT @ X, torch.eye(3), rtol=0, atol=1e-5)
+    evaluated = float(nn.functional.cross_entropy(model(x), y).detach())
+    assert evaluated < trained + 0.1
 
 
 def test_a_state_of_the_same_name_of_other_optimizers_stays() -> None:

@@ -645,6 +645,38 @@ def test_a_step_after_a_cut_without_the_optimizer_says_so(name: str) -> None:
     steps(one)
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.LBFGS])
+@pytest.mark.parametrize("how", ["cut", "loaded"])
+def test_without_a_learner_a_step_with_state_of_other_ranks_says_so(make, how: str) -> None:
+    net = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3))
+    model, smaller = factorize(net, {"0": 6}), factorize(net, {"0": 4})
+    optimizer = make(model.parameters())
+    x = torch.randn(4, 9)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    if how == "cut":
+        reduce_rank(model, rank=4)
+    else:
+        model.load_state_dict(smaller.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"ranks were cut and the optimizer's state was not"):
+        optimizer.step(closure)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    optimizer = make(model.parameters())
+    optimizer.step(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the state of LBFGS was reset
+        reduce_rank(model, optimizer, rank=2)
+    optimizer.step(closure)
+
+
 @pytest.mark.parametrize("make", [*OTHERS.values(), lambda p: torch.optim.SGD(p, 0.1)])
 def test_optimizers_that_can_go_on_do(make, monkeypatch) -> None:
     if isinstance(make([nn.Parameter(torch.zeros(2, 2))]), torch.optim.LBFGS):

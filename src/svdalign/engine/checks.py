@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ..factors.stiefel import RETRACTIONS
-from ..task import KINDS, Kind, Loss, Task, find_task
+from ..task import KINDS, Kind, Loss, Output, Task, find_task
 from .forward import values_of
 from .units import Plan
 
@@ -60,6 +60,11 @@ def check_model(model: nn.Module, *, units: bool) -> None:
             "all of it; give the model before that. For several processes there are "
             "svdalign.parallel.LayerParallel(learner), where each has the weights of its own units "
             "alone, and svdalign.parallel.DataParallel(learner)"
+        )
+    if units and isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model was compiled as a whole by torch.jit, so that no unit can end inside it; give "
+            "the module before torch.jit.script or torch.jit.trace"
         )
     parameters = dict(model.named_parameters())
     for path, p in parameters.items():
@@ -140,7 +145,8 @@ def check_batch(
     if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
         raise ValueError("the batch is empty: x and y must hold at least one sample")
     first = task is None
-    task = find_task(loss, plan.output_shape, y, kind) if task is None else task
+    if task is None:
+        task = find_task(loss, Output(plan.output_shape, plan.output_axis), y, kind)
     if task.kind in ("classes", "binary", "labels") and isinstance(x, Tensor):
         sizes = [x.shape[axis] for axis in plan.batch_axes]
         if sizes and (y.ndim == 0 or len(y) not in sizes):

@@ -42,10 +42,12 @@ class Call:
 
 def hooked(model: nn.Module) -> dict[str, nn.Module]:
     """The modules after which a unit can end, by path: all below ``model`` but for those that
-    compute a parametrized weight."""
+    compute a parametrized weight, and those compiled by ``torch.jit``, which take no hooks."""
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if parametrize.is_parametrized(module):
+        if isinstance(module, torch.jit.ScriptModule):
+            inside.add(module)
+        elif parametrize.is_parametrized(module):
             inside.update(module.parametrizations.modules())  # type: ignore[union-attr]
     return {path: m for path, m in model.named_modules() if path and m not in inside}
 

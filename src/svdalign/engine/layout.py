@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..factors.registry import kind_of
+from ..task import class_axis
 
-__all__ = ["AS_IT_IS", "Layout", "layout_of"]
+__all__ = ["AS_IT_IS", "Layout", "channel_axis", "layout_of", "with_channels_at"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Layout:
             h = h.flatten(0, 1)
         return h.flatten(2, -2) if h.ndim > 4 else h
 
+    def space(self, h: Tensor) -> tuple[int, ...]:
+        """Sizes of the axes of space of the output ``h``, none of them folded."""
+        shape = h.shape if self.axes is None else [h.shape[axis] for axis in self.axes]
+        return tuple(shape[2:])
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that an output of ``shape`` gets."""
         return tuple(self(torch.empty(shape, device="meta")).shape)
@@ -53,6 +59,31 @@ def _channels_last(module: nn.Module) -> bool | None:
     return True if type(module) is nn.LayerNorm else None
 
 
+def with_channels_at(axis: int, ndim: int) -> Layout:
+    """The layout of a tensor of ``ndim`` axes, the batch first, whose channels are ``axis``."""
+    axes = [i for i in range(ndim) if i != axis]
+    axes.insert(2 if ndim == 3 else 1, axis)
+    return Layout(None if axes == sorted(axes) else tuple(axes))
+
+
+def channel_axis(
+    path: str,
+    shape: tuple[int, ...],
+    calls: Iterable[tuple[str, nn.Module, tuple[int, ...]]],
+) -> int:
+    """The axis of channels in the output, of ``shape``, of module ``path`` (of the model, if there
+    is no such path); see :func:`layout_of`."""
+    channels_last: bool | None = None
+    for other, module, other_shape in calls:
+        if other_shape == shape and (known := _channels_last(module)) is not None:
+            channels_last = known
+        if other == path:
+            break
+    if channels_last is None or len(shape) < 3:
+        return class_axis(shape)
+    return len(shape) - 1 if channels_last else 1
+
+
 def layout_of(
     path: str,
     shape: tuple[int, ...],
@@ -65,17 +96,8 @@ def layout_of(
     to ``path`` with an output of this shape decides where channels are, if that is known of it.
     Otherwise they are the last of three axes, and the second of more.
     """
-    channels_last: bool | None = None
-    for other, module, other_shape in calls:
-        if other_shape == shape and (known := _channels_last(module)) is not None:
-            channels_last = known
-        if other == path:
-            break
-    axes = list(range(len(shape)))
-    if len(shape) == 3 and channels_last is False:
-        axes = [0, 2, 1]
-    elif len(shape) > 3 and channels_last:
-        axes = [0, len(shape) - 1, *range(1, len(shape) - 1)]
+    layout = with_channels_at(channel_axis(path, shape, calls), len(shape))
+    axes = list(layout.axes or range(len(shape)))
     B = output_shape[0] if output_shape else 1
     tokens = len(shape) == 3 and len(output_shape) == 2
     fold = False

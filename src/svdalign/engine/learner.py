@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .. import rules
 from .._autocast import outside_autocast
 from .._table import as_html, as_text
-from ..factors import factored_layers
 from ..rules import Rule, Supervision, UnitSpec
-from ..task import Kind, Loss, Task
+from ..task import Kind, Loss, Task, find_class_axis
 from .checks import (
     check_batch,
     check_early_updates,
@@ -125,7 +124,11 @@ class Learner:
         # Training on several processes (svdalign.parallel) replaces these two.
         self._one_pass: Callable[..., Tensor | None] = stream
         self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
-        self.plan: Plan = make_plan(model, units, example, whole=self.horizon is None)
+        plan = make_plan(model, units, example, whole=self.horizon is None)
+        if self._kind in ("classes", None):
+            axis = find_class_axis(self.loss, plan.output_shape, plan.output_axis)
+            plan = replace(plan, output_axis=axis)
+        self.plan: Plan = plan
         self.recompute = recompute
         if self.plan.unreached and self.horizon is not None:
             warnings.warn(
@@ -138,7 +141,6 @@ class Learner:
         self.feedback = self._local.feedback
         self.transport = self.rule.transport(model, generator)
         self._on_the_manifold = orthonormal(model, self.feedback)
-        self._ranks = {layer: layer.rank for layer in factored_layers(model).values()}
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -225,7 +227,6 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
         self.optimizer.zero_grad(set_to_none=True)
-        self._check_ranks()
         self._retired = update
         try:
             report = self.backward(x, y)
@@ -246,23 +247,8 @@ class Learner:
                 "learner.optimizer.zero_grad() and returns learner.backward(x, y).loss, then "
                 "learner.after_update()"
             )
-        self._check_ranks()
         self.optimizer.step()
         self.after_update()
-
-    def _check_ranks(self) -> None:
-        """Refuse to step if the optimizer's state has ranks that the model no longer has."""
-        for layer, before in self._ranks.items():
-            for p in (layer.U, layer.s, layer.V) if layer.rank != before else ():
-                stale = (*p.shape[:-1], before)
-                state = self.optimizer.state.get(p, {}).values()
-                if any(isinstance(value, Tensor) and value.shape == stale for value in state):
-                    raise RuntimeError(
-                        f"model's ranks were cut and the optimizer's state was not: a factor of "
-                        f"shape {tuple(p.shape)} has state of shape {stale}; cut both by "
-                        "reduce_rank(model, learner, ...), or clear learner.optimizer.state"
-                    )
-            self._ranks[layer] = layer.rank
 
     def after_update(self) -> None:
         """Retract the factors every ``retract_every`` steps. For loops that call ``optimizer.step``
@@ -370,6 +356,7 @@ class Learner:
         error = self._output_error(x, y) if self._local.need_output_error else None
         supervision = Supervision(y, self._task_loss, error, self._task)
         losses: dict[str, Tensor] = {}
+        named = dict(self.model.named_parameters())
 
         def unit_loss(unit: Unit, features: dict[int, Tensor]) -> Tensor:
             if unit is self.plan.output:
@@ -381,9 +368,7 @@ class Learner:
 
         def unit_backward(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
-                parameters: list[Tensor] = [
-                    self.model.get_parameter(name) for name in unit.parameters
-                ]
+                parameters: list[Tensor] = [named[name] for name in unit.parameters]
             else:
                 parameters = [*reached(heads, list(self.model.parameters()))]
             parameters += self._local.feedback_parameters(unit)

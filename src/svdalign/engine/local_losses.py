@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .._autocast import outside_autocast
 from ..factors import FactoredLayer, factored_layers
 from ..rules import Rule, Supervision, UnitSpec
 from .checks import check_scalar
+from .layout import with_channels_at
 from .ownership import depends
 from .units import Plan, Unit
 
@@ -36,13 +38,15 @@ class LocalLosses:
         self.dtype = first.dtype
         factored = factored_layers(model)
         penalised: set[FactoredLayer] = set()
+        output_layout = with_channels_at(plan.output_axis, len(plan.output_shape))
+        output_shape = output_layout.shape(plan.output_shape)
         for unit in plan.units:
             owners = dict.fromkeys(name.rpartition(".")[0] for name in unit.parameters)
             layers = tuple(factored[owner] for owner in owners if owner in factored)
             penalty = tuple(layer for layer in layers if layer not in penalised)
             penalised.update(layers)
             self._specs[unit.name] = [
-                UnitSpec(unit.name, f.shape, plan.output_shape, layers, self.dtype, penalty)
+                UnitSpec(unit.name, f.shape, output_shape, layers, self.dtype, penalty)
                 for f in unit.features
             ]
             if unit is plan.output or rule.horizon is None:
@@ -78,8 +82,14 @@ class LocalLosses:
 
     def _loss(self, unit: Unit, i: int, h: Tensor, supervision: Supervision) -> Tensor:
         must = f"the loss of rule {self.rule.name!r} must be 0-dim and depend on h"
-        h_ = unit.features[i].layout(h)
-        found = self.rule.loss(self.spec(unit, i), self.feedback_of(unit, i), h_, supervision)
+        layout = unit.features[i].layout
+        space = layout.space(h)  # of a volume, which rules see as a map
+        found = self.rule.loss(
+            self.spec(unit, i),
+            self.feedback_of(unit, i),
+            layout(h),
+            supervision if len(space) < 3 else replace(supervision, space=space),
+        )
         loss = check_scalar(must, found)
         if unit.name not in self._checked and not depends(loss, h):
             raise ValueError(f"{must}, got one that does not")

@@ -17,7 +17,7 @@ from . import cuts
 from .balance import balanced_ends, pieces_of
 from .cuts import Call, Units
 from .forward import evaluating
-from .layout import AS_IT_IS, Layout, layout_of
+from .layout import AS_IT_IS, Layout, channel_axis, layout_of
 from .ownership import Trial
 from .units import OUTPUT, Feature, Plan, Unit
 
@@ -89,7 +89,8 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
         if not idle and not odd:
             if not ends and not whole:
                 _refuse_one_piece(model, units, calls)
-            return _plan(model, trial, layouts, z, example, calls)
+            axis = channel_axis("", tuple(z.shape), outputs)
+            return _plan(model, trial, layouts, z, axis, example, calls)
         ends = ends - idle - odd.keys()
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
@@ -136,6 +137,7 @@ def _plan(
     trial: Trial,
     layouts: Sequence[Sequence[Layout]],
     z: Tensor,
+    output_axis: int,
     example: Any,
     calls: Sequence[Call],
 ) -> Plan:
@@ -149,7 +151,7 @@ def _plan(
     batch_axes = tuple(axis for axis, n in enumerate(shape[:2]) if z.shape[:1] == (n,))
     if batch_axes[:1] != (0,):  # with both axes of that length, the batch may be the second
         batch_axes = ()
-    return Plan(units, tuple(z.shape), tuple(unreached), tuple(blocks), batch_axes)
+    return Plan(units, tuple(z.shape), output_axis, tuple(unreached), tuple(blocks), batch_axes)
 
 
 def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +31,42 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
     """Retract the trainable factors ``U`` and ``V`` of ``modules``, ``how`` being a name in
     :data:`svdalign.factors.stiefel.RETRACTIONS`.
 
-    A schedule-free optimizer holds a second copy ``z`` of each weight and evaluates with a mean of
-    the two, so ``z`` is moved along.
+    A schedule-free optimizer keeps two copies of each weight, and both are retracted; see below.
     """
-    schedule_free = all("train_mode" in group for group in optimizer.param_groups)
-    factors = [
-        X
-        for module in modules
-        for X in (module.U, module.V)
-        if isinstance(X, nn.Parameter) and X.requires_grad
-    ]
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    schedule_free = "ScheduleFree" in type(optimizer).__name__
+    retraction, factors = RETRACTIONS[how], list[nn.Parameter]()
     with torch.no_grad(), outside_autocast():
+        for X in (X for module in modules for X in (module.U, module.V)):
+            if not (isinstance(X, nn.Parameter) and X.requires_grad):
+                continue
+            if schedule_free and "z" in (state := optimizer.state.get(X, {})):
+                _retract_copies(X, state, groups[X], retraction)
+            else:
+                factors.append(X)
         for alike in _alike(factors):
-            retraction = RETRACTIONS[how]
             found = retraction(torch.stack([*alike])) if len(alike) > 1 else [retraction(alike[0])]
             for X, retracted in zip(alike, found, strict=True):
-                z = optimizer.state.get(X, {}).get("z")
-                if schedule_free and isinstance(z, Tensor) and z.shape == X.shape:
-                    z += (retracted - X).to(z.dtype)
                 X.copy_(retracted)
+
+
+def _retract_copies(
+    y: Tensor, state: dict[str, Any], group: dict[str, Any], retraction: Callable[[Tensor], Tensor]
+) -> None:
+    """Retract what a schedule-free optimizer keeps of a weight: ``z``, which takes the steps, and
+    the mean ``x`` of all its places, which is evaluated. The weight itself is ``x`` in evaluation,
+    and ``y = beta x + (1 - beta) z`` in training: between two matrices on the manifold, and as near
+    to it as they are to each other. To put ``y`` there would drive ``x`` and ``z`` apart, further
+    with every step.
+
+    Source: Defazio et al., *The Road Less Scheduled* (2024).
+    """
+    z, training = state["z"], group.get("train_mode", False)
+    beta = group["betas"][0] if "betas" in group else group["momentum"]
+    x = state["x"] if "x" in state else y.lerp(z.to(y.dtype), 1 - 1 / beta) if training else y
+    x.copy_(retraction(x))
+    z.copy_(retraction(z))
+    y.copy_(x.lerp(z.to(x.dtype), 1 - beta) if training else x)
 
 
 def _alike(factors: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

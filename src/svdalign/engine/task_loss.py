@@ -11,6 +11,9 @@ from .ownership import leaves_of
 
 __all__ = ["TaskLoss"]
 
+#: What torch raises for outputs and targets that do not go together.
+TORCHS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
 
 class TaskLoss:
     """``loss(z, y)`` of the network's output ``z``, with errors that say what it was given.
@@ -32,7 +35,7 @@ class TaskLoss:
         try:
             loss = self._loss(z, y)
         except Exception as error:
-            if type(error) not in (RuntimeError, ValueError, TypeError, IndexError):
+            if type(error) not in TORCHS:
                 raise  # out of memory, or an error of the loss's own
             raise ValueError(
                 f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "

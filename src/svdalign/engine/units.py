@@ -56,6 +56,7 @@ class Unit:
 class Plan:
     """The units in order of execution; the last one, :attr:`output`, is taught by the task itself.
 
+    ``output_axis``: the axis of classes in the output.
     ``unreached``: trainable parameters that no unit's output depends on for the example.
     ``blocks``: paths of the residual or transformer blocks, or layers where there are none, with
     the norms and activations that share a module with one, in order of execution but for the last.
@@ -65,6 +66,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     output_shape: tuple[int, ...]
+    output_axis: int
     unreached: tuple[str, ...]
     blocks: tuple[str, ...]
     batch_axes: tuple[int, ...] = ()

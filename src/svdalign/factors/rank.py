@@ -61,7 +61,7 @@ def reduce_rank(
     dropped energy, the least for any matrix of that rank; what is kept is not rescaled.
 
     ``optimizer``: the one that trains the model's parameters, or the learner that has it, or
-    several of these. Give every optimizer that has already stepped: it could not go on otherwise.
+    several of these. An optimizer that has already stepped and is left out refuses its next step.
     Its state is rotated with the basis and cut (see :mod:`svdalign.factors.rediagonalize`); an
     optimizer of an unknown kind has its state reset for the layers that are cut, with a warning.
     Parameters stay the same objects, ``step`` counts and pending gradients are kept, and a layer

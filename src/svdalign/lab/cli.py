@@ -345,7 +345,8 @@ def _profile(options: Options, terminal: Terminal) -> int:
                 terminal.show(break_even_table(results))
             terminal.say(f"report: {work.folder / 'report.html'}")
 
-    return _carry_out(options, terminal, ProfileConfig, Profile, show)
+    work = partial(Profile, say=terminal.warn)
+    return _carry_out(options, terminal, ProfileConfig, work, show)
 
 
 def _declare_reproduce(parser: Parser) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -25,7 +25,7 @@ from ..losses import (
     orthogonality_penalty,
     subspace_share,
 )
-from ..task import Loss, Task, class_axis, width
+from ..task import Loss, Task, width
 
 __all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
 
@@ -38,9 +38,10 @@ class UnitSpec:
 
     ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
     (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
-    for the example. ``layers``: its factored layers in order of execution. ``dtype``: precision of
-    the weights, and of what feedback reads. ``penalised``: those of ``layers`` that no unit before
-    has, all of them by default: a layer that several units call is penalised once.
+    for the example, in the same way. ``layers``: its factored layers in order of execution.
+    ``dtype``: precision of the weights, and of what feedback reads. ``penalised``: those of
+    ``layers`` that no unit before has, all of them by default: a layer that several units call is
+    penalised once.
     """
 
     name: str
@@ -88,27 +89,28 @@ class Supervision:
 
     ``targets``: as given to the learner. ``loss``: the task loss ``(z, targets) -> 0-dim``.
     ``error``: ``dL/dz`` at the network's output, or None where the rule does not ask for it.
-    ``task``: what the targets are.
+    ``task``: what the targets are. ``space``: size of the unit's map in the model's own layout,
+    (d, h, w) of a volume, which rules see as (d h, w).
     """
 
     targets: Tensor
     loss: Loss
     error: Tensor | None
     task: Task
+    space: tuple[int, ...] | None = None
     _directions: dict[torch.dtype, Directions] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of the network's output for the example."""
+        """Shape of the network's output for the example, in the model's own layout."""
         return self.task.output_shape
 
     def target_matrix(self) -> Tensor:
-        """Targets as numbers of the output's layout: one-hot where they are class indices, with
+        """Targets as numbers of the output's own layout: one-hot where they are class indices, with
         zeros for those that the loss ignores."""
-        t, shape = self.targets, self.output_shape
-        axis = class_axis(shape)
+        t, shape, axis = self.targets, self.output_shape, self.task.output.axis
         if self.task.are_indices(t):
             index = t.long().clamp(0, self.task.classes - 1).unsqueeze(axis)
             size = list(index.shape)
@@ -131,20 +133,31 @@ class Supervision:
         return self._directions[dtype]
 
     def like_output(self, z: Tensor) -> Tensor:
-        """A readout (..., classes) in the output's layout: pixels to (B, classes, H, W) at the
-        output's resolution; one answer a sample repeated for every token or pixel asked for."""
-        if len(self.output_shape) == 1:
+        """A readout (..., classes) in the output's own layout: pixels and voxels at the output's
+        resolution; one answer a sample repeated for every token or pixel asked for."""
+        output = self.task.output
+        if len(output.shape) == 1:
             return z.squeeze(-1)
-        if len(self.output_shape) == 2:
+        if len(output.shape) == 2:
             return z
-        wanted = (self.targets if self.error is None else self.error).shape
-        if len(self.output_shape) == 3:
-            return z if z.ndim == 3 else z.unsqueeze(1).expand(-1, wanted[1], -1)
-        z = z[:, :, None, None] if z.ndim == 2 else z.permute(0, 3, 1, 2)
-        size = wanted[-2:] if len(wanted) > 2 else self.output_shape[-2:]
-        if z.shape[2:] != size:
-            z = F.interpolate(z, size=size, mode="bilinear", align_corners=False)
-        return z
+        places, classes = self._places(), z.shape[-1]
+        if z.ndim == 2:
+            z = z.reshape(len(z), *[1] * len(places), classes).expand(-1, *places, -1)
+        elif len(places) > 1:
+            z = z.reshape(len(z), *(self.space or z.shape[1:-1]), classes)
+            if z.shape[1:-1] != places:
+                mode = {2: "bilinear", 3: "trilinear"}[len(places)]
+                z = F.interpolate(z.movedim(-1, 1), size=places, mode=mode).movedim(1, -1)
+        return z.movedim(-1, output.axis)
+
+    def _places(self) -> tuple[int, ...]:
+        """Sizes of the output's axes of places for this batch."""
+        output, like = self.task.output, self.targets if self.error is None else self.error
+        if like.ndim == len(output.shape):
+            return replace(output, shape=tuple(like.shape)).places
+        if like.ndim == len(output.shape) - 1:
+            return tuple(like.shape[1:])
+        return output.places
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,30 @@ def test_another_config_is_refused(stripes: ImageData, tmp_path: Path) -> None:
     storage.save(make(stripes).learner, path)
     with pytest.raises(ValueError, match="not of a training run"):
         load_checkpoint(other, path)
+
+
+def changed(data: ImageData, **changes: Any) -> ImageData:
+    """``data`` with these changes, of the training split where they are its own."""
+    own = {name: changes.pop(name) for name in ("images", "labels") if name in changes}
+    return replace(data, train=replace(data.train, **own), **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: changed(d, classes=("a", "b", "d")), r"its classes was .*'c'\], here .*'d'\]"),
+        (lambda d: changed(d, test=d.train), "its number of test images was 30, here it is 70"),
+        (lambda d: changed(d, labels=d.train.labels.flip(0)), "labels of its train images differ"),
+        (lambda d: changed(d, images=d.train.images.flip(0)), "its train images differ"),
+    ],
+)
+def test_other_data_are_refused(stripes: ImageData, tmp_path: Path, change, message: str) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(make(stripes), path)
+    with pytest.raises(ValueError, match=f"run on other data: .*{message}.*--data-dir"):
+        load_checkpoint(make(change(stripes)), path)
+    # Decoders differ by a grey level.
+    load_checkpoint(make(changed(stripes, images=stripes.train.images ^ 1)), path)
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..stale import note_new_rank
 from ._read_only import MESSAGE, read_only
 
 __all__ = [
@@ -221,6 +222,8 @@ class FactoredLayer(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 parameter.grad = None
+                if parameter.shape != value.shape:
+                    note_new_rank(parameter)
                 # A graph that is still alive keeps autograd's accumulator for this parameter, which
                 # remembers the old shape. Torch drops it only when the dtype changes.
                 other = torch.float32 if value.dtype == torch.float64 else torch.float64

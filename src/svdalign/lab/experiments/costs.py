@@ -36,7 +36,8 @@ class Step:
     def memory(self) -> Memory:
         """Bytes of a step that is not the first."""
         learner = self.learner
-        self()  # the optimizer's state exists from now on
+        if not learner.steps:
+            self()  # the optimizer's state exists from now on
         return step_memory(
             self, [learner.model, learner.feedback], learner.optimizer, [self.x, self.y]
         )

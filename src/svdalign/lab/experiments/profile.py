@@ -149,11 +149,18 @@ class Profile:
 
     Creating one raises ValueError for what cannot be profiled. What the folder holds of the same
     profile is not measured again; ``overwrite`` starts over.
+    ``say``: told what is being worked out.
     """
 
     def __init__(
-        self, config: ProfileConfig, folder: str | Path | None = None, *, overwrite: bool = False
+        self,
+        config: ProfileConfig,
+        folder: str | Path | None = None,
+        *,
+        overwrite: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._say = say
         self.config = config
         prepare_machine(config.run(config.methods[0]))
         if folder is None and not overwrite:
@@ -248,15 +255,18 @@ class Profile:
         return row
 
     def _estimate(self, name: str) -> dict[str, Any]:
+        number = self.config.methods.index(name) + 1
+        self._say(f"working out a step of {name}, {number} of {len(self.config.methods)}")
         with pretending():  # in single precision: there is no autocast without numbers
             step = self._step(name, "meta")
+            macs = step_macs(step)
             memory = step.memory()
             return {
                 "method": name,
                 "label": methods.get(name).label,
                 "parameters": parameter_count(step.learner.model),
                 "macs": inference_macs(step.learner.model, step.x),
-                "step_macs": step_macs(step),
+                "step_macs": macs,
                 "memory": memory.as_dict(),
                 "inference_memory": inference_memory(compact(step.learner.model), step.x[:1]),
             }
@@ -268,6 +278,7 @@ class Profile:
         image = steps["bp-dense"].x[:1]
         inference = {name: partial(_infer, model, image) for name, model in models.items()}
         seconds = self.config.seconds
+        self._say(f"timing steps, for about {seconds:.0f} s")
         times = alternate(steps, rounds=15, warmup=1, seconds=0.8 * seconds)
         latencies = alternate(inference, rounds=51, warmup=5, seconds=0.2 * seconds)
         for row in rows:

@@ -12,6 +12,7 @@ from .build import load_data, prepare_machine
 from .config import RunConfig
 from .options import from_dict
 from .record import MOVABLE, Record, check_resumable
+from .same_data import check_same_data
 from .trainer import Trainer, build_trainer
 
 __all__ = ["load_checkpoint", "load_run", "resumed", "save_checkpoint"]
@@ -52,7 +53,11 @@ def resumed(folder: str | Path, changes: Mapping[str, Any]) -> RunConfig:
 def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
     """Write ``trainer`` to ``path``, all or nothing; :func:`svdalign.load` reads it too."""
     trainer.gather()
-    extra = {"config": dataclasses.asdict(trainer.config), "trainer": trainer.state_dict()}
+    extra = {
+        "config": dataclasses.asdict(trainer.config),
+        "data": trainer.looks_of_data,
+        "trainer": trainer.state_dict(),
+    }
     trainer.team.save(Path(path), extra)
 
 
@@ -60,7 +65,7 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
     """Make ``trainer``, just built from the same config, go on where the saved one stopped.
 
     Raises FileNotFoundError, and ValueError for a file that is truncated, foreign, of a newer
-    format or of another config; ``trainer`` is then left as it was.
+    format, of another config or of other data; ``trainer`` is then left as it was.
     """
     state = storage.load(path)
     extra = state["extra"]
@@ -70,5 +75,13 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
         check_resumable(from_dict(RunConfig, extra["config"]), trainer.config)
     except ValueError as error:
         raise ValueError(f"{path} belongs to a run with another config: {error}") from None
+    try:
+        if "data" in extra:  # not in checkpoints of 0.1.0
+            check_same_data(extra["data"], trainer.looks_of_data)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} belongs to a run on other data: {error}; if they were moved, give --data-dir "
+            "the folder that they are in now"
+        ) from None
     storage.restore(trainer.learner, state, path)
     trainer.load_state_dict(extra["trainer"])

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .build import (
 from .config import RunConfig
 from .processes import Alone, Together
 from .progress import Progress
+from .same_data import looks_of
 from .schedule import learning_rate_factor
 
 __all__ = ["Running", "Trainer", "build_trainer", "spectra"]
@@ -107,6 +109,11 @@ class Trainer:
         self._cut_ranks(0)  # a checkpoint that is loaded after this brings ranks of its own
         if config.lookahead is not None:
             self.lookahead = Lookahead(learner.model, config.lookahead)
+
+    @cached_property
+    def looks_of_data(self) -> dict[str, Any]:
+        """What its checkpoints know the data by."""
+        return looks_of(self.data)
 
     @property
     def total_steps(self) -> int:
