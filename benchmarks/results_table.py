@@ -332,11 +332,11 @@ def own_settings(content: Mapping[str, Any], method: str) -> str:
 
 
 BENCH = {
+    "bp-dense": ("BP", "bp-dense-sgd"),
     "bp-dense-muon": ("BP", "bp-dense-muon"),
+    "bp": ("SVD-BP", "bp-adamw"),
     "bp-muon": ("SVD-BP", "bp-muon"),
     "ssa-first-muon": ("SSA, first layer and rest", "ssa-first-muon"),
-    "bp-dense": ("BP", "bp-dense-sgd"),
-    "bp": ("SVD-BP", "bp-adamw"),
     "ssa-two": ("SSA, first block and rest", "ssa-two-adamw"),
     "dfa": ("DFA", "dfa-adamw"),
 }  #: files airbench/NAME-SEED.json: label, and the search of the rate, airbench/search-...
