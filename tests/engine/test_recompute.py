@@ -71,6 +71,26 @@ def test_steps_are_those_of_blocks_that_hold_everything(rule: str, horizon, fuse
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.GELU])
+def test_units_that_end_within_a_block_go_backward_while_it_runs(activation) -> None:
+    """A fused convolution is the end of its unit and of the block that runs again."""
+    torch.manual_seed(2)
+    blocks = [
+        nn.Sequential(nn.Conv2d(i, 6, 3, padding=1), nn.BatchNorm2d(6), activation())
+        for i in (3, 6)
+    ]
+    model = sva.fuse(sva.factorize(nn.Sequential(*blocks, nn.Flatten(), nn.Linear(384, 4)), 0.5))
+    held, again = (copy.deepcopy(model) for _ in range(2))
+    x, y = batch()
+    for net, recompute in ((held, False), (again, True)):
+        L = sva.Learner(
+            net, "ssa", horizon=0, units="block", recompute=recompute, example=x,
+            optimizer=lambda p: torch.optim.SGD(p, 0.05),
+        )  # fmt: skip
+        L.step(x, y)
+    torch.testing.assert_close(again.state_dict(), held.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def test_blocks_hold_their_inputs_alone() -> None:
     net = models.build("resnet20", num_classes=10, in_channels=3, image_size=16, width=0.5)
     x, y = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))

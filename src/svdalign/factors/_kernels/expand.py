@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..._autocast import present_autocast
 from ..._lazy import read, reads_by_parts
@@ -43,6 +44,10 @@ def expand(
     return cast(Tensor, _Expand.apply(layer, rest, z, *weights))  # type: ignore[no-untyped-call]
 
 
+def _as_is(t: Tensor) -> Tensor:
+    return t
+
+
 @reads_by_parts
 class _Expand(torch.autograd.Function):
     """The second convolution and any ``tail``. Saves ``z`` and the weights; everything else is
@@ -75,7 +80,9 @@ class _Expand(torch.autograd.Function):
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
-            with torch.enable_grad(), ctx.autocast():
+            # A unit's backward may run within a checkpointed block's forward, which would count
+            # what is saved here as its own.
+            with torch.enable_grad(), ctx.autocast(), saved_tensors_hooks(_as_is, _as_is):
                 out = ctx.tail(ctx.layer.expand(part, second, bias))
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
             return (next(found) if want else None for want in wanted)
