@@ -14,7 +14,7 @@ CELLS = [
     blocks("frameworks.md")[-1],
     "frame(results)",
     "from svdalign.lab.training import build_learner\n"
-    "build_learner(config.run('ssa', 0), comparison.data)",
+    "build_learner(config.run(config.variants[-1], 0), comparison.data)",
 ]
 
 
