@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import svdalign as sva
 from svdalign import _parts
+from svdalign._operations import Operations
 from svdalign._parts import CHUNK
 from svdalign.lab import models
 from svdalign.lab.costs import pretending, step_memory
@@ -25,21 +25,15 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
-class Operations(TorchDispatchMode):
+class Counted(Operations):
     """Counts operations and notes the largest tensor that one of them makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count, self.largest = 0, 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         self.count += 1
         sizes = (t.untyped_storage().nbytes() for t in tree_iter(result) if isinstance(t, Tensor))
         self.largest = max(self.largest, *sizes, 0)
@@ -68,7 +62,7 @@ def test_no_map_of_full_width_is_ever_made(
         model = model.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
     learner = sva.Learner(model, rule, horizon=horizon, units="layer", optimizer=sgd, example=x)
-    with Operations() as seen:
+    with Counted() as seen:
         learner.step(x, torch.arange(B) % 4)
     full = B * N * SIDE * SIDE * 4
     matrices = max(p.nbytes for p in (*model.parameters(), *learner.feedback.parameters()))
@@ -121,7 +115,7 @@ def test_a_step_makes_a_bounded_number_of_operations() -> None:
         x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
         learner = sva.Learner(model, rule, horizon=horizon, optimizer=sgd, example=x)
         learner.step(x, y)
-        with Operations() as seen:
+        with Counted() as seen:
             learner.step(x, y)
         return seen.count
 

@@ -68,13 +68,9 @@ class Muon(Optimizer):
         for name, value in limits.items():
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
-        for name, value in {
-            "momentum": momentum,
-            "betas": min(betas),
-            " betas": max(betas),
-        }.items():
+        for name, value in (("momentum", momentum), *(("betas", beta) for beta in betas)):
             if not 0 <= value < 1:
-                raise ValueError(f"{name.strip()} must be in [0, 1), got {value!r}")
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
         given = list(params)
         if not all(isinstance(p, Tensor) for p in given):
             raise TypeError("params must be tensors, without groups: Muon makes its own")
