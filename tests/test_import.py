@@ -73,3 +73,19 @@ def test_nothing_outside_the_lab_imports_it() -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(a.name for a in node.names)]
             assert not any("lab" in name.split(".") for name in names), file
+
+
+def test_files_keep_to_themselves_what_they_mark_with_an_underscore() -> None:
+    import ast
+    from pathlib import Path
+
+    import svdalign
+
+    package = Path(svdalign.__file__).parent
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                source = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                modules = {path.stem for path in source.glob("_*.py")}
+                private = {a.name for a in node.names if a.name.startswith("_")}
+                assert private - {"__version__"} <= modules, file

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-__all__ = ["main"]
-
 #: Imported by every command; only the extra ``lab`` brings it.
-NEEDED = "jsonargparse"
+_NEEDED = "jsonargparse"
 
 
 def main() -> int:
     """Run the command line; an exit code. Without the extra ``lab`` say what to install."""
-    if importlib.util.find_spec(NEEDED) is None:
+    if importlib.util.find_spec(_NEEDED) is None:
         print(
             "svdalign: the command line needs an extra: pip install 'svdalign[lab]'",
             file=sys.stderr,

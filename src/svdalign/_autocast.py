@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["autocasted", "outside_autocast", "present_autocast"]
-
 _DEVICES = ("cpu", "cuda")
 
 

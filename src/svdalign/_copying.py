@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["copied", "with_own_weight"]
-
-M = TypeVar("M", bound=nn.Module)
+_M = TypeVar("_M", bound=nn.Module)
 
 
-def copied(model: M) -> M:
+def copied(model: _M) -> _M:
     """``copy.deepcopy(model)``, also for modules that hold sparse tensors, or tensors computed from
     their parameters, as pruning and the older weight and spectral norms keep them. Parameters of
     modules that ``torch.jit`` compiled can be trained in the copy, too."""
@@ -33,7 +31,7 @@ def copied(model: M) -> M:
 
 
 @torch.no_grad()
-def with_own_weight(layer: M) -> M:
+def with_own_weight(layer: _M) -> _M:
     """A copy of ``layer`` whose weight is a parameter, also where it is computed from others."""
     own = copied(layer)
     if parametrize.is_parametrized(own, "weight"):

@@ -6,8 +6,6 @@ from collections.abc import Set
 
 from torch import nn
 
-__all__ = ["settle_fast_path"]
-
 _WHEN_DENSE = "_nested_tensors_when_dense"  # an encoder's own setting, for when it is dense again
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from ._nested import flatten, unflatten
 
-__all__ = ["read", "replace_file", "write"]
-
 VERSION = 1
 
 

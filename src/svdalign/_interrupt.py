@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-__all__: list[str] = []
-
-INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -21,7 +19,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         sys.__excepthook__(kind, error, trace)
         return
     print("svdalign: interrupted", file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED)
+    os._exit(_INTERRUPTED)
 
 
 def _is_command() -> bool:

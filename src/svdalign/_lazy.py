@@ -21,15 +21,6 @@ from torch.utils._pytree import tree_map_only
 from ._autocast import outside_autocast
 from ._parts import by_parts, memory_format
 
-__all__ = [
-    "LazyTensor",
-    "Recipe",
-    "by_parts_or_lazy",
-    "read",
-    "reads_by_parts",
-    "recipe_of",
-]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 from ._lazy import Recipe, by_parts_or_lazy, recipe_of
 from ._parts import parts_of
 
-__all__ = ["accumulation_dtype", "grid_means", "grid_means_and_spread", "spread"]
-
 
 def grid_means(h: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Adaptive average pooling in ``dtype``, (B, C, *size)."""

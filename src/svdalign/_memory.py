@@ -23,8 +23,6 @@ from torch.utils._pytree import tree_iter
 from ._operations import Operations
 from .engine.forward import evaluating
 
-__all__ = ["LiveTensors", "Memory", "inference_memory", "step_memory", "storage_bytes"]
-
 
 @dataclass(frozen=True)
 class Memory:

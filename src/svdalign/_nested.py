@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["flatten", "unflatten"]
-
-KIND = "$"  #: the key of a JSON object that stands for anything but a dict with strings as keys
+_KIND = "$"  #: the key of a JSON object that stands for anything but a dict with strings as keys
 
 
 def flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -27,12 +25,12 @@ def flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> An
         return _flatten_tensor(value, path, tensors)
     if isinstance(value, Mapping):
         items = [(k, flatten(v, (*path, str(k)), tensors)) for k, v in value.items()]
-        if all(isinstance(key, str) and key != KIND for key, _ in items):
+        if all(isinstance(key, str) and key != _KIND for key, _ in items):
             return dict(items)
-        return {KIND: "dict", "items": [[flatten(k, path, tensors), v] for k, v in items]}
+        return {_KIND: "dict", "items": [[flatten(k, path, tensors), v] for k, v in items]}
     if isinstance(value, list | tuple):
         listed = [flatten(v, (*path, str(i)), tensors) for i, v in enumerate(value)]
-        return listed if isinstance(value, list) else {KIND: "tuple", "items": listed}
+        return listed if isinstance(value, list) else {_KIND: "tuple", "items": listed}
     raise TypeError(
         f"{'.'.join(path)} is a {type(value).__name__}; only dicts, lists, tuples, tensors, "
         "numbers, strings and None can be written"
@@ -47,7 +45,7 @@ def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Ten
             for i, part in enumerate(_parts_of_sparse(value))
         ]
         return {
-            KIND: "sparse",
+            _KIND: "sparse",
             "layout": str(value.layout),
             "shape": [*value.shape],
             "parts": parts,
@@ -59,13 +57,13 @@ def _flatten_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Ten
     # the last bit. To go on bit for bit, a run needs that order back.
     order = sorted(range(value.ndim), key=value.stride, reverse=True)
     tensors[name] = value.contiguous()
-    entry: dict[str, Any] = {KIND: "tensor", "name": name}
+    entry: dict[str, Any] = {_KIND: "tensor", "name": name}
     if not value.is_contiguous() and value.permute(order).is_contiguous():
         entry["order"] = order
     return entry
 
 
-SPARSE: dict[str, torch.layout] = {
+_SPARSE: dict[str, torch.layout] = {
     str(layout): layout
     for layout in (
         torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
@@ -102,7 +100,7 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    kind = value.get(KIND)
+    kind = value.get(_KIND)
     if kind is None:
         return {key: unflatten(item, tensors) for key, item in value.items()}
     if kind == "dict":
@@ -111,7 +109,7 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(unflatten(item, tensors) for item in value["items"])
     if kind == "sparse":
         parts = [unflatten(part, tensors) for part in value["parts"]]
-        return _sparse(SPARSE[value["layout"]], parts, value["shape"])
+        return _sparse(_SPARSE[value["layout"]], parts, value["shape"])
     tensor = tensors[value["name"]]
     if (order := value.get("order")) is not None:
         inverse = [order.index(d) for d in range(tensor.ndim)]

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Operations"]
-
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, every operation of torch goes through :meth:`run`, in its place."""

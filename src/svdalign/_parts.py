@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "by_parts", "empty", "memory_format", "parts_of", "worth_holding"]
-
 #: How many values to work on at a time, by type of device: what a CPU's cache holds (estimates, on
 #: the meta device, are for CPUs).
 CHUNK = {"cpu": 5 << 16, "meta": 5 << 16}
-ELSEWHERE = 1 << 24  #: on other devices, enough to keep them busy
+_ELSEWHERE = 1 << 24  #: on other devices, enough to keep them busy
 
 PARTS = 32  #: the most parts: a thirty-second of a map takes little memory, and a loop takes time
 
@@ -30,7 +28,7 @@ def parts_of(h: Tensor, channels: int | None = None) -> list[slice]:
     """The samples of a map ``h`` (B, C, h, w) in slices of some at a time. ``channels``: the number
     of channels of the widest map that is computed from ``h``, C by default."""
     each = (h.shape[1] if channels is None else channels) * math.prod(h.shape[2:])
-    fitting = CHUNK.get(h.device.type, ELSEWHERE) // max(1, each)
+    fitting = CHUNK.get(h.device.type, _ELSEWHERE) // max(1, each)
     size = max(1, fitting, math.ceil(len(h) / PARTS))
     return [slice(i, min(i + size, len(h))) for i in range(0, max(1, len(h)), size)]
 

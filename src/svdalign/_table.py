@@ -5,12 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-__all__ = ["as_html", "as_text"]
-
-Rows = Sequence[Sequence[str]]  #: the first one holds the headings
+_Rows = Sequence[Sequence[str]]  #: the first one holds the headings
 
 
-def as_text(rows: Rows) -> str:
+def as_text(rows: _Rows) -> str:
     """Columns set to the left, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -18,7 +16,7 @@ def as_text(rows: Rows) -> str:
     )
 
 
-def as_html(rows: Rows, lead: str = "") -> str:
+def as_html(rows: _Rows, lead: str = "") -> str:
     """The same for a notebook; ``lead``: lines above it."""
 
     def line(cells: Sequence[str], tag: str) -> str:

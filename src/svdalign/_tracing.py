@@ -13,10 +13,8 @@ from types import CodeType
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["carry_hooks", "followers", "layers_read", "substitute", "temporary"]
-
 #: The attributes in which a module keeps the hooks that users register.
-HOOKS = (
+_HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_backward_pre_hooks", "_backward_hooks",
@@ -52,7 +50,7 @@ def followers(
         name
         for name, module in modules.items()
         if calls[id(module)] == 1
-        and not any(getattr(module, hooks) for hooks in HOOKS)
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
         and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
         and name not in read
     }
@@ -139,7 +137,7 @@ def _attribute_chains(code: CodeType, this: str) -> Iterator[list[str]]:
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give ``new``, which takes the place of ``old``, its forward and backward hooks."""
-    for name in (*HOOKS, "_is_full_backward_hook"):
+    for name in (*_HOOKS, "_is_full_backward_hook"):
         setattr(new, name, getattr(old, name))
 
 

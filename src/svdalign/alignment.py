@@ -17,8 +17,6 @@ from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
 from .factors import FactoredLayer, factored_layers
 
-__all__ = ["Alignment", "Descent", "LayerAlignment", "UnitAlignment", "alignment", "descent"]
-
 
 @dataclass(frozen=True)
 class LayerAlignment:

@@ -22,15 +22,6 @@ from ._files import replace_file
 from ._tracing import carry_hooks, followers, layers_read, substitute
 from .factors import FactoredLayer, factored_layers
 
-__all__ = [
-    "FORMATS",
-    "check_imports",
-    "compact",
-    "write_onnx",
-    "write_pt2",
-    "write_safetensors",
-]
-
 
 def compact(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, made of plain ``nn`` modules, in eval mode.
@@ -63,7 +54,7 @@ def compact(model: nn.Module) -> nn.Module:
 
 # --- batch norms --------------------------------------------------------------------------------
 
-FOLDS: dict[type[nn.Module], type[nn.Module]] = {
+_FOLDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
@@ -79,7 +70,7 @@ def _fold_batch_norms(model: nn.Module) -> None:
     replaced: dict[nn.Module, nn.Module] = {}
     for names in pairs.items():
         conv, norm = map(model.get_submodule, names)
-        if FOLDS.get(type(conv)) is not type(norm):
+        if _FOLDS.get(type(conv)) is not type(norm):
             continue
         norm = cast(nn.BatchNorm2d, norm)
         if norm.track_running_stats:

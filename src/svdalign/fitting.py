@@ -18,12 +18,10 @@ from .engine import Learner
 from .rules import Rule
 from .task import Loss
 
-__all__ = ["Choices", "Setting", "plan"]
-
-MIB = 2**20
+_MIB = 2**20
 
 #: From what learns most like backpropagation to what holds the least.
-SETTINGS: tuple[tuple[str, int | None, bool], ...] = (
+_SETTINGS: tuple[tuple[str, int | None, bool], ...] = (
     ("block", None, False), ("block", 2, False), ("block", 1, False), ("balanced", 0, False),
     ("balanced-3", 0, False), ("block", 0, False), ("balanced", 0, True), ("block", 0, True),
 )  # fmt: skip
@@ -60,7 +58,7 @@ class Choices:
             horizon = "None" if s.horizon is None else str(s.horizon)
             lines.append(
                 f"{s.units:12} {horizon:>7}  {'yes' if s.recompute else 'no':>9}  {s.count:>5}  "
-                f"{s.peak / MIB:>9.1f}  {1e3 * s.seconds:>9.1f}  "
+                f"{s.peak / _MIB:>9.1f}  {1e3 * s.seconds:>9.1f}  "
                 f"{'yes' if s in self.fitting else 'no':>4}"
             )
         return "\n".join(lines)
@@ -93,7 +91,7 @@ def plan(
         device = next(model.parameters()).device
         y = torch.zeros(samples, dtype=torch.int64, device=device)
     found, seen = list[Setting](), set[object]()
-    for units, horizon, recompute in SETTINGS:
+    for units, horizon, recompute in _SETTINGS:
         learner = Learner(
             copied(model), rule, units=units, horizon=horizon, recompute=recompute, loss=loss,
             example=example, optimizer=optimizer,

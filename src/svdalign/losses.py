@@ -14,19 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from ._map_statistics import accumulation_dtype, spread
 
-__all__ = [
-    "Directions",
-    "channel_statistics",
-    "cosine_alignment",
-    "directions",
-    "hoyer_sparsity",
-    "orthogonality_penalty",
-    "similarity_alignment",
-    "similarity_matrix",
-    "statistics_alignment",
-    "subspace_share",
-]
-
 
 def orthogonality_penalty(*factors: Tensor) -> Tensor:
     """``sum ||X^T X - I||_F^2`` over ``factors``, each (m, r). Zero when all are orthonormal."""

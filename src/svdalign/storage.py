@@ -17,18 +17,7 @@ from ._files import read, write
 from .engine import Learner
 from .factors import factored_layers
 
-__all__ = [
-    "load",
-    "random_state",
-    "ranks",
-    "read",
-    "restore",
-    "restore_random_state",
-    "save",
-    "write",
-]
-
-LEARNED = ("model", "feedback", "transport", "loss")  #: the parts that are dicts of named tensors
+_LEARNED = ("model", "feedback", "transport", "loss")  #: the parts that are dicts of named tensors
 
 
 def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
@@ -44,7 +33,7 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a svdalign.Learner, got {type(learner).__name__}")
     state = {**learner.state_dict(), "random": random_state(), "extra": extra}
-    for part in LEARNED:
+    for part in _LEARNED:
         for name, value in state[part].items():
             # It could not be checked on loading before the learner has been changed.
             if not isinstance(value, Tensor):
@@ -117,7 +106,7 @@ def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) ->
         learner.check_units(state)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the learner: {error}") from None
-    for part in LEARNED:
+    for part in _LEARNED:
         _check_tensors(part, learner.model, mine[part], state.get(part, {}), path)
     sizes = [
         [len(group["params"]) for group in s["optimizer"]["param_groups"]] for s in (mine, state)

@@ -19,18 +19,6 @@ from torch import Tensor, nn
 
 from ._autocast import outside_autocast
 
-__all__ = [
-    "KINDS",
-    "Kind",
-    "Loss",
-    "Output",
-    "Task",
-    "class_axis",
-    "find_class_axis",
-    "find_task",
-    "width",
-]
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 Kind = Literal["classes", "binary", "labels", "numbers", "other"]
@@ -232,7 +220,7 @@ FOR_TOKENS = (
 )
 
 #: All classes are tried where there are at most so many, else the first and the last.
-MANY = 256
+_MANY = 256
 
 
 def _takes_indices(loss: Loss, output: Output, y: Tensor) -> bool | None:
@@ -249,7 +237,7 @@ def _ignored_and_in_place(loss: Loss, output: Output) -> tuple[tuple[int, ...], 
     """The classes from which ``loss`` learns nothing, and whether a target teaches its own
     position and every position is taught."""
     C = output.classes
-    classes = range(C) if C <= MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
+    classes = range(C) if C <= _MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
     indices = torch.tensor(list(classes), device="cpu")
     gradient = _gradient(loss, *_samples(output, indices))
     if gradient is None:

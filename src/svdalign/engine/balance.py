@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from .forward import forward, preserved
 
-__all__ = ["balanced", "balanced_ends", "pieces_of"]
-
 
 def pieces_of(units: object) -> int | None:
     """How many units ``"balanced"`` (2) or ``"balanced-K"`` (K, at least 2) asks for; None where

@@ -18,17 +18,6 @@ from ..task import KINDS, Kind, Loss, Output, Task, find_task
 from .forward import values_of
 from .units import Plan
 
-__all__ = [
-    "check_batch",
-    "check_early_updates",
-    "check_input",
-    "check_model",
-    "check_scalar",
-    "check_settings",
-    "check_trained",
-    "needs_closure",
-]
-
 _PARALLEL = {
     "DistributedDataParallel": "averages the gradients of one backward pass through all of it",
     "FullyShardedDataParallel": "gathers weights for one backward pass through all of it",

@@ -15,18 +15,6 @@ from torch.nn.utils import parametrize
 from .._tracing import temporary
 from .forward import first_tensor, forward, preserved
 
-__all__ = [
-    "Call",
-    "Units",
-    "blocks",
-    "blocks_and_neighbours",
-    "exits",
-    "hooked",
-    "in_order",
-    "layers",
-    "trace",
-]
-
 Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
 
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["evaluating", "first_tensor", "forward", "preserved", "preserved_buffers"]
-
 
 def forward(model: nn.Module, x: Any) -> Tensor:
     """The model's output tensor for ``x``: one tensor, a tuple of positional or a dict of keyword

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ..factors.registry import kind_of
 from ..task import class_axis
 
-__all__ = ["AS_IT_IS", "Layout", "channel_axis", "layout_of", "with_channels_at"]
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -39,9 +39,7 @@ from .streaming import stream
 from .task_loss import TaskLoss
 from .units import OUTPUT, Plan, Unit
 
-__all__ = ["Learner", "StepReport"]
-
-Scale = Callable[[Tensor], Tensor]
+_Scale = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,7 @@ class Learner:
             retract(self._on_the_manifold, self.optimizer, self.retraction)
 
     @torch.enable_grad()
-    def backward(self, x: Any, y: Tensor, *, scale: Scale | None = None) -> StepReport:
+    def backward(self, x: Any, y: Tensor, *, scale: _Scale | None = None) -> StepReport:
         """Add this batch's gradients to the parameters' ``.grad``, without an update. ``x``, ``y``
         and errors are those of :meth:`step`.
 
@@ -335,7 +333,7 @@ class Learner:
 
     # --- one batch ------------------------------------------------------------------------------
 
-    def _backpropagate(self, x: Any, y: Tensor, scale: Scale) -> StepReport:
+    def _backpropagate(self, x: Any, y: Tensor, scale: _Scale) -> StepReport:
         carried = (
             contextlib.nullcontext()
             if self.transport is None
@@ -351,7 +349,7 @@ class Learner:
         loss = loss.detach()
         return StepReport(loss, self._task.accuracy(z.detach(), y), {OUTPUT: loss})
 
-    def _stream(self, x: Any, y: Tensor, scale: Scale) -> StepReport:
+    def _stream(self, x: Any, y: Tensor, scale: _Scale) -> StepReport:
         assert self.horizon is not None
         error = self._output_error(x, y) if self._local.need_output_error else None
         supervision = Supervision(y, self._task_loss, error, self._task)

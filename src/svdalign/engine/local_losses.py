@@ -16,8 +16,6 @@ from .layout import with_channels_at
 from .ownership import depends
 from .units import Plan, Unit
 
-__all__ = ["LocalLosses"]
-
 
 class LocalLosses:
     """What ``rule`` has the units of ``plan`` learn from.

@@ -18,8 +18,6 @@ from .forward import first_tensor, forward, preserved
 from .layout import Layout
 from .units import OUTPUT, Feature, Unit
 
-__all__ = ["Trial", "depends", "leaves_of", "reached"]
-
 
 def reached(outputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """The ``parameters`` that ``outputs`` depend on."""

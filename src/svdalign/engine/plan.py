@@ -21,8 +21,6 @@ from .layout import AS_IT_IS, Layout, channel_axis, layout_of
 from .ownership import Trial
 from .units import OUTPUT, Feature, Plan, Unit
 
-__all__ = ["make_plan"]
-
 
 def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = False) -> Plan:
     """Cut ``model`` into units and assign its parameters.

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .forward import preserved_buffers
 
-__all__ = ["recomputing"]
-
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, blocks: Iterable[str]) -> Iterator[None]:

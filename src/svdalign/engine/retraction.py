@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from .._autocast import outside_autocast
 from ..factors.stiefel import RETRACTIONS
 
-__all__ = ["orthonormal", "retract"]
-
 
 def orthonormal(*parts: nn.Module) -> list[nn.Module]:
     """The modules in ``parts`` that have orthonormal factors ``U`` and ``V``, as they say by an
@@ -24,7 +22,7 @@ def orthonormal(*parts: nn.Module) -> list[nn.Module]:
 
 #: Values of factors of one shape that are retracted together: the calls are shared, and the
 #: scratch space stays small beside the weights of a network whose factors are large.
-TOGETHER = 1 << 18
+_TOGETHER = 1 << 18
 
 
 def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how: str) -> None:
@@ -70,10 +68,10 @@ def _retract_copies(
 
 
 def _alike(factors: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """``factors`` in groups of one shape, dtype and device and at most ``TOGETHER`` values."""
+    """``factors`` in groups of one shape, dtype and device and at most ``_TOGETHER`` values."""
     groups: dict[Hashable, list[nn.Parameter]] = defaultdict(list)
     for X in factors:
         groups[X.shape, X.dtype, X.device].append(X)
     for alike in groups.values():
-        size = max(1, TOGETHER // alike[0].numel())
+        size = max(1, _TOGETHER // alike[0].numel())
         yield from (alike[i : i + size] for i in range(0, len(alike), size))

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .learner import Learner
 
-__all__ = ["unit_rows"]
-
-SHOWN = 12  #: units at most
+_SHOWN = 12  #: units at most
 
 
 def unit_rows(learner: Learner) -> list[tuple[str, ...]]:
@@ -28,7 +26,7 @@ def unit_rows(learner: Learner) -> list[tuple[str, ...]]:
                 "the task" if unit is learner.plan.output else teacher,
             )
         )
-    if len(rows) > SHOWN:
-        left_out = ("…", f"{len(rows) - SHOWN} more", "", "", "")
-        rows = [*rows[: SHOWN // 2], left_out, *rows[-SHOWN // 2 :]]
+    if len(rows) > _SHOWN:
+        left_out = ("…", f"{len(rows) - _SHOWN} more", "", "", "")
+        rows = [*rows[: _SHOWN // 2], left_out, *rows[-_SHOWN // 2 :]]
     return [("unit", "output of a sample", "parameters", "ranks", "taught by"), *rows]

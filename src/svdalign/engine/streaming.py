@@ -30,8 +30,6 @@ from .._tracing import temporary
 from .forward import forward
 from .units import Plan, Unit
 
-__all__ = ["UnitBackward", "UnitLoss", "stream"]
-
 UnitLoss = Callable[[Unit, dict[int, Tensor]], Tensor]
 """``(unit, {i: h}) -> loss``: the unit's own loss on its ``i``-th features ``h`` (those that are
 not frozen), 0-dim, part of its graph."""

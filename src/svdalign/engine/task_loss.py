@@ -9,10 +9,8 @@ from ..task import FOR_TOKENS, Loss
 from .checks import check_scalar, check_trained
 from .ownership import leaves_of
 
-__all__ = ["TaskLoss"]
-
 #: What torch raises for outputs and targets that do not go together.
-TORCHS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+_TORCHS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 
 class TaskLoss:
@@ -35,7 +33,7 @@ class TaskLoss:
         try:
             loss = self._loss(z, y)
         except Exception as error:
-            if type(error) not in TORCHS:
+            if type(error) not in _TORCHS:
                 raise  # out of memory, or an error of the loss's own
             raise ValueError(
                 f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from .layout import AS_IT_IS, Layout
 
-__all__ = ["OUTPUT", "Feature", "Plan", "Unit"]
-
 OUTPUT = "output"  #: name of the last unit, from the last exit to the network's output
 
 

@@ -15,10 +15,8 @@ from .._parts import memory_format
 from .._tracing import temporary
 from .fused import KERNELS, FusedConv2d, Kernel
 
-__all__ = ["choose_kernels"]
-
-GAIN = 0.05  #: another kernel is taken if it is faster by this share: less is noise
-RUNS = 5  #: the fastest counts, as other programs on the machine can only make a run longer
+_GAIN = 0.05  #: another kernel is taken if it is faster by this share: less is noise
+_RUNS = 5  #: the fastest counts, as other programs on the machine can only make a run longer
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def choose_kernels(
         layer.kernel, fused = "fused", costs["fused"]
         best = min(costs, key=lambda kernel: costs[kernel].seconds)
         gained = fused.seconds - costs[best].seconds
-        if gained > GAIN * fused.seconds:
+        if gained > _GAIN * fused.seconds:
             offers.append(_Offer(layer, best, gained, max(0, costs[best].saved - fused.saved)))
     left = math.inf if memory is None else memory
     for offer in sorted(offers, key=lambda o: o.seconds / (1 + o.saved), reverse=True):
@@ -114,7 +112,7 @@ def _cost(layer: FusedConv2d, kernel: Kernel, x: Tensor) -> Cost:
     grad = torch.randn_like(out)
     del out
     seconds = []
-    for _ in range(RUNS):
+    for _ in range(_RUNS):
         _wait(x)
         start = time.perf_counter()
         layer(x).backward(grad)

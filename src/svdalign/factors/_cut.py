@@ -13,12 +13,10 @@ from .layers import FactoredLayer
 from .muon import Muon
 from .rediagonalize import Rediagonalized
 
-__all__ = ["cut_layer"]
-
 # State that is linear in past gradients, and state that sums their squares.
-LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
-SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-CARRIED: tuple[type[Optimizer], ...] = (
+_LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+_SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+_CARRIED: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
     torch.optim.Adam,  # AdamW is one
     torch.optim.NAdam,
@@ -67,10 +65,10 @@ def cut_layer(
             if not state:
                 continue
             tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-            known = isinstance(optimizer, CARRIED) and tensors.keys() <= LINEAR | SQUARED
+            known = isinstance(optimizer, _CARRIED) and tensors.keys() <= _LINEAR | _SQUARED
             if known and all(v.shape == shape for v in tensors.values()):
                 for key, value in tensors.items():
-                    state[key] = carried(value, p, squared=key in SQUARED)
+                    state[key] = carried(value, p, squared=key in _SQUARED)
             else:
                 del optimizer.state[p]
                 _say_reset(optimizer)

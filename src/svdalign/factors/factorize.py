@@ -23,8 +23,6 @@ from .layers import (
 )
 from .registry import dense_names, factored_type, own_matrices
 
-__all__ = ["Factorization", "LayerReport", "Rank", "factorize"]
-
 Rank = (
     float | int | None
 )  #: a fraction of full rank in (0, 1], an absolute rank, or None: leave dense

@@ -15,10 +15,8 @@ from ._choice import choose_kernels
 from .fused import FusedConv2d
 from .layers import SVDConv2d
 
-__all__ = ["fuse", "fuse_where_possible"]
-
 #: Modules that treat every sample by itself, draw no random numbers and keep no state.
-PER_SAMPLE = (
+_PER_SAMPLE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
     nn.MaxPool2d, nn.AvgPool2d, nn.GroupNorm,
@@ -125,7 +123,7 @@ def _can_be_taken_in(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and not _shrinks_little(module):
         return False
-    return type(module) in PER_SAMPLE
+    return type(module) in _PER_SAMPLE
 
 
 def _shrinks_little(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:

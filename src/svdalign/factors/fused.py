@@ -27,8 +27,6 @@ from .._map_statistics import accumulation_dtype
 from ._kernels import expand, moments, reduce
 from .layers import SVDConv2d
 
-__all__ = ["KERNELS", "FusedConv2d", "Kernel"]
-
 Kernel = Literal["fused", "factored", "merged"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 

@@ -23,8 +23,6 @@ from .layers import factored_layers
 from .registry import kind_of
 from .stiefel import orthogonalize
 
-__all__ = ["Muon", "hidden_weights"]
-
 
 class Muon(Optimizer):
     """Muon for the hidden weights of ``model``, AdamW for all other ``params``.

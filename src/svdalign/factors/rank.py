@@ -14,10 +14,8 @@ from ._cut import cut_layer
 from .layers import FactoredLayer, absolute_rank, factored_layers
 from .rediagonalize import energy_rank, rediagonalized, spectrum
 
-__all__ = ["RankCut", "parameter_budget", "reduce_rank"]
 
-
-class Trainer(Protocol):
+class _Trainer(Protocol):
     """Anything with the optimizer of a model, such as a learner."""
 
     @property
@@ -41,7 +39,7 @@ class RankCut:
 
 def reduce_rank(
     model: nn.Module,
-    optimizer: Optimizer | Trainer | Iterable[Optimizer | Trainer] | None = None,
+    optimizer: Optimizer | _Trainer | Iterable[Optimizer | _Trainer] | None = None,
     *,
     energy: float | None = None,
     rank: int | float | Mapping[str, int | float] | None = None,
@@ -152,7 +150,7 @@ def _cost(layer: FactoredLayer) -> int:
 
 
 def _optimizers(
-    model: nn.Module, given: Optimizer | Trainer | Iterable[Optimizer | Trainer] | None
+    model: nn.Module, given: Optimizer | _Trainer | Iterable[Optimizer | _Trainer] | None
 ) -> tuple[Optimizer, ...]:
     if given is None:
         return ()

@@ -37,8 +37,6 @@ from torch import Tensor
 from .layers import FactoredLayer
 from .stiefel import orthogonality_error
 
-__all__ = ["Rediagonalized", "energy_rank", "rediagonalize", "rediagonalized", "spectrum"]
-
 
 class Rediagonalized(NamedTuple):
     """The SVD ``U diag(s) V^T`` of a product, in double precision, and the maps ``P``, ``Q`` (r, r)

@@ -12,8 +12,6 @@ from torch import nn
 from .._copying import with_own_weight
 from .layers import REGISTERED, FactoredLayer, dotted
 
-__all__ = ["dense_copy", "dense_names", "factored_type", "kind_of", "own_matrices"]
-
 
 def dense_names() -> str:
     """The dense types that can be factored, to be named in a message."""

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["note_new_rank"]
-
-MARK = "_svdalign_shapes_before"  #: attribute of parameters whose shape has changed
+_MARK = "_svdalign_shapes_before"  #: attribute of parameters whose shape has changed
 
 _watching: list[object] = []  #: the hook's handle, once there is something to watch for
 
@@ -18,7 +16,7 @@ _watching: list[object] = []  #: the hook's handle, once there is something to w
 def note_new_rank(parameter: nn.Parameter) -> None:
     """``parameter`` is about to change its shape: check every optimizer that it belongs to before
     its steps, from now on."""
-    setattr(parameter, MARK, getattr(parameter, MARK, set()) | {parameter.shape})
+    setattr(parameter, _MARK, getattr(parameter, _MARK, set()) | {parameter.shape})
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_refuse_stale_state))
 
@@ -26,7 +24,7 @@ def note_new_rank(parameter: nn.Parameter) -> None:
 def _refuse_stale_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
-        before: set[torch.Size] = getattr(p, MARK, set()) - {p.shape}
+        before: set[torch.Size] = getattr(p, _MARK, set()) - {p.shape}
         if not before:
             continue
         for value in optimizer.state.get(p, {}).values():

@@ -13,16 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "RETRACTIONS",
-    "newton_schulz_retract",
-    "orthogonality_error",
-    "orthogonalize",
-    "polar_retract",
-    "qr_retract",
-    "tangent_project",
-]
-
 
 def _check_tall(X: Tensor) -> None:
     if X.ndim < 2 or X.shape[-2] < X.shape[-1]:
@@ -105,7 +95,7 @@ def newton_schulz_retract(X: Tensor, steps: int = 2) -> Tensor:
 
 
 #: Of a x + b x^3 + c x^5, which takes small x away from 0 fast (Jordan et al. 2024).
-QUINTIC = (3.4445, -4.7750, 2.0315)
+_QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 @_in_single_precision
@@ -119,7 +109,7 @@ def orthogonalize(X: Tensor) -> Tensor:
     """
     if X.shape[-2] < X.shape[-1]:
         return orthogonalize(X.mT).mT
-    a, b, c = QUINTIC
+    a, b, c = _QUINTIC
     norm = torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
     X = X / norm
     gram = X.mT @ X

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from ..factors.stiefel import qr_retract
 
-__all__ = ["Feedback", "GaussianFeedback", "StructuredFeedback"]
-
 
 class Feedback(nn.Module):
     """A (d, C) matrix ``B``, used in both directions: ``B e`` brings an error ``e`` back to a unit,

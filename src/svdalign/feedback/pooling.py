@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .._map_statistics import grid_means
 
-__all__ = ["grid_size", "pool", "pooled_size"]
-
 
 def pool(
     h: Tensor,

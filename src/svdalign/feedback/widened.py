@@ -15,8 +15,6 @@ from .._map_statistics import grid_means
 from .._parts import worth_holding
 from .matrices import Feedback, StructuredFeedback
 
-__all__ = ["WidenedFeedback"]
-
 
 class WidenedFeedback(Feedback):
     """``B^T P(relu(K * p))``: a convolution, then a matrix.

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["import_maker", "search_here"]
-
 
 def search_here() -> None:
     """Have modules looked for in the current folder too, as ``python -m`` does."""

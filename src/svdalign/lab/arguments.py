@@ -13,12 +13,10 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-__all__ = ["Parser", "UsageError", "did_you_mean", "parse"]
-
 #: Of names that are close enough to be what was meant.
-SIMILAR = 0.6
+_SIMILAR = 0.6
 #: How the library and the lab say that there is nothing of a name.
-UNKNOWN = (
+_UNKNOWN = (
     r"unknown [\w ]+ '(?P<name>[^']+)'; available: (?P<known>.+)\Z",
     r"must be one of \[(?P<known>.+?)\].*got '(?P<name>[^']+)'\Z",
     r"has no option (?P<name>\w+); it has (?P<known>.+)\Z",
@@ -56,7 +54,7 @@ class Parser(ArgumentParser):
                 default = field.default_factory()
             self.types[field.name] = hints[field.name]
             groups[part].add_argument(
-                flag(field.name),
+                _flag(field.name),
                 type=hints[field.name],
                 default=defaults.get(field.name, default),
                 help=field.metadata["help"],
@@ -65,7 +63,7 @@ class Parser(ArgumentParser):
     def add_list(self, name: str, help: str) -> None:
         """An option that takes words."""
         self.types[name] = list[str]
-        self.add_argument(flag(name), type=list[str], default=None, help=help)
+        self.add_argument(_flag(name), type=list[str], default=None, help=help)
 
     def add_run(self) -> None:
         """A run folder, as the command's one argument."""
@@ -83,14 +81,14 @@ class Parser(ArgumentParser):
 
     def join(self, words: Sequence[str]) -> list[str]:
         """``words`` with each list, and each switch that stands alone, as one word."""
-        kinds = {flag(name): _kinds(t) for name, t in self.types.items()}
+        kinds = {_flag(name): _kinds(t) for name, t in self.types.items()}
         joined: list[str] = []
         rest = list(words)
         while rest:
             word = rest.pop(0)
             joined.append(word)
             mine = kinds.get(word, [])
-            if mine == BOOLEAN and (not rest or rest[0].startswith("--")):
+            if mine == _BOOLEAN and (not rest or rest[0].startswith("--")):
                 joined[-1] = f"{word}=true"
             if not any(kind.startswith("list") for kind in mine):
                 continue
@@ -105,7 +103,7 @@ class Parser(ArgumentParser):
 
     def explain(self, message: str) -> str:
         """A message of the parser or of a config, in the words of the command line."""
-        flags = {flag(name): name for name in self.types}
+        flags = {_flag(name): name for name in self.types}
         missing = re.search(r"argument (--[\w-]+)\S*: expected", message)
         if missing is not None and missing[1] in flags:
             return f"{missing[1]} takes {self._allowed(flags[missing[1]])}; got nothing"
@@ -117,7 +115,7 @@ class Parser(ArgumentParser):
         found = re.search(r'key "(?:\w+\.)?(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if found is not None and found[1] in self.types:
             close = did_you_mean(found[2], _kinds(self.types[found[1]]))
-            return f"{flag(found[1])} takes {self._allowed(found[1])}; got {found[2]}{close}"
+            return f"{_flag(found[1])} takes {self._allowed(found[1])}; got {found[2]}{close}"
         return self._with_flags(message)
 
     def _with_flags(self, message: str) -> str:
@@ -125,8 +123,8 @@ class Parser(ArgumentParser):
         that is a plain word is an option only where the message says what it must be."""
         for name in self.types:
             meant = r"(?![\w/'-])" if "_" in name else "(?= must )"
-            message = re.sub(rf"(?<![\w/.'-]){name}{meant}", flag(name), message)
-        for pattern in UNKNOWN:
+            message = re.sub(rf"(?<![\w/.'-]){name}{meant}", _flag(name), message)
+        for pattern in _UNKNOWN:
             if unknown := re.search(pattern, message, re.DOTALL):
                 known = re.findall(r"[\w.-]+", unknown["known"])
                 return message + did_you_mean(unknown["name"], known)
@@ -156,16 +154,16 @@ def parse(parser: Parser, command: Parser, words: Sequence[str]) -> dict[str, An
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known: the closest one, if any is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=SIMILAR)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=_SIMILAR)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def flag(name: str) -> str:
+def _flag(name: str) -> str:
     """The option of a field."""
     return "--" + name.replace("_", "-")
 
 
-BOOLEAN = ["true", "false"]
+_BOOLEAN = ["true", "false"]
 
 
 def _kinds(annotation: Any) -> list[str]:
@@ -178,6 +176,6 @@ def _kinds(annotation: Any) -> list[str]:
     if origin is list:
         return [f"list of {', '.join(_kinds(*typing.get_args(annotation)))}"]
     if annotation is bool:
-        return BOOLEAN
+        return _BOOLEAN
     kind = origin or annotation
     return ["null" if kind is type(None) else kind.__name__]

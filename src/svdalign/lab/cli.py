@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     from .training.interrupt import Interrupt
     from .training.progress import Progress
 
-__all__ = ["main"]
-
-COMPLETION = "--print_completion"  #: ``=shtab-bash`` and others
-FAILED, MISUSED = 1, 2
-INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
-EXIT_CODES = (
+_COMPLETION = "--print_completion"  #: ``=shtab-bash`` and others
+_FAILED, _MISUSED = 1, 2
+_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+_EXIT_CODES = (
     "exit codes: 0 done; 1 diverged, or failed while running; 2 options that are not valid, "
     "nothing was run; 130 or 143 interrupted by Ctrl-C or SIGTERM, the same command goes on"
 )
@@ -92,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         message = _one_line(called.explain(str(error)) if called else str(error))
         print(f"{program}: error: {message}", file=sys.stderr)
-        return MISUSED
+        return _MISUSED
     except _failures() as error:
         print(f"{program}: error: {_one_line(str(error))}", file=sys.stderr)
-        return FAILED
+        return _FAILED
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _INTERRUPTED
     except SystemExit as done:  # after --help and the like
         return int(done.code or 0)
     finally:
@@ -128,7 +126,7 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
         prog="svdalign",
         usage="svdalign COMMAND [--option value ...]",
         description="Train networks without a global backward pass, in the SVD space of weights.",
-        epilog=EXIT_CODES,
+        epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"svdalign {__version__}")
     group = parser.add_subcommands(metavar="COMMAND", dest="command", required=False)
@@ -138,9 +136,9 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
             prog=f"svdalign {name}",
             usage=f"svdalign {name} [--config FILE.yaml] [--option value ...]",
             description=entry.help,
-            epilog=EXIT_CODES,
+            epilog=_EXIT_CODES,
         )
-        if name in words[:1] or any(word.startswith(COMPLETION) for word in words):
+        if name in words[:1] or any(word.startswith(_COMPLETION) for word in words):
             entry.declare(commands[name])
             commands[name].add_argument(
                 "--json", action="store_true", help="write results as JSON and nothing else"
@@ -478,7 +476,7 @@ def _carry_out(
 
 
 def _exit_code(status: str, interrupt: Interrupt) -> int:
-    return {"finished": 0, "interrupted": interrupt.exit_code}.get(status, FAILED)
+    return {"finished": 0, "interrupted": interrupt.exit_code}.get(status, _FAILED)
 
 
 def _device() -> str:

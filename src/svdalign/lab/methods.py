@@ -27,11 +27,9 @@ from .. import rules
 from ..rules import Rule
 from ._named import search_here
 
-__all__ = ["DEFAULT", "DEFAULT_LR", "HELP", "METHODS", "Method", "available", "get"]
-
 DEFAULT_LR = 1e-2
 
-DENSE, CHECKPOINTED = "-dense", "-checkpointed"
+_DENSE, _CHECKPOINTED = "-dense", "-checkpointed"
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Method:
     @property
     def name(self) -> str:
         """Rule and suffixes: all of the method but its options and learning rate."""
-        return self.rule + DENSE * (not self.factored) + CHECKPOINTED * self.checkpointed
+        return self.rule + _DENSE * (not self.factored) + _CHECKPOINTED * self.checkpointed
 
     def make_rule(self) -> Rule:
         """The rule with its own defaults; ``options`` are not in it."""
@@ -102,7 +100,7 @@ def get(name: str) -> Method:
         meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"unknown method {name!r}{meant} (available: {', '.join(available())}, or "
-            f"package.module:Class; {DENSE} and {CHECKPOINTED} may follow)"
+            f"package.module:Class; {_DENSE} and {_CHECKPOINTED} may follow)"
         )
     return method
 
@@ -110,13 +108,13 @@ def get(name: str) -> Method:
 def _find(name: str) -> Method | None:
     if name in METHODS:
         return METHODS[name]
-    if name.endswith(CHECKPOINTED):
-        base = _find(name.removesuffix(CHECKPOINTED))
+    if name.endswith(_CHECKPOINTED):
+        base = _find(name.removesuffix(_CHECKPOINTED))
         if base is None or base.checkpointed:
             return None
         return dataclasses.replace(base, label=f"{base.label}, checkpointed", checkpointed=True)
-    if name.endswith(DENSE):
-        base = _find(name.removesuffix(DENSE))
+    if name.endswith(_DENSE):
+        base = _find(name.removesuffix(_DENSE))
         if base is None or base.checkpointed or not base.factored:
             return None
         return dataclasses.replace(base, label=f"{base.label}, dense", factored=False)

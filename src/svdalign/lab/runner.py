@@ -26,10 +26,8 @@ from .training.record import Record, new_folder, unfinished
 from .training.run import train
 from .training.trainer import build_trainer
 
-__all__ = ["Run", "Sweep", "SweepWork", "follow"]
-
 _NONE = {"status": "interrupted"}
-Measure = Callable[[Learner], dict[str, Any]]
+_Measure = Callable[[Learner], dict[str, Any]]
 
 
 def follow(config: RunConfig, *, stop: Callable[[], bool] = lambda: False) -> str:
@@ -61,7 +59,7 @@ class Run:
     config: RunConfig
     label: str
     shown: str = ""
-    measure: Callable[[RunConfig, ImageData], Measure] | None = None
+    measure: Callable[[RunConfig, ImageData], _Measure] | None = None
 
 
 class Sweep:

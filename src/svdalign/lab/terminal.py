@@ -19,10 +19,8 @@ from rich.measure import Measurement
 
 from .training.record import finite
 
-__all__ = ["Terminal", "close_streams", "prepare_streams"]
-
 #: For terminals that have no sign for these: of one letter, so that tables stay in line.
-ASCII = {
+_ASCII = {
     "×": "x", "–": "-", "—": "-", "−": "-", "→": ">", "…": ".", "·": ".", "≈": "=", "±": "~",
     "°": " ", "‖": "|", "ᵀ": "'", "σ": "s", "✓": "*", "†": "*", "’": "'",
     "━": "-", "╸": "-", "╺": "-", "│": "|", "┃": "|", "─": "-", "┏": "+", "┓": "+", "┗": "+",
@@ -106,4 +104,4 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    return "".join(ASCII.get(sign, "?") for sign in text), error.end
+    return "".join(_ASCII.get(sign, "?") for sign in text), error.end

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..engine import Learner
 from ..factors.stiefel import RETRACTIONS
 
-__all__ = ["unit_seconds"]
-
 
 def unit_seconds(learner: Learner, x: Any, y: Tensor, repeats: int = 5) -> list[float]:
     """Seconds that each unit takes for a batch, the least of ``repeats``: forward, backward, and

@@ -14,8 +14,6 @@ from ..engine import Learner
 from ..engine.forward import forward, preserved
 from ..engine.ownership import reached
 
-__all__ = ["check_borders", "owners", "refuse", "refuse_early_updates", "tensors_of"]
-
 
 def refuse_early_updates(learner: Learner) -> None:
     """ValueError for a learner that updates units before the step is over."""

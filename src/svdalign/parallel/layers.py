@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .. import storage
+from .._files import write
 from ..engine import Learner, Plan, StepReport
 from ..engine.balance import balanced
 from ..engine.forward import forward, preserved
@@ -23,8 +24,6 @@ from . import weights
 from .balance import unit_seconds
 from .borders import check_borders, owners, refuse, tensors_of
 from .link import OTHER, Link, naming
-
-__all__ = ["LayerParallel"]
 
 
 class LayerParallel:
@@ -181,7 +180,7 @@ class LayerParallel:
         state = self.state_dict()
         if self.rank == 0:
             state |= {"random": storage.random_state(), "extra": extra}
-            storage.write(path, state, ranks=storage.ranks(self.model))
+            write(path, state, ranks=storage.ranks(self.model))
         with naming(OTHER):
             dist.barrier(self._group)
 

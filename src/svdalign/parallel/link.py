@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["OTHER", "Link", "PeerError", "naming"]
-
 OTHER = "another process"
 
 _DTYPES = (

@@ -17,8 +17,6 @@ from ..engine import Learner, StepReport
 from .borders import refuse_early_updates
 from .link import OTHER, naming
 
-__all__ = ["DataParallel"]
-
 
 class DataParallel:
     """``learner`` on every process, each with samples of its own; gradients are averaged.

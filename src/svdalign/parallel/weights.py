@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from ..engine import Learner
 
-__all__ = ["get", "names", "put"]
-
 
 def names(learner: Learner) -> dict[Tensor, str]:
     """Every parameter's name."""

@@ -8,14 +8,12 @@ from typing import TypeVar
 
 from .base import Rule
 
-__all__ = ["available", "get", "register"]
-
 _rules: dict[str, Rule] = {}
 
-R = TypeVar("R", Rule, type[Rule])
+_R = TypeVar("_R", Rule, type[Rule])
 
 
-def register(rule: R) -> R:
+def register(rule: _R) -> _R:
     """Make a rule known by its name, and return it. ``rule``: a :class:`Rule`, or a subclass (this
     is a decorator), which is registered with its default fields.
 

@@ -27,8 +27,6 @@ from ..losses import (
 )
 from ..task import Loss, Task, width
 
-__all__ = ["ErrorSource", "Rule", "Supervision", "UnitSpec"]
-
 ErrorSource = Literal["output", "local", "target"]
 
 

@@ -8,8 +8,6 @@ from typing import ClassVar
 from ._registry import register
 from .base import ErrorSource, Rule
 
-__all__ = ["BP"]
-
 
 @register
 @dataclass(frozen=True)

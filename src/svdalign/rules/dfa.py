@@ -11,8 +11,6 @@ from ..feedback import Feedback, GaussianFeedback
 from ._registry import register
 from .base import ErrorSource, Rule, Supervision, UnitSpec, task_loss
 
-__all__ = ["DFA", "DRTP"]
-
 
 @register
 @dataclass(frozen=True)

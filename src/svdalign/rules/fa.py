@@ -18,8 +18,6 @@ from ..factors.stiefel import qr_retract
 from ._registry import register
 from .bp import BP
 
-__all__ = ["FA", "mirrored"]
-
 
 @register
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from .base import (
     task_loss,
 )
 
-__all__ = ["SSAReconstruction"]
-
 Alignment = Literal["against-error", "with-error", "target", "subspace", "none"]
 
 

@@ -14,8 +14,6 @@ from ..factors.registry import dense_copy
 from ._registry import register
 from .fa import FA, mirrored
 
-__all__ = ["BatchwiseRandomSign", "SignSymmetric"]
-
 
 @register
 @dataclass(frozen=True)

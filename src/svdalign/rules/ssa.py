@@ -23,8 +23,6 @@ from .base import (
     task_loss,
 )
 
-__all__ = ["SSA"]
-
 Alignment = Literal["similarity", "share", "cosine", "none"]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..._parts import by_parts
 
-__all__ = ["add_part", "as_map", "gradients_by_parts", "positions", "wanted_gradients"]
-
 
 def gradients_by_parts(
     run: Callable[[slice], Iterable[Tensor | None]], parts: list[slice], wanted: list[bool]

@@ -17,8 +17,6 @@ from ..layers import SVDConv2d
 from ._gradients import gradients_by_parts, wanted_gradients
 from .expand_relu import ExpandReLU
 
-__all__ = ["expand"]
-
 
 def expand(
     layer: SVDConv2d,

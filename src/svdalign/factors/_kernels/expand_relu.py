@@ -20,8 +20,6 @@ from ..layers import SVDConv2d
 from ._gradients import as_map, gradients_by_parts, positions, wanted_gradients
 from .reduce import Reduce
 
-__all__ = ["ExpandReLU"]
-
 aten = torch.ops.aten
 
 

@@ -14,8 +14,6 @@ from ..._map_statistics import accumulation_dtype
 from ..._parts import parts_of
 from ._gradients import as_map, positions
 
-__all__ = ["moments"]
-
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (r,) and covariance (r, r), dividing by their number, of the positions of ``z``

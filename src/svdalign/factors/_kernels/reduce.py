@@ -14,8 +14,6 @@ from ..._parts import by_parts
 from ..layers import SVDConv2d
 from ._gradients import add_part, wanted_gradients
 
-__all__ = ["Reduce", "reduce"]
-
 
 def reduce(layer: SVDConv2d, x: Tensor) -> Tensor:
     """The first convolution of ``layer``: ``x`` (B, C, h, w) to (B, r, h', w')."""

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["ReadOnly", "read_only"]
-
 #: Methods that write to their first argument without a name that ends in an underscore.
 WRITES = frozenset({
     "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",

@@ -14,24 +14,11 @@ from torch.nn.utils import parametrize
 from ..stale import note_new_rank
 from ._read_only import MESSAGE, read_only
 
-__all__ = [
-    "REGISTERED",
-    "SCHEMES",
-    "FactoredLayer",
-    "Scheme",
-    "absolute_rank",
-    "break_even_rank",
-    "dotted",
-    "factored_layers",
-    "plain_layer",
-    "svd_factors",
-]
-
 Scheme = Literal["spatial", "channel"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 
 #: Dtypes in which torch multiplies matrices and differentiates the product.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 #: The factored type for each dense type, by the dotted name of the dense one.
@@ -49,8 +36,8 @@ def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns ``U (m, r), s (r,), V (n, r)``. Cutting drops energy; one common factor on ``s``
     restores the norm, and with it the scale of activations at initialisation. Raises ValueError for
     a ``W`` that is complex, has no values or has some that are not finite."""
-    if W.dtype not in DTYPES:
-        raise ValueError(f"W must be of a real floating dtype, one of {DTYPES}, got {W.dtype}")
+    if W.dtype not in _DTYPES:
+        raise ValueError(f"W must be of a real floating dtype, one of {_DTYPES}, got {W.dtype}")
     try:
         finite = bool(W.isfinite().all())
     except RuntimeError:  # no test for meta tensors, as estimates of costs answer for these
@@ -147,7 +134,7 @@ class FactoredLayer(nn.Module):
             return "its weight is computed from other parameters"
         if REGISTERED.get(dotted(type(layer))) is not cls:
             return f"a subclass ({type(layer).__name__}) may not be what its base computes"
-        if weight.dtype not in DTYPES:
+        if weight.dtype not in _DTYPES:
             return f"its weight is of dtype {weight.dtype}"
         return ""
 

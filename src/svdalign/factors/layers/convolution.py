@@ -22,17 +22,6 @@ from torch import Tensor, nn
 
 from .base import FactoredLayer, Scheme, plain_layer
 
-__all__ = [
-    "FactoredConvolution",
-    "FactoredTransposedConvolution",
-    "SVDConv1d",
-    "SVDConv2d",
-    "SVDConv3d",
-    "SVDConvTranspose1d",
-    "SVDConvTranspose2d",
-    "SVDConvTranspose3d",
-]
-
 
 class FactoredConvolution(FactoredLayer):
     """A convolution with a factored kernel; see the text of the module.

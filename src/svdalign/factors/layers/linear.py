@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from .base import FactoredLayer, Scheme, plain_layer
 
-__all__ = ["SVDLinear"]
-
 
 class SVDLinear(FactoredLayer, dense=nn.Linear):
     """``nn.Linear`` with ``weight = U diag(s) V^T``: ``U`` (out, r), ``V`` (in, r).

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from .base import Scheme, plain_layer
 from .linear import SVDLinear
 
-__all__ = ["SVDTransformersConv1D"]
-
 
 class SVDTransformersConv1D(SVDLinear, dense="transformers.pytorch_utils.Conv1D"):
     """A linear layer whose weight is kept transposed, (in, out).

@@ -16,9 +16,7 @@ from ...factors import FactoredLayer
 from ...factors.layers import absolute_rank
 from .latency import alternate
 
-__all__ = ["Call", "factored_calls", "macs_break_even", "time_break_even", "time_ratios"]
-
-SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  #: of full rank, to time
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  #: of full rank, to time
 
 
 class Call(NamedTuple):
@@ -71,7 +69,7 @@ def time_ratios(
     turns, see :func:`alternate`, which also takes ``seconds``. Of ``layer`` itself only the shape
     counts: it may be on the meta device.
     """
-    ranks = sorted({absolute_rank(share, layer.full_rank) for share in SHARES})
+    ranks = sorted({absolute_rank(share, layer.full_rank) for share in _SHARES})
     layers = {"dense": layer.dense(), **{str(rank): _of_rank(layer, rank) for rank in ranks}}
     layers = {name: _with_numbers(module, x) for name, module in layers.items()}
     with torch.no_grad():

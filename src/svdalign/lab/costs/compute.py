@@ -14,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from ..._operations import Operations
 from ...engine.forward import evaluating
 
-__all__ = ["inference_macs", "macs_by_module", "parameter_count", "step_macs"]
-
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters; shared ones are counted once."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["epoch_seconds"]
-
 
 def epoch_seconds(
     step: float,

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..._operations import Operations
 
-__all__ = ["pretending"]
-
 
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "alternate"]
-
 
 @dataclass(frozen=True)
 class Timing:

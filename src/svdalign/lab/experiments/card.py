@@ -24,8 +24,6 @@ from ..training.record import check_writable, write_json
 from ..training.run import describe
 from ..training.trainer import Trainer
 
-__all__ = ["BATCHES", "card", "latency", "ship", "versus_dense"]
-
 BATCHES = (1, 128)  #: sizes at which latency is measured
 IMAGES = 64  #: real images on which files are checked
 SECONDS = 20.0  #: of measuring, at most, for each size

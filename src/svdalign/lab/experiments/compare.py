@@ -23,8 +23,6 @@ from . import costs
 from .card import versus_dense
 from .variants import MethodsConfig, Variant
 
-__all__ = ["CompareConfig", "Comparison", "summarise"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(MethodsConfig):

@@ -15,8 +15,6 @@ from ..training.build import build_learner, precision
 from ..training.config import RunConfig
 from ..training.trainer import Trainer
 
-__all__ = ["Step", "measure"]
-
 SECONDS = 10.0  #: for the alternating steps of all methods together; at least three rounds
 
 

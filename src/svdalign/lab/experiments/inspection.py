@@ -17,9 +17,7 @@ from ...factors.stiefel import orthogonality_error
 from ..reports.plots import curves
 from ..training.record import Record, write_json
 
-__all__ = ["LayerState", "inspect_run", "plots", "table", "write"]
-
-ENERGY = 0.99  #: share that ``rank_for_energy`` is about
+_ENERGY = 0.99  #: share that ``rank_for_energy`` is about
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def inspect_run(folder: str | Path) -> list[LayerState]:
                 full_rank=min(len(U), len(V)),
                 spectrum=sigma.tolist(),
                 kept_energy=math.prod(row["kept_energy"].get(name, 1.0) for row in history),
-                rank_for_energy=energy_rank(sigma, ENERGY),
+                rank_for_energy=energy_rank(sigma, _ENERGY),
                 orthogonality=(orthogonality_error(U).item(), orthogonality_error(V).item()),
                 parameters=U.numel() + s.numel() + V.numel(),
                 dense_parameters=len(U) * len(V),
@@ -87,7 +85,7 @@ def inspect_run(folder: str | Path) -> list[LayerState]:
 def table(layers: list[LayerState]) -> Table:
     """One row a layer: rank after the first epoch and now, full rank, rank for 99 % of the energy,
     energy that the cuts kept, spectrum, orthogonality error, size against dense."""
-    result = Table("layer", "rank", "of", f"{ENERGY:.0%}", "kept", "σ max", "σ min", "‖XᵀX−I‖",
+    result = Table("layer", "rank", "of", f"{_ENERGY:.0%}", "kept", "σ max", "σ min", "‖XᵀX−I‖",
                    "size")  # fmt: skip
     for column in result.columns[1:]:
         column.justify = "right"

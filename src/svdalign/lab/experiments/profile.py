@@ -52,10 +52,8 @@ from ..training.provenance import provenance
 from ..training.record import Record, new_folder, unfinished
 from .costs import Step
 
-__all__ = ["Profile", "ProfileConfig", "check_profile"]
-
 #: Factors and checkpoints go together, so a claim of little memory has to meet both at once.
-DEFAULT = [
+_DEFAULT = [
     *("bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed"),
     *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
 ]
@@ -98,7 +96,7 @@ class EpochConfig(Options):
 class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
     """profile"""
 
-    methods: list[str] = option(DEFAULT, f"of {HELP}")
+    methods: list[str] = option(_DEFAULT, f"of {HELP}")
     optimizer: Literal["adamw", "sgd", "muon"] = option(
         "adamw", "whose state is held: two numbers, or one (of hidden weights for muon)"
     )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["at_edge", "best", "search"]
-
 
 def at_edge(found: Mapping[float, float]) -> bool:
     """Whether the best of ``found``, accuracies by rate, is its lowest or its highest rate."""

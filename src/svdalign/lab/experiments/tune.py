@@ -18,8 +18,6 @@ from ..training.provenance import provenance
 from .search import at_edge, search
 from .variants import MethodsConfig, Variant
 
-__all__ = ["TuneConfig", "Tuning"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(MethodsConfig):

@@ -12,8 +12,6 @@ from ..methods import DEFAULT, HELP
 from ..training.config import JobConfig, RunConfig, check_settings, method_config
 from ..training.options import option
 
-__all__ = ["MethodsConfig", "Variant"]
-
 
 @dataclass(frozen=True)
 class Variant:

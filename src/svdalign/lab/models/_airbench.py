@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from ._layers import scaled
 
-__all__ = ["Whitening", "airbench"]
-
 
 class Whitening(nn.Module):
     """A convolution over whitened patches, ``(N, C, H, W)`` to ``(N, 2 C k k, H-k+1, W-k+1)``.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._layers import scaled
 
-PATCH, HEAD = 16, 64
+_PATCH, HEAD = 16, 64
 
 
 class Attention(nn.Module):
@@ -54,9 +54,9 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         width = HEAD * heads
-        self.patches = nn.Conv2d(in_channels, width, PATCH, PATCH)
+        self.patches = nn.Conv2d(in_channels, width, _PATCH, _PATCH)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // PATCH) ** 2 + 1, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // _PATCH) ** 2 + 1, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)

@@ -8,10 +8,8 @@ from typing import Any
 from .page import environment, plain
 from .tables import evaluated, images, of_whole
 
-__all__ = ["card_text"]
-
 #: What each file beside a card is for.
-USES = {
+_USES = {
     "model.safetensors": "`model.safetensors` holds the weights of the modules below.",
     "model.pt2": "`model.pt2` runs with torch alone (`torch.export.load`).",
     "model.onnx": "`model.onnx` runs with onnxruntime (input `x`, output `y`).",
@@ -31,6 +29,6 @@ def card_text(card: Mapping[str, Any]) -> str:
             trained=of_whole(card["data"], "train"),
             mean=mean,
             std=std,
-            uses=" ".join(USES[file["name"]] for file in card["files"]),
+            uses=" ".join(_USES[file["name"]] for file in card["files"]),
         )
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["frame"]
-
 
 def frame(results: Mapping[str, Any]) -> Any:
     """A ``pandas.DataFrame`` with a row for each epoch of each run, from what ``results.json`` of a

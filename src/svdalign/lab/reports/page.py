@@ -19,8 +19,6 @@ from markupsafe import Markup
 
 from .plots import Plot, Style
 
-__all__ = ["Figure", "Section", "Table", "count", "environment", "number", "page", "plain"]
-
 
 @dataclass(frozen=True)
 class Table:

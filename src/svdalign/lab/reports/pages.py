@@ -24,23 +24,13 @@ from .tables import (
     profile_rows,
 )
 
-__all__ = [
-    "ANGLES",
-    "angle_map",
-    "comparison_page",
-    "memory_bars",
-    "profile_page",
-    "rank_map",
-    "run_page",
-]
-
 #: What is measured for each layer, and for each unit.
 ANGLES = {
     "layers": "angle of gradient to BP's (degrees)",
     "units": "angle of feedback to forward path (degrees)",
 }
 
-Runs = Sequence[Mapping[str, Any]]
+_Runs = Sequence[Mapping[str, Any]]
 
 
 def comparison_page(results: Mapping[str, Any]) -> str:
@@ -166,7 +156,7 @@ def profile_page(results: Mapping[str, Any]) -> str:
     )
 
 
-def memory_bars(methods: Runs) -> plots.Plot:
+def memory_bars(methods: _Runs) -> plots.Plot:
     """Peak memory of a training step by method, and what it is made of."""
     parts = {
         row["label"]: {part: row["memory"][part] / 2**20 for part in MEMORY_PARTS}
@@ -177,7 +167,7 @@ def memory_bars(methods: Runs) -> plots.Plot:
     return plots.bars(parts, "peak training memory (MiB)", keyed=True)
 
 
-def angle_map(histories: Sequence[Runs], kind: str = "layers") -> plots.Plot | None:
+def angle_map(histories: Sequence[_Runs], kind: str = "layers") -> plots.Plot | None:
     """What is in ``ANGLES`` by layer or unit and epoch, mean over seeds; None where it was not
     measured."""
     measured = [[row for row in history if "alignment" in row] for history in histories]
@@ -191,7 +181,7 @@ def angle_map(histories: Sequence[Runs], kind: str = "layers") -> plots.Plot | N
     )  # fmt: skip
 
 
-def rank_map(histories: Sequence[Runs]) -> plots.Plot | None:
+def rank_map(histories: Sequence[_Runs]) -> plots.Plot | None:
     """Rank by layer and epoch, mean over seeds; None where no rank ever changed."""
     rows = _by_layer([[row["ranks"] for row in history] for history in histories])
     if all(len(set(ranks)) == 1 for ranks in rows.values()):
@@ -200,7 +190,7 @@ def rank_map(histories: Sequence[Runs]) -> plots.Plot | None:
     return plots.heat_map(rows, epochs, "epoch", "layer", "rank")
 
 
-def _comparison_table(results: Mapping[str, Any], runs: Sequence[Runs]) -> Table:
+def _comparison_table(results: Mapping[str, Any], runs: Sequence[_Runs]) -> Table:
     """The table of a comparison, with single runs and learning rates, for wide screens."""
     headings = ["method", "accuracy", "by seed", "learning rate", "parameters", "inference MACs",
                 "peak training memory", "time per step", "× BP dense"]  # fmt: skip
@@ -212,7 +202,7 @@ def _comparison_table(results: Mapping[str, Any], runs: Sequence[Runs]) -> Table
     return Table(headings, rows, keyed=True)
 
 
-def _learning(results: Mapping[str, Any], runs: Mapping[str, Runs], several: bool) -> list[Figure]:
+def _learning(results: Mapping[str, Any], runs: Mapping[str, _Runs], several: bool) -> list[Figure]:
     """Accuracy over epochs, time and arithmetic, on one scale, and the loss."""
     kind, guess = images(results), 100 * chance(results)
     shaded = " Mean over the seeds, the range between them shaded." if several else ""
@@ -306,7 +296,7 @@ def _costs(rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _inside(runs: Mapping[str, Runs]) -> list[Section]:
+def _inside(runs: Mapping[str, _Runs]) -> list[Section]:
     """Ranks, spectra and angles by layer, where there are any."""
     ranks, spectra, angles = [], [], []
     for i, (label, mine) in enumerate(runs.items()):
@@ -339,7 +329,7 @@ def _break_even(results: Mapping[str, Any]) -> list[Section]:
 
 
 def _accuracies(
-    runs: Mapping[str, Runs], at: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
+    runs: Mapping[str, _Runs], at: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
 ) -> dict[str, Seeds]:
     """Accuracy of each run in percent, by label; ``at``: the x values of a run's epochs."""
     return {
@@ -352,7 +342,7 @@ def _accuracies(
 
 
 def _points(
-    history: Runs, key: str, scale: float = 1.0, at: Sequence[float] | None = None
+    history: _Runs, key: str, scale: float = 1.0, at: Sequence[float] | None = None
 ) -> list[tuple[float, float | None]]:
     xs = [row["epoch"] for row in history] if at is None else at
     values = [row[key] for row in history]
@@ -388,7 +378,7 @@ def _by_layer(histories: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, lis
     return found
 
 
-def _spectra(history: Runs) -> dict[str, list[list[float]]]:
+def _spectra(history: _Runs) -> dict[str, list[list[float]]]:
     """Singular values after each epoch, by layer; at most six layers, evenly spread."""
     epochs = [row["spectra"] for row in history if row.get("spectra")]
     names = list(dict.fromkeys(name for epoch in epochs for name in epoch))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["Plot", "Seeds", "Style", "bars", "curves", "heat_map", "save", "scatter", "spectra"]
-
 Seeds = Sequence[Sequence[tuple[float, float | None]]]
 """For each seed, its points ``(x, y)``; ``None`` where a value is missing or not finite."""
 
@@ -35,16 +33,16 @@ COLOURS = (
     *("#4c86c6", "#e07b39", "#3f9e6e", "#c9507c", "#8a6fd1"),
     *("#b0902c", "#2fa3ad", "#9a6a4f", "#7f8893"),
 )
-PART_COLOURS = ("#b0902c", "#e07b39", "#3f9e6e", "#4c86c6")
-DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
-MARKERS = "osD^vP*Xh"
-INK, RULE = "#010203", "#040506"  # stand-ins that the page's own colours replace
-FILE_COLOURS = {INK: "#1c2430", RULE: "#c5cbd3"}
-SIZE = (4.2, 2.9)  #: inches
-LABEL = 26  #: characters of a label on one line, and three lines of it at most
+_PART_COLOURS = ("#b0902c", "#e07b39", "#3f9e6e", "#4c86c6")
+_DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
+_MARKERS = "osD^vP*Xh"
+_INK, _RULE = "#010203", "#040506"  # stand-ins that the page's own colours replace
+_FILE_COLOURS = {_INK: "#1c2430", _RULE: "#c5cbd3"}
+_SIZE = (4.2, 2.9)  #: inches
+_LABEL = 26  #: characters of a label on one line, and three lines of it at most
 CELLS = 12  #: columns of a heat map up to which values are written into its cells
 
-STYLE: dict[str, Any] = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "svdalign",
     "text.parse_math": False,
@@ -52,17 +50,17 @@ STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _INK,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": RULE,
+    "grid.color": _RULE,
     "grid.linewidth": 0.5,
-    "text.color": INK,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "text.color": _INK,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -81,11 +79,11 @@ class Style:
 
     @property
     def dashes(self) -> tuple[float, ...]:
-        return DASHES[self.index % len(DASHES)]
+        return _DASHES[self.index % len(_DASHES)]
 
     @property
     def marker(self) -> str:
-        return MARKERS[self.index % len(MARKERS)]
+        return _MARKERS[self.index % len(_MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,18 @@ class Plot:
 
     alt: str
     draw: Callable[[SubFigure | Figure, bool], None]
-    size: tuple[float, float] = SIZE
+    size: tuple[float, float] = _SIZE
     keyed: bool = False
 
     def svg(self) -> Markup:
         """SVG for a page, in the page's colours of text and lines."""
-        svg = _render([self], "svg", STYLE, legend=not self.keyed).decode("utf-8")
+        svg = _render([self], "svg", _STYLE, legend=not self.keyed).decode("utf-8")
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
         svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
         svg = re.sub(r'id="label(\d+)"', r'data-method="\1"' if self.keyed else "", svg)
         svg = re.sub(r'<g id="[\w.-]+"', "<g", svg)  # on a page they would not be unique
-        svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+        svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
         alt = escape(self.alt)
         return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1))
 
@@ -122,7 +120,7 @@ class Plot:
 
 def save(plots: Sequence[Plot], path: Path) -> None:
     """Write ``plots``, side by side, into one file, dark on white; its suffix says of what kind."""
-    style = {k: FILE_COLOURS.get(v, v) if isinstance(v, str) else v for k, v in STYLE.items()}
+    style = {k: _FILE_COLOURS.get(v, v) if isinstance(v, str) else v for k, v in _STYLE.items()}
     path.write_bytes(_render(plots, path.suffix[1:], style, legend=True))
 
 
@@ -152,7 +150,7 @@ def curves(
                 style = Style(index)
                 at, mean, low, high = zip(*points, strict=True)
                 line = axes.plot(
-                    at, mean, label=shorten(label), color=style.colour, dashes=style.dashes,
+                    at, mean, label=_shorten(label), color=style.colour, dashes=style.dashes,
                     marker="o" if len(points) <= 40 else None, markersize=3,
                 )  # fmt: skip
                 _mark(index, *line)
@@ -174,7 +172,7 @@ def curves(
     last = {label: points[-1][1] for label, points in means.items() if points}
     alt = f"{y} by {x}; last values: {_in_words(last)}"
     legend = 0.0 if keyed or len(last) < 2 else 0.17 * math.ceil(len(last) / 2)  # two columns of it
-    return Plot(alt, _on_axes(draw), size=(SIZE[0], SIZE[1] + legend), keyed=keyed)
+    return Plot(alt, _on_axes(draw), size=(_SIZE[0], _SIZE[1] + legend), keyed=keyed)
 
 
 def scatter(
@@ -215,7 +213,7 @@ def scatter(
                 right = at > 0.55 * width
                 beside = at + (-0.03 if right else 0.03) * width
                 text = axes.annotate(
-                    shorten(label), (at, points[label][1]), (beside, heights[label]), fontsize=8,
+                    _shorten(label), (at, points[label][1]), (beside, heights[label]), fontsize=8,
                     ha="right" if right else "left", va="center",
                     arrowprops={"arrowstyle": "-", "color": matplotlib.rcParams["grid.color"],
                                 "linewidth": 0.8, "shrinkB": 5},
@@ -249,8 +247,8 @@ def bars(
         for index, (label, parts) in enumerate(data.items()):
             if not parts:
                 continue
-            left, name = 0.0, shorten(label)
-            for kind, colour in zip(kinds, PART_COLOURS[-len(kinds) :], strict=True):
+            left, name = 0.0, _shorten(label)
+            for kind, colour in zip(kinds, _PART_COLOURS[-len(kinds) :], strict=True):
                 bar = axes.barh(
                     name, parts[kind], left=left, height=0.62,
                     color=colours(label) if colours else colour,
@@ -277,8 +275,8 @@ def bars(
         axes.set_xlabel(x)
         axes.set_xlim(start, start + 1.18 * (max(totals.values()) - start) or 1.0)
 
-    lines = sum(shorten(label).count("\n") + 1 for label in totals)
-    size = (SIZE[0], 1.1 + 0.18 * lines + 0.14 * len(totals))
+    lines = sum(_shorten(label).count("\n") + 1 for label in totals)
+    size = (_SIZE[0], 1.1 + 0.18 * lines + 0.14 * len(totals))
     parts = next((parts for parts in data.values() if parts), {})
     drawn = _on_axes(draw, legend="always" if len(parts) > 1 else "never")
     return Plot(f"{x}: {_in_words(totals)}", drawn, size=size, keyed=keyed)
@@ -325,7 +323,7 @@ def heat_map(
         step = max(1, math.ceil(len(columns) / CELLS))
         axes.set_xticks(range(0, len(columns), step), list(columns)[::step])
         every = max(1, math.ceil(len(rows) / 24))
-        names = [shorten(name) for name in rows]
+        names = [_shorten(name) for name in rows]
         axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=8)
         axes.set(xlabel=x, ylabel=y)
         axes.tick_params(length=0)
@@ -337,7 +335,7 @@ def heat_map(
             bar.ax.axhline(centre, color=matplotlib.rcParams["text.color"], linewidth=1)
 
     alt = f"{value} by {y} and {x}: from {low:.3g} to {high:.3g}"
-    return Plot(alt, draw, size=(SIZE[0], min(6.0, 1.1 + 0.22 * max(len(rows), 4))))
+    return Plot(alt, draw, size=(_SIZE[0], min(6.0, 1.1 + 0.22 * max(len(rows), 4))))
 
 
 def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> Plot:
@@ -359,7 +357,7 @@ def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> 
                     at, [value / top[name] or math.nan for value in values],
                     color=COLOURS[0], alpha=0.15 + 0.85 * age**2, linewidth=0.8 + 0.8 * age,
                 )  # fmt: skip
-            axes.set_title(shorten(name, LABEL // 2), fontsize=8)
+            axes.set_title(_shorten(name, _LABEL // 2), fontsize=8)
             _scale_logarithmically(axes)
         for axes in panels[len(layers) :]:
             axes.set_visible(False)
@@ -370,7 +368,7 @@ def spectra(layers: Mapping[str, Sequence[Sequence[float]]], x: str, y: str) -> 
         name: epochs[-1][-1] / (epochs[-1][0] or 1.0) for name, epochs in layers.items() if epochs
     }
     alt = f"{y} by {x}; smallest over largest after the last epoch: {_in_words(last)}"
-    return Plot(alt, draw, size=(SIZE[0], 0.9 + 1.15 * lines))
+    return Plot(alt, draw, size=(_SIZE[0], 0.9 + 1.15 * lines))
 
 
 def _scale_logarithmically(axes: Axes) -> None:
@@ -380,7 +378,7 @@ def _scale_logarithmically(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(lambda value, _: "")
 
 
-def shorten(label: str, width: int = LABEL) -> str:
+def _shorten(label: str, width: int = _LABEL) -> str:
     """``label`` in at most three short lines."""
     return "\n".join(textwrap.wrap(label, width, max_lines=3, placeholder=" …")) or "–"
 
@@ -412,7 +410,7 @@ def _render(plots: Sequence[Plot], kind: str, style: Mapping[str, Any], *, legen
         for panel, plot in zip(panels, plots, strict=True):
             plot.draw(panel, legend)
         metadata = {"Date": None} if kind == "svg" else {}
-        page = style is STYLE
+        page = style is _STYLE
         figure.savefig(buffer, format=kind, dpi=200, transparent=page, metadata=metadata)
     return buffer.getvalue()
 

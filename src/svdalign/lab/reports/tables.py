@@ -14,52 +14,28 @@ from rich.text import Text
 from ..training.config import evaluated_on
 from .page import count, number
 
-__all__ = [
-    "MEMORY_PARTS",
-    "at_chance",
-    "beside_backpropagation",
-    "break_even_rows",
-    "break_even_table",
-    "chance",
-    "chance_note",
-    "comparison_rows",
-    "comparison_table",
-    "counts",
-    "evaluated",
-    "images",
-    "job",
-    "named_settings",
-    "of_whole",
-    "own_settings",
-    "profile_headings",
-    "profile_rows",
-    "profile_table",
-    "search_table",
-    "terminal_table",
-]
-
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
-AT_CHANCE = " †"  #: behind an accuracy that is no better than guessing
+_AT_CHANCE = " †"  #: behind an accuracy that is no better than guessing
 
-COMPARISON = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
-PROFILE = (
+_COMPARISON = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
+_PROFILE = (
     *("method", "peak (MiB)", "parameters", "gradients", "optimizer", "activations"),
     *("MACs of a step", "step × BP dense", "inference × BP dense"),
 )
-NARROW_PROFILE = ("method", "MiB", "param", "grad", "optim", "activ", "MACs", "step", "infer")
+_NARROW_PROFILE = ("method", "MiB", "param", "grad", "optim", "activ", "MACs", "step", "infer")
 
 
-class Parts(Group, JupyterMixin):
+class _Parts(Group, JupyterMixin):
     """Text and tables one below the other, on a terminal as in a notebook."""
 
 
-def comparison_table(results: Mapping[str, Any]) -> Parts:
+def comparison_table(results: Mapping[str, Any]) -> _Parts:
     """The summary of a comparison for the terminal."""
     caption = ["× BP: time of a step over that of BP with dense weights"]
     caption += [*chance_note(results), *own_settings(results)]
-    return Parts(
+    return _Parts(
         Text(job(results), style="bold"),
-        terminal_table(COMPARISON, comparison_rows(results), caption=caption),
+        terminal_table(_COMPARISON, comparison_rows(results), caption=caption),
         *map(Text, beside_backpropagation(results)),
     )
 
@@ -87,21 +63,21 @@ def beside_backpropagation(results: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each method: cells as in ``COMPARISON``."""
+    """A row for each method: cells as in ``_COMPARISON``."""
     return [_comparison_cells(row, results) for row in results["summary"]]
 
 
 def profile_table(results: Mapping[str, Any]) -> Table:
     """A profile for the terminal."""
-    headings = profile_headings(results, NARROW_PROFILE)
-    caption = ["step and infer: time × BP dense"] if headings is NARROW_PROFILE else []
+    headings = profile_headings(results, _NARROW_PROFILE)
+    caption = ["step and infer: time × BP dense"] if headings is _NARROW_PROFILE else []
     return terminal_table(
         headings, list(profile_rows(results)), caption=[*caption, *own_settings(results)]
     )
 
 
 def profile_headings(
-    results: Mapping[str, Any], headings: Sequence[str] = PROFILE
+    results: Mapping[str, Any], headings: Sequence[str] = _PROFILE
 ) -> Sequence[str]:
     """Those of ``headings`` for which the profile has numbers: without times, if it is an
     estimate."""
@@ -120,10 +96,10 @@ def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def epoch_table(results: Mapping[str, Any]) -> Table:
     """Predicted times of an epoch for the terminal."""
-    return terminal_table(*epoch_rows(results), title="an epoch, predicted")
+    return terminal_table(*_epoch_rows(results), title="an epoch, predicted")
 
 
-def epoch_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _epoch_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a profile's predicted epochs: peak of each device, and minutes."""
     methods = results["methods"]
     devices = [f"{n} device" + "s" * (n != "1") for n in methods[0]["epoch_seconds"]]
@@ -222,7 +198,7 @@ def chance_note(results: Mapping[str, Any]) -> list[str]:
     """What the mark of scores at chance means, if there are any."""
     if not any(at_chance(row["accuracy"], results) for row in results["summary"]):
         return []
-    return [f"{AT_CHANCE.strip()} at chance: a guess is right {chance(results):.1%} of the time"]
+    return [f"{_AT_CHANCE.strip()} at chance: a guess is right {chance(results):.1%} of the time"]
 
 
 def own_settings(results: Mapping[str, Any]) -> list[str]:
@@ -254,7 +230,7 @@ def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> lis
     if row["accuracy_std"] is not None:
         accuracy += f" ± {100 * row['accuracy_std']:.2f}"
     if at_chance(row["accuracy"], results):
-        accuracy += AT_CHANCE
+        accuracy += _AT_CHANCE
     if not row["complete"] and row["accuracy"] is not None:
         accuracy += " so far"
     size = [f"{row['parameters']:,}", count(row["macs"])] if "macs" in row else ["–", "–"]

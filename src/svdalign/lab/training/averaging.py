@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lookahead"]
-
 
 class Lookahead:
     """Every ``period`` steps the average takes in the weights and they are set to it.

@@ -28,21 +28,8 @@ from .config import JobConfig, RunConfig
 from .loggers import check_logger
 from .processes import Alone
 
-__all__ = [
-    "augmentation",
-    "build_learner",
-    "build_model",
-    "evaluate",
-    "evaluate_views",
-    "load_data",
-    "make_rule",
-    "memory_format",
-    "precision",
-    "prepare_machine",
-]
-
-EVAL_BATCH = 500  #: images at once where nothing is saved for a backward pass
-WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.Whitening` looks at
+_EVAL_BATCH = 500  #: images at once where nothing is saved for a backward pass
+_WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.Whitening` looks at
 
 
 def prepare_machine(config: JobConfig) -> None:
@@ -113,7 +100,7 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
         )
     for module in net.modules():
         if isinstance(module, models.Whitening):
-            module.fit(example_batch(config, data, WHITENING_IMAGES))
+            module.fit(example_batch(config, data, _WHITENING_IMAGES))
     if config.rank is not None:
         net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
@@ -199,7 +186,7 @@ def _evaluate(
     sums = torch.zeros(3, device=data.test.device)  # of losses, right answers, images
     part = (0, 1) if team is None else (team.rank, team.size)
     with evaluating(model):
-        for x, y in _plain_batches(config, data, data.test, EVAL_BATCH * part[1], part):
+        for x, y in _plain_batches(config, data, data.test, _EVAL_BATCH * part[1], part):
             if not len(y):
                 continue
             with precision(config):

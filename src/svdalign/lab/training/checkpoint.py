@@ -15,8 +15,6 @@ from .record import MOVABLE, Record, check_resumable
 from .same_data import check_same_data
 from .trainer import Trainer, build_trainer
 
-__all__ = ["load_checkpoint", "load_run", "resumed", "save_checkpoint"]
-
 
 def load_run(folder: str | Path) -> Trainer:
     """The trainer of the run in ``folder``, as its last checkpoint has it, with its data.

@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..costs import pretending, step_memory
 
-__all__ = ["CheckpointedSequential", "checkpointed", "segment_sizes", "smallest_checkpointed"]
-
 
 class CheckpointedSequential(nn.Sequential):
     """A chain of modules cut into segments of which only the inputs are saved.

@@ -12,20 +12,6 @@ from .. import methods, models
 from ..methods import Method
 from .options import Options, check_rank, option, plain
 
-__all__ = [
-    "Augmentation",
-    "DataConfig",
-    "JobConfig",
-    "MachineConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RankConfig",
-    "RunConfig",
-    "check_settings",
-    "evaluated_on",
-    "method_config",
-]
-
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
 #: Fields of every rule, which a run has as fields of its own.

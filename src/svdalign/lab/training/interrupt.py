@@ -7,8 +7,6 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["Interrupt"]
-
 
 class Interrupt:
     """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one acts at once.

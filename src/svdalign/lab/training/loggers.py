@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from .._named import import_maker
 from .record import finite
 
-__all__ = ["LOGGERS", "Logger", "check_logger", "make_logger", "numbers"]
-
 
 class Logger(Protocol):
     """Made as ``Logger(folder, name, config)`` when a run starts or goes on: the run's folder, what
@@ -25,14 +23,14 @@ class Logger(Protocol):
         """The run is ``"finished"``, ``"diverged"``, ``"interrupted"`` or has ``"failed"``."""
 
 
-class Nowhere:
+class _Nowhere:
     """Logs nothing."""
 
     def log(self, epoch: int, numbers: Mapping[str, float]) -> None: ...
     def close(self, status: str) -> None: ...
 
 
-class TensorBoard:
+class _TensorBoard:
     """Writes to ``tensorboard/`` in the run's folder: ``tensorboard --logdir RUNS``."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -53,7 +51,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class _WeightsAndBiases:
     """A run of the project ``svdalign``, or what ``WANDB_PROJECT`` says; its other variables, such
     as ``WANDB_MODE=offline``, hold as well. A run that goes on after a kill is a new one there."""
 
@@ -72,8 +70,8 @@ class WeightsAndBiases:
 
 #: By name: the package that has to be installed, and what is made.
 LOGGERS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Logger]]] = {
-    "tensorboard": ("tensorboard", TensorBoard),
-    "wandb": ("wandb", WeightsAndBiases),
+    "tensorboard": ("tensorboard", _TensorBoard),
+    "wandb": ("wandb", _WeightsAndBiases),
 }
 
 
@@ -94,7 +92,7 @@ def check_logger(name: str | None) -> None:
 def make_logger(logger: str | None, folder: Path, name: str, config: Mapping[str, Any]) -> Logger:
     """The logger of that name, or ``package.module:Class``, for a run."""
     if logger is None:
-        return Nowhere()
+        return _Nowhere()
     kind = import_maker(logger) if ":" in logger else LOGGERS[logger][1]
     made: Logger = kind(folder, name, config)
     return made

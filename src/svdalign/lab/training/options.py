@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["Options", "check_rank", "differences", "from_dict", "option", "plain", "to_yaml"]
+_T = TypeVar("_T")
+_C = TypeVar("_C")
 
-T = TypeVar("T")
-C = TypeVar("C")
-
-BOUNDS = {
+_BOUNDS = {
     "least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
     "most": (operator.le, "at most"),
@@ -24,7 +22,7 @@ BOUNDS = {
 }
 
 
-def option(default: T, help: str, **bounds: float) -> T:
+def option(default: _T, help: str, **bounds: float) -> _T:
     """A dataclass field with a default, the line that ``--help`` shows for it, and bounds of its
     number: ``least``, ``above``, ``most``, ``below``."""
     metadata = {"help": help, "bounds": bounds}
@@ -45,7 +43,7 @@ class Options:
                 raise ValueError(f"{f.name} must be true or false, got {value!r}")
             if isinstance(value, int | float):
                 for name, bound in f.metadata["bounds"].items():
-                    holds, words = BOUNDS[name]
+                    holds, words = _BOUNDS[name]
                     if not (math.isfinite(value) and holds(value, bound)):
                         raise ValueError(f"{f.name} must be {words} {bound:g}, got {value}")
 
@@ -68,7 +66,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     )
 
 
-def from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
+def from_dict(kind: type[_C], values: Mapping[str, Any]) -> _C:
     """``kind(**values)`` with an error that names the keys it does not have."""
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(known)):

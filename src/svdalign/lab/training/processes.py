@@ -25,8 +25,6 @@ from ...parallel import DataParallel, LayerParallel
 from ...parallel.link import OTHER, naming
 from .config import RunConfig
 
-__all__ = ["Alone", "RefusedError", "Together", "leads", "meeting", "refusing", "tell"]
-
 
 class RefusedError(ValueError):
     """The run cannot be trained by several processes."""

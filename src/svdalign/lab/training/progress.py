@@ -17,10 +17,8 @@ from .config import evaluated_on
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["LiveProgress", "PlainProgress", "Progress", "progress_for"]
-
 #: Seconds between two readings of the running loss, each of which waits for the device.
-REFRESH_SECONDS = 0.25
+_REFRESH_SECONDS = 0.25
 
 
 class Progress:
@@ -128,7 +126,7 @@ class LiveProgress(Progress, AbstractContextManager["LiveProgress"]):
     def step(self, trainer: Trainer) -> None:
         self._steps += 1
         now = time.perf_counter()
-        if now - self._shown >= REFRESH_SECONDS:
+        if now - self._shown >= _REFRESH_SECONDS:
             self._shown = now
             self._update(trainer)
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["provenance"]
-
 
 def provenance(device: str) -> dict[str, Any]:
     """Versions, git commit, machine and command line of this process, ready for JSON."""

@@ -22,18 +22,6 @@ try:
 except ImportError:  # not a POSIX system: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "InUseError",
-    "Record",
-    "check_resumable",
-    "check_writable",
-    "finite",
-    "new_folder",
-    "read_json",
-    "unfinished",
-    "write_json",
-]
-
 #: What may differ between a run and the command that goes on with it: where it runs, and where its
 #: data lie now. ``epochs`` may grow, where ``--resume`` says so.
 MOVABLE = {f.name for f in dataclasses.fields(MachineConfig)} | {

@@ -22,8 +22,6 @@ from .provenance import provenance
 from .record import Record
 from .trainer import Trainer
 
-__all__ = ["absolute", "describe", "train"]
-
 
 def train(
     trainer: Trainer,

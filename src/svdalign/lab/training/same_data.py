@@ -13,10 +13,8 @@ from torch import Tensor
 from ..data import ImageData, Images
 from ..data._types import Epoch
 
-__all__ = ["check_same_data", "looks_of"]
-
-LOOKED_AT = 16  #: images of each split
-GREY_LEVELS = 2.0  #: by which decoders may differ, in means over a quarter by a quarter
+_LOOKED_AT = 16  #: images of each split
+_GREY_LEVELS = 2.0  #: by which decoders may differ, in means over a quarter by a quarter
 
 
 def looks_of(data: ImageData) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def looks_of(data: ImageData) -> dict[str, Any]:
 
 def _looks_of(split: Images) -> dict[str, Any]:
     labels = split.labels.cpu().contiguous().numpy().tobytes()
-    size = min(LOOKED_AT, len(split))
+    size = min(_LOOKED_AT, len(split))
     images = next((x for x, _ in split.fetch(Epoch(size, 0, 1))), torch.empty(0, 1, 1, 1))
     return {
         "count": len(split),
@@ -62,4 +60,4 @@ def _check(what: str, old: Any, new: Any) -> None:
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and bool(((old - new).abs() <= GREY_LEVELS).all())
+    return old.shape == new.shape and bool(((old - new).abs() <= _GREY_LEVELS).all())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["learning_rate_factor"]
-
 
 def learning_rate_factor(kind: str, step: int, total: int, warmup: float) -> float:
     """Factor in [0, 1] on the peak learning rate for ``step`` (from 0) of ``total``.

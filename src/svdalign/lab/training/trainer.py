@@ -38,9 +38,7 @@ from .progress import Progress
 from .same_data import looks_of
 from .schedule import learning_rate_factor
 
-__all__ = ["Running", "Trainer", "build_trainer", "spectra"]
-
-DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
+_DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
 
 _STATE = (
     "epoch",
@@ -53,7 +51,7 @@ _STATE = (
 )
 
 
-SAMPLES = 9  #: of a layer's singular values, kept for each epoch
+_SAMPLES = 9  #: of a layer's singular values, kept for each epoch
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Trainer:
 
         Returns ``"finished"``, ``"interrupted"`` if ``stop`` said so, or ``"diverged"`` if an
         epoch left weights that are not finite, or if its mean loss is not finite or more than
-        ``DIVERGED`` times that of a guess.
+        ``_DIVERGED`` times that of a guess.
         """
         progress = progress or Progress()
         progress.start(name, self)
@@ -237,7 +235,7 @@ class Trainer:
         weights = self.learner.model.parameters()
         finite = all(bool(p.isfinite().all()) for p in weights)
         guess = math.log(max(self.data.num_classes, 2))  # loss of an answer that says nothing
-        self.diverged = not (finite and running.loss <= DIVERGED * guess)
+        self.diverged = not (finite and running.loss <= _DIVERGED * guess)
         kept = {} if self.diverged else self._cut_ranks(self.epoch + 1)
         model, config = self.learner.model, self.config
         test_loss, test_accuracy = evaluate(model, self.data, config, self.team)
@@ -335,11 +333,11 @@ def build_trainer(config: RunConfig, data: ImageData) -> Trainer:
 
 def spectra(model: nn.Module) -> dict[str, list[float]]:
     """Singular values of each factored layer, by its name, from largest to smallest: at most
-    :data:`SAMPLES`, evenly spread, to three digits."""
+    :data:`_SAMPLES`, evenly spread, to three digits."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, FactoredLayer):
             values = spectrum(layer)
-            chosen = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values))).round().long()
+            chosen = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
             found[name] = [float(f"{value:.3g}") for value in values[chosen.to(values.device)]]
     return found

@@ -20,8 +20,6 @@ from .measured import (
     whole_angle,
 )
 
-__all__ = ["experiment_figures", "experiment_table", "index_page"]
-
 
 def experiment_figures(results: Mapping[str, Any]) -> list[Figure]:
     """The figures of an experiment, from what its JSON holds."""

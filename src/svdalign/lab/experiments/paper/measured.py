@@ -9,50 +9,38 @@ from typing import Any
 
 from ...reports.page import count, number
 
-__all__ = [
-    "COLUMNS",
-    "Value",
-    "by_epoch",
-    "cost_table",
-    "drift",
-    "error",
-    "hidden_angle",
-    "mean",
-    "whole_angle",
-]
-
-Row = Mapping[str, Any]
-Value = Callable[[Row], float | None]
+_Row = Mapping[str, Any]
+Value = Callable[[_Row], float | None]
 """A number from what was measured at the end of an epoch; None where it was not finite."""
-Cell = Callable[[Sequence[Row], Row], str]
+_Cell = Callable[[Sequence[_Row], _Row], str]
 """From all rows of an experiment and one of them, the text of a cell of its table."""
 
 
-def whole_angle(epoch: Row) -> float | None:
+def whole_angle(epoch: _Row) -> float | None:
     """Angle of the whole gradient to BP's, in degrees."""
     cosine = epoch["alignment"]["cosine"]
     return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
-def hidden_angle(epoch: Row) -> float | None:
+def hidden_angle(epoch: _Row) -> float | None:
     """Mean angle over the hidden layers. The output layer comes last: every rule teaches it
     exactly."""
     return mean(list(epoch["alignment"]["layers"].values())[:-1])
 
 
-def error(epoch: Row) -> float | None:
+def error(epoch: _Row) -> float | None:
     """Top-1 error in percent."""
     accuracy = epoch["test_accuracy"]
     return None if accuracy is None else 100 * (1 - accuracy)
 
 
-def drift(epoch: Row) -> float | None:
+def drift(epoch: _Row) -> float | None:
     """The largest orthogonality error of any factor."""
     found = [value for value in epoch["orthogonality"].values() if value is not None]
     return max(found) if found else None
 
 
-def by_epoch(rows: Sequence[Row], value: Value) -> dict[str, list[list[float | None]]]:
+def by_epoch(rows: Sequence[_Row], value: Value) -> dict[str, list[list[float | None]]]:
     """``value`` of each epoch of each seed, by method."""
     return {
         row["label"]: [[value(epoch) for epoch in history] for history in row["histories"]]
@@ -66,26 +54,26 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.mean(there) if there else None
 
 
-def _last(row: Row, value: Value) -> float | None:
+def _last(row: _Row, value: Value) -> float | None:
     """Mean over the seeds after the last epoch."""
     return mean(value(history[-1]) for history in row["histories"])
 
 
-def _largest(row: Row, value: Value) -> float | None:
+def _largest(row: _Row, value: Value) -> float | None:
     found = [value(epoch) for history in row["histories"] for epoch in history]
     return max((v for v in found if v is not None), default=None)
 
 
-def _angle_of(kind: str) -> Cell:
+def _angle_of(kind: str) -> _Cell:
     """Mean over layers or units, after the last epoch."""
 
-    def angle(epoch: Row) -> float | None:
+    def angle(epoch: _Row) -> float | None:
         return mean(epoch["alignment"][kind].values())
 
     return lambda rows, row: number(_last(row, angle), "{:.1f}°")
 
 
-def _layers_downhill(row: Row) -> float | None:
+def _layers_downhill(row: _Row) -> float | None:
     """Share of hidden layers that went downhill: of all batches looked at, or, in results from
     before that was measured, of the angles in the tangent space at the ends of epochs."""
     epochs = [epoch["alignment"] for history in row["histories"] for epoch in history]
@@ -96,12 +84,12 @@ def _layers_downhill(row: Row) -> float | None:
     return statistics.mean(shares) if shares and None not in shares else None
 
 
-def _steps_downhill(row: Row) -> float | None:
+def _steps_downhill(row: _Row) -> float | None:
     """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
     return mean(epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h)
 
 
-def _reaches(rows: Sequence[Row], row: Row, rival: str = "dfa-dense") -> str:
+def _reaches(rows: Sequence[_Row], row: _Row, rival: str = "dfa-dense") -> str:
     """The first epoch at which the mean error over seeds is no more than the rival's last."""
     final = next((_last(other, error) for other in rows if other["variant"] == rival), None)
     if final is None:
@@ -113,12 +101,12 @@ def _reaches(rows: Sequence[Row], row: Row, rival: str = "dfa-dense") -> str:
     return "never"
 
 
-_DOWNHILL: dict[str, Cell] = {
+_DOWNHILL: dict[str, _Cell] = {
     "layers downhill": lambda rows, row: number(_layers_downhill(row), "{:.0%}"),
     "steps downhill": lambda rows, row: number(_steps_downhill(row), "{:.0%}"),
 }
 #: By drawing, columns of its table beyond those of every table.
-COLUMNS: dict[str, dict[str, Cell]] = {
+COLUMNS: dict[str, dict[str, _Cell]] = {
     "angles": {
         "angle": lambda rows, row: number(_last(row, whole_angle), "{:.1f}°"),
         "hidden layers": lambda rows, row: number(_last(row, hidden_angle), "{:.1f}°"),
@@ -135,7 +123,7 @@ COLUMNS: dict[str, dict[str, Cell]] = {
 }
 
 
-def cost_table(profiles: Mapping[str, Sequence[Row]]) -> tuple[Sequence[str], list[list[str]]]:
+def cost_table(profiles: Mapping[str, Sequence[_Row]]) -> tuple[Sequence[str], list[list[str]]]:
     """Headings and rows: costs of training and of inference, each also as a ratio to the first
     method of the same network."""
     headings = ["network", "method", "parameters"]
@@ -153,7 +141,7 @@ def cost_table(profiles: Mapping[str, Sequence[Row]]) -> tuple[Sequence[str], li
     return headings, rows
 
 
-def _costs_of(row: Row) -> list[tuple[Any, Callable[[float], str]]]:
+def _costs_of(row: _Row) -> list[tuple[Any, Callable[[float], str]]]:
     """Costs in the order of the table, each with how it is written."""
     return [
         (row["memory"]["peak"], _mebibytes),

@@ -28,8 +28,6 @@ from ..profile import Profile, ProfileConfig, check_profile
 from .draw import experiment_figures, index_page
 from .specs import EXPERIMENTS, Experiment, Variant
 
-__all__ = ["ReproduceConfig", "Reproduction"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig(MachineConfig):

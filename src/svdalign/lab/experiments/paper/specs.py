@@ -17,8 +17,6 @@ from typing import Any, Literal
 from ...methods import METHODS, Method
 from ..profile import ProfileConfig
 
-__all__ = ["EXPERIMENTS", "SCALES", "Drawing", "Experiment", "Scale", "Variant"]
-
 Scale = Literal["smoke", "cpu", "full"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "full")
 Drawing = Literal["angles", "layers", "units", "errors", "drift", "ranks", "costs", "table", "maps"]
@@ -100,14 +98,14 @@ def _short(jobs: Mapping[Scale, Mapping[str, Any]], **cpu: Any) -> dict[Scale, M
     return {**jobs, "cpu": {**jobs["cpu"], **half}}
 
 
-SMALLCONV = _job({"model": "smallconv", "width": 0.25}, model="smallconv")
+_SMALLCONV = _job({"model": "smallconv", "width": 0.25}, model="smallconv")
 MLP = _short(_job({"model": "mlp", "width": 0.25, "rank": 0.25}, model="mlp", rank=0.25), width=0.5)
-LOW_RANK = _short({**SMALLCONV, "smoke": MLP["smoke"]}, width=0.5)
-VGG8 = _job({"model": "vgg8", "width": 0.06, "image_size": 16}, model="vgg8", width=0.25)
-RESNET = _job(
+_LOW_RANK_JOB = _short({**_SMALLCONV, "smoke": MLP["smoke"]}, width=0.5)
+_VGG8 = _job({"model": "vgg8", "width": 0.06, "image_size": 16}, model="vgg8", width=0.25)
+_RESNET = _job(
     {"model": "resnet20", "width": 0.25, "image_size": 12}, model="resnet20", precision="bf16"
 )
-RESNET32 = _short(
+_RESNET32 = _short(
     _job(
         {"model": "resnet32", "width": 0.25, "image_size": 12, "train_limit": 128,
          "test_limit": 100, "rank": 1 / 3},
@@ -117,7 +115,7 @@ RESNET32 = _short(
 )  # fmt: skip
 
 #: How the paper seems to run its method, beside the rule itself.
-RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "retraction": None}
+_RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "retraction": None}
 
 # --- figures ------------------------------------------------------------------------------------
 
@@ -134,7 +132,7 @@ def _at(name: str, lr: float, **options: Any) -> Method:
 
 #: What a method changes of the job.
 _OWN: Mapping[str, Mapping[str, Any]] = {
-    "ssa-reconstruction": RECONSTRUCTION,
+    "ssa-reconstruction": _RECONSTRUCTION,
     "dfa-dense": {"units": "layer"},
 }
 
@@ -145,14 +143,14 @@ def _searched(rates: Mapping[str, float]) -> dict[str, Variant]:
 
 PERCEPTRON, DEEP = _searched(_MLP_RATES), _searched(_RESNET32_RATES)
 
-ANGLES = {
+_ANGLES = {
     name: Variant(METHODS[name]) for name in ("dfa", "ssa-output", "ssa-local", "ssa-1", "ssa")
 }
 
 
 def _drift() -> dict[str, Variant]:
     """The reconstruction with each way to keep its factors orthonormal."""
-    free = {**RECONSTRUCTION}
+    free = {**_RECONSTRUCTION}
     variants = {
         f"penalty-{beta:g}": Variant(
             dataclasses.replace(
@@ -194,7 +192,7 @@ def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig
     return {
         label: ProfileConfig(
             rank=0.25, estimate=True, methods=_COSTS,
-            settings={"ssa-reconstruction": dict(RECONSTRUCTION)}, **network,
+            settings={"ssa-reconstruction": dict(_RECONSTRUCTION)}, **network,
         )
         for label, network in networks.items()
     }  # fmt: skip
@@ -514,7 +512,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "In the tangent space of each weight, over training; 90°, where an update neither helps "
         "nor hurts, is grey. Layers are units. At scale cpu a quarter as wide, "
         "2,500 images.",
-        "layers", RESNET32, DEEP, angles=True,
+        "layers", _RESNET32, DEEP, angles=True,
     ),
     "fig4": Experiment(
         "Top-1 error over epochs, 3-layer MLP",
@@ -539,7 +537,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
         "Methods on SmallConv",
         "All methods on one small network, data and budget.",
-        "table", SMALLCONV, {name: Variant(method) for name, method in METHODS.items()},
+        "table", _SMALLCONV, {name: Variant(method) for name, method in METHODS.items()},
         seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "table2": Experiment(
@@ -562,12 +560,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Each term of the composite loss removed, alone, and in its other forms: of our "
         "reconstruction of the paper's method, which keeps factors orthonormal by the penalty, and "
         "of our recipe; at a fifth of full rank, at scale cpu half as wide, on 5,000 images.",
-        "table", LOW_RANK, _ablation(),
+        "table", _LOW_RANK_JOB, _ablation(),
     ),
     "table4": Experiment(
         "Feedback",
         "How errors come back: rules, sources of the error, fixed or learned feedback, horizons.",
-        "table", RESNET, _feedback(),
+        "table", _RESNET, _feedback(),
     ),
     "drift": Experiment(
         "How far factors leave the Stiefel manifold",
@@ -583,9 +581,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "images are not looked at.",
         "maps",
         {
-            "smoke": {**LOW_RANK["smoke"], "validation": 128},
-            "cpu": {**LOW_RANK["cpu"], "train_limit": 10_000, "validation": 5_000},
-            "full": {**LOW_RANK["full"], "validation": 10_000},
+            "smoke": {**_LOW_RANK_JOB["smoke"], "validation": 128},
+            "cpu": {**_LOW_RANK_JOB["cpu"], "train_limit": 10_000, "validation": 5_000},
+            "full": {**_LOW_RANK_JOB["full"], "validation": 10_000},
         },
         _search(), axes=_SEARCH_AXES, seeds={"smoke": 1, "cpu": 1, "full": 1},
     ),
@@ -593,18 +591,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Angle between the rule's gradient and backpropagation's, VGG-8",
         "Per layer, in the tangent space of the weight, over training. Below 90° an update goes "
         "downhill on the global loss as far as that layer is concerned; 90° is chance.",
-        "layers", VGG8, ANGLES, group="alignment", angles=True,
+        "layers", _VGG8, _ANGLES, group="alignment", angles=True,
     ),
     "vgg8-feedback": Experiment(
         "Angle between the feedback and the forward path, VGG-8",
         "Per unit, between the matrix that brings errors back and the transposed Jacobian of the "
         "logits, over training. 90° is chance; feedback that is learned can turn towards the path.",
-        "units", VGG8, ANGLES, group="alignment", angles=True,
+        "units", _VGG8, _ANGLES, group="alignment", angles=True,
     ),
     "ranks": Experiment(
         "Accuracy against rank",
         "Test accuracy at fixed ranks, and the ranks of a run that cuts them while it trains.",
-        "ranks", SMALLCONV, _ranks(),
+        "ranks", _SMALLCONV, _ranks(),
     ),
     "step-costs": Experiment(
         "Memory, arithmetic and time of a training step",
@@ -626,13 +624,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Loss terms, at half of full rank",
         "Each term of the composite loss on its own and together, for SSA; the same terms given to "
         "DFA and to backpropagation.",
-        "table", SMALLCONV, _terms(), seeds={"smoke": 1, "cpu": 3, "full": 5},
+        "table", _SMALLCONV, _terms(), seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "sensitivity": Experiment(
         "Sensitivity to the settings",
         "Test accuracy of SSA on SmallConv over a decade of each setting, two at a time, the "
         "others at their defaults: learning rate 0.01, α 4, horizon 2, grid 4, k 10, retraction.",
-        "maps", SMALLCONV, _sensitivity(), axes=_AXES,
+        "maps", _SMALLCONV, _sensitivity(), axes=_AXES,
         seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
 }  # fmt: skip
