@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from svdalign import RankCut, reduce_rank
 from svdalign.engine import Learner
 from svdalign.factors import FactoredLayer
-from svdalign.factors.stiefel import qr_retract, tangent_project
+from svdalign.factors.stiefel import qr_retract
 from svdalign.feedback import Feedback, StructuredFeedback
 from svdalign.lab.data import ImageData
 from svdalign.lab.training import RunConfig, Trainer, build_learner, build_model, make_rule
 from svdalign.lab.training.build import example_batch
-from svdalign.losses import similarity_alignment, similarity_matrix
+from svdalign.losses import directions, similarity_alignment, statistics_alignment
 from svdalign.rules import SSA, Rule, Supervision, UnitSpec
 from svdalign.rules.base import task_loss
 
@@ -124,13 +124,15 @@ def decaying_spectrum(model: nn.Module) -> None:
 
 
 def tangent_steps(learner: Learner, config: RunConfig, data: ImageData) -> None:
-    """Gradients of U and V projected to the tangent space before the optimizer sees them."""
+    """Gradients of U and V, less ``X sym(X^T G)``: projected to the tangent space before the
+    optimizer sees them."""
     factors = [X for layer in layers(learner.model) for X in (layer.U, layer.V)]
 
     def project(*_: object) -> None:
         for X in factors:
             if X.grad is not None:
-                X.grad = tangent_project(X.detach(), X.grad)
+                XtG = X.detach().mT @ X.grad
+                X.grad = X.grad - X.detach() @ (0.5 * (XtG + XtG.mT))
 
     learner.optimizer.register_step_pre_hook(project)
 
@@ -267,8 +269,8 @@ class PooledSimilaritySSA(SSA):
     def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         pooled = unit.pool(h, self.grid)
         loss = task_loss(self.error, feedback, pooled, supervision)
-        wanted = similarity_matrix(supervision.target_matrix().to(pooled.dtype))
-        return loss + self.alpha * F.mse_loss(similarity_matrix(pooled), wanted)
+        wanted = directions(supervision.target_matrix().to(pooled.dtype))
+        return loss + self.alpha * statistics_alignment(pooled, wanted)
 
 
 class CentredSimilaritySSA(SSA):

@@ -1,4 +1,4 @@
-"""A base for modes that see every operation that torch runs."""
+"""Watching torch at work: every operation that it runs, every tensor that autograd saves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -27,3 +29,14 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @abstractmethod
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``func(*args, **kwargs)`` is to return."""
+
+
+def saving_as_usual(note: Callable[[Tensor], None] = lambda t: None) -> saved_tensors_hooks:
+    """Inside, hooks on saved tensors from outside, such as those of gradient checkpointing, have no
+    effect: autograd saves the tensors themselves. ``note`` is called with each of them."""
+
+    def pack(t: Tensor) -> Tensor:
+        note(t)
+        return t
+
+    return saved_tensors_hooks(pack, lambda t: t)

@@ -67,13 +67,6 @@ def channel_statistics(h: Tensor) -> Tensor:
     return h.flatten(1).to(accumulation_dtype(h.dtype))
 
 
-def similarity_matrix(x: Tensor) -> Tensor:
-    """``S_ij = cos(x_i - mean(x_i), x_j - mean(x_j))`` for ``x`` (B, d); (B, B). It is 0, and so is
-    its gradient, where a row is constant, as that of a blank image can be."""
-    rows, _ = directions(x)
-    return rows @ rows.mT
-
-
 class Directions(NamedTuple):
     """``rows`` (B, d) of norm 1 or 0, and which are not 0, ``there`` (B, 1)."""
 

@@ -1,4 +1,4 @@
-"""One contract for every retraction, and the tangent space against its explicit basis."""
+"""One contract for every retraction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from svdalign.factors.stiefel import (
     orthogonalize,
     polar_retract,
     qr_retract,
-    tangent_project,
 )
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -145,30 +144,6 @@ def test_newton_schulz_squares_the_error_at_each_step(shape, seed, size) -> None
 def test_newton_schulz_refuses_no_steps() -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         newton_schulz_retract(torch.eye(2), steps=0)
-
-
-class TestTangentProjection:
-    @given(shape=shapes, seed=seeds)
-    def test_is_the_projection_on_the_explicit_basis(self, shape, seed) -> None:
-        X, G = point(shape, seed), torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
-        basis = oracle.tangent_basis(X.numpy())
-        expected = (basis.T @ (basis @ G.numpy().ravel())).reshape(shape)
-        torch.testing.assert_close(tangent_project(X, G), torch.from_numpy(expected), **EXACT)
-
-    @given(shape=shapes, seed=seeds)
-    def test_is_idempotent_and_leaves_tangents(self, shape, seed) -> None:
-        X, G = point(shape, seed), noise(shape, seed)
-        P = tangent_project(X, G)
-        torch.testing.assert_close(tangent_project(X, P), P, **EXACT)
-        V = tangent(X, seed)
-        torch.testing.assert_close(tangent_project(X, V), V, **EXACT)
-
-    @given(shape=shapes, seed=seeds)
-    def test_never_points_uphill(self, shape, seed) -> None:
-        X, G = point(shape, seed), 3.0 * noise(shape, seed)
-        P = tangent_project(X, G)
-        torch.testing.assert_close((G * P).sum(), P.square().sum(), **EXACT)
-        assert (G * P).sum() >= -1e-12
 
 
 class TestOrthogonalityError:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .._operations import saving_as_usual
+from .._tracing import temporary
 from .forward import forward, preserved
 
 
@@ -70,34 +72,21 @@ def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str
     seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     alive: list[Tensor] = []  # so that no other storage takes the place of one that was counted
 
-    def note(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         storage = t.untyped_storage()
         if t.ndim and len(t) in batch and storage._cdata not in seen:
             seen.add(storage._cdata)
             alive.append(t.detach())
             held[-1] += min(t.nbytes, storage.nbytes())  # a part of a batch is a view of it
-        return t
 
     def end(path: str, *_: Any) -> None:
         called.append(path)
         held.append(0)
 
     handles = [model.get_submodule(path).register_forward_hook(partial(end, path)) for path in ends]
-    try:
-        with (
-            preserved(model),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(note, _as_it_is),
-        ):
-            forward(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with temporary(handles), preserved(model), torch.enable_grad(), saving_as_usual(note):
+        forward(model, example)
     while called and held[-1] == 0:  # nothing learns after the last end
         called.pop()
         held.pop()
     return called, held
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
+from .._operations import saving_as_usual
 from .._tracing import temporary
 from .forward import forward
 from .units import Plan, Unit
@@ -102,7 +103,7 @@ class _Stream:
             handed_on = self.exit(path, output)
             if self.leave is not None and self.next == len(self.units):
                 self.leave(handed_on)
-                raise _Left
+                raise Left
             return handed_on
 
         # torch.compile would otherwise make the hook a part of the module's own graph.
@@ -157,8 +158,7 @@ class _Stream:
     ) -> None:
         self.active = False
         unit, planned = self.plan.units[index], self.advance(index)
-        # Hooks on saved tensors, such as those of checkpointing, are for the model's own graph.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with saving_as_usual():  # a checkpoint around the unit is for the model's own graph
             segment = _Segment(unit, outputs, edges, planned)
             segment.learn(self.unit_loss, features)
         self.window.append(segment)
@@ -272,7 +272,7 @@ def stream(
     ]
     with temporary(hooks), torch.enable_grad():
         z: Tensor | None = None
-        with contextlib.suppress(_Left):
+        with contextlib.suppress(Left):
             z = forward(model, x)
         if z is not None and z.requires_grad:
             state.learn(len(plan.units) - 1, [z], [], {0: 0})
@@ -282,9 +282,5 @@ def stream(
     return None if z is None else z.detach()
 
 
-class _Left(BaseException):
+class Left(BaseException):
     """Ends a pass early. No ``except Exception`` of the model's own stops it."""
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._operations import saving_as_usual
 from .._parts import memory_format
 from .._tracing import temporary
 from .fused import KERNELS, FusedConv2d, Kernel
@@ -103,11 +104,10 @@ def _cost(layer: FusedConv2d, kernel: Kernel, x: Tensor) -> Cost:
     layer.kernel = kernel
     saved: dict[int, int] = {}
 
-    def note(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> None:
         saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with saving_as_usual(note):
         out = layer(x)
     grad = torch.randn_like(out)
     del out

@@ -19,6 +19,7 @@ from .layers import (
     Scheme,
     absolute_rank,
     break_even_rank,
+    check_rank,
     factored_layers,
 )
 from .registry import dense_names, factored_type, own_matrices
@@ -127,7 +128,8 @@ def factorize(
     if not isinstance(classifier, bool):
         raise TypeError(f"classifier must be true or false, got {classifier!r}")
     for value in rank.values() if isinstance(rank, Mapping) else (rank,):
-        _check_rank(value)
+        if value is not None:
+            check_rank("rank", value, ", or a mapping from layer names to these or None")
     _check_not_lazy(net)
     model = copied(net)
     layers = {name: m for name, m in model.named_modules() if factored_type(m)}
@@ -192,19 +194,6 @@ def factorize(
     settle_fast_path(model, set(factored_layers(model).values()))
     model.factorization = Factorization(model, (*reports, *others))  # type: ignore[assignment]
     return model
-
-
-def _check_rank(rank: object) -> None:
-    allowed = (
-        "a fraction in (0, 1], a whole number of at least 1, "
-        "or a mapping from layer names to these or None"
-    )
-    if rank is None:
-        return
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise TypeError(f"rank must be {allowed}, got {rank!r}")
-    if (isinstance(rank, int) and rank < 1) or (isinstance(rank, float) and not 0.0 < rank <= 1.0):
-        raise ValueError(f"rank must be {allowed}, got {rank!r}")
 
 
 def _check_not_lazy(net: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ._cut import cut_layer
-from .layers import FactoredLayer, absolute_rank, factored_layers
+from .layers import FactoredLayer, absolute_rank, check_rank, factored_layers
 from .rediagonalize import energy_rank, rediagonalized, spectrum
 
 
@@ -187,26 +187,10 @@ def _check(
             f"rank names {unknown}, which are not factored layers; there are {list(layers)}"
         )
     for value in rank.values() if isinstance(rank, Mapping) else (rank,):
-        if not (value is None or _is_rank(value)):
-            raise ValueError(
-                "rank must be a whole number of at least 1, a fraction in (0, 1] or a mapping from "
-                f"layer names to these, got {value!r}"
-            )
-    if not (parameters is None or _is_rank(parameters)):
-        raise ValueError(
-            "parameters must be a whole number of at least 1 or a fraction in (0, 1], "
-            f"got {parameters!r}"
-        )
+        if value is not None:
+            check_rank("rank", value, ", or a mapping from layer names to these")
+    if parameters is not None:
+        check_rank("parameters", parameters)
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio!r}")
-    if not _is_rank(min_rank):
-        raise ValueError(
-            "min_rank must be a whole number of at least 1 or a fraction in (0, 1], "
-            f"got {min_rank!r}"
-        )
-
-
-def _is_rank(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value >= 1 if isinstance(value, int) else 0 < value <= 1
+    check_rank("min_rank", min_rank)

@@ -122,16 +122,6 @@ def orthogonalize(X: Tensor) -> Tensor:
     return X @ product
 
 
-def tangent_project(X: Tensor, G: Tensor) -> Tensor:
-    """Orthogonal projection onto the tangent space of St(m, r) at ``X``: ``G - X sym(X^T G)``.
-
-    Being an orthogonal projection it never points uphill: ``<G, PG> = ||PG||^2 >= 0``.
-    """
-    _check_tall(X)
-    XtG = X.mT @ G
-    return G - X @ (0.5 * (XtG + XtG.mT))
-
-
 def orthogonality_error(X: Tensor) -> Tensor:
     """``||X^T X - I||_F``, shape ``(...)``. Zero exactly on the manifold."""
     _check_tall(X)

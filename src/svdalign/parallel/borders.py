@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._tracing import temporary
 from ..engine import Learner
 from ..engine.forward import forward, preserved
 from ..engine.ownership import reached
@@ -96,12 +97,8 @@ def _calls(learner: Learner, x: Any) -> dict[str, set[int]]:
             module.register_forward_pre_hook(begin(path)),
             module.register_forward_hook(end(path)),
         ]
-    try:
-        with preserved(learner.model), torch.no_grad():
-            forward(learner.model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with temporary(handles), preserved(learner.model), torch.no_grad():
+        forward(learner.model, x)
     return found
 
 
@@ -148,11 +145,7 @@ def check_borders(learner: Learner, x: Any, place: Sequence[int], first: int) ->
         )
     paths = dict.fromkeys(unit.exit for unit in units[:-1])
     handles = [learner.model.get_submodule(p).register_forward_hook(hook) for p in paths]
-    try:
-        with preserved(learner.model), torch.enable_grad():
-            z = forward(learner.model, x)
-        check([z], len(units) - 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with temporary(handles), preserved(learner.model), torch.enable_grad():
+        z = forward(learner.model, x)
+    check([z], len(units) - 1)
     return border

@@ -19,7 +19,7 @@ from .._files import write
 from ..engine import Learner, Plan, StepReport
 from ..engine.balance import balanced
 from ..engine.forward import forward, preserved
-from ..engine.streaming import stream
+from ..engine.streaming import Left, stream
 from . import weights
 from .balance import unit_seconds
 from .borders import check_borders, owners, refuse, tensors_of
@@ -232,14 +232,14 @@ class LayerParallel:
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             leave(tensors_of(output))
-            raise _Left
+            raise Left
 
         with contextlib.ExitStack() as stack:
             if not self._last:
                 end = self.model.get_submodule(self.units[-1].exit)
                 stack.callback(end.register_forward_hook(hook).remove)
             stack.enter_context(self._entering(received, learn=False))
-            stack.enter_context(contextlib.suppress(_Left))
+            stack.enter_context(contextlib.suppress(Left))
             return forward(self.model, x)
         return None
 
@@ -279,10 +279,6 @@ class LayerParallel:
         values = torch.empty(real.shape, dtype=real.dtype, device=self._device)
         dist.broadcast(values, group=self._group, group_src=owner)
         weights.put(self.learner, name, real.copy_(values))
-
-
-class _Left(BaseException):
-    """Ends a forward pass early. No ``except Exception`` of the model's own stops it."""
 
 
 def _without_values(value: Any) -> Any:

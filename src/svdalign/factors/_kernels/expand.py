@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..._autocast import present_autocast
 from ..._lazy import read, reads_by_parts
+from ..._operations import saving_as_usual
 from ..._parts import by_parts, parts_of
 from ..layers import SVDConv2d
 from ._gradients import gradients_by_parts, wanted_gradients
@@ -40,10 +40,6 @@ def expand(
     rest = nn.Sequential(*tail)
     weights = (second, bias, *rest.parameters())
     return cast(Tensor, _Expand.apply(layer, rest, z, *weights))  # type: ignore[no-untyped-call]
-
-
-def _as_is(t: Tensor) -> Tensor:
-    return t
 
 
 @reads_by_parts
@@ -80,7 +76,7 @@ class _Expand(torch.autograd.Function):
             part = z[rows].requires_grad_(wanted[0])
             # A unit's backward may run within a checkpointed block's forward, which would count
             # what is saved here as its own.
-            with torch.enable_grad(), ctx.autocast(), saved_tensors_hooks(_as_is, _as_is):
+            with torch.enable_grad(), ctx.autocast(), saving_as_usual():
                 out = ctx.tail(ctx.layer.expand(part, second, bias))
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
             return (next(found) if want else None for want in wanted)

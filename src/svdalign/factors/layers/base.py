@@ -278,6 +278,18 @@ def break_even_rank(m: int, n: int) -> int:
     return math.ceil(m * n / (m + n + 1)) - 1
 
 
+def check_rank(name: str, rank: object, more: str = "") -> None:
+    """TypeError or ValueError unless ``rank`` is a fraction of full rank or a whole number.
+    ``more``: what else the argument ``name`` may be."""
+    must = (
+        f"{name} must be a fraction in (0, 1] or a whole number of at least 1{more}, got {rank!r}"
+    )
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise TypeError(must)
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ValueError(must)
+
+
 def absolute_rank(rank: int | float, full: int) -> int:
     """``rank`` as a number, at most ``full``: a whole number as it is, a fraction in (0, 1] of
     ``full`` rounded up."""

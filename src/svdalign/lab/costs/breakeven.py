@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...factors import FactoredLayer
+from ..._tracing import temporary
+from ...factors import FactoredLayer, factored_layers
 from ...factors.layers import absolute_rank
 from .latency import alternate
 
@@ -39,14 +40,10 @@ def factored_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
 
     handles = [
         module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if isinstance(module, FactoredLayer)
+        for name, module in factored_layers(model).items()
     ]
-    try:
+    with temporary(handles):
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

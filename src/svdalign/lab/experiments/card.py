@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import export
 from ...engine.forward import evaluating
-from ...factors import FactoredLayer
+from ...factors import factored_layers
 from ..costs import alternate, inference_macs, parameter_count
 from ..data import ImageData, batches
 from ..reports import card_text
@@ -152,8 +152,7 @@ def _layers(model: nn.Module, small: nn.Module) -> list[dict[str, Any]]:
             "full_rank": layer.full_rank,
             "form": "factored" if isinstance(small.get_submodule(name), nn.Sequential) else "dense",
         }
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactoredLayer)
+        for name, layer in factored_layers(model).items()
     ]
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ...factors.layers import check_rank
 from .. import methods, models
 from ..methods import Method
-from .options import Options, check_rank, option, plain
+from .options import Options, option, plain
 
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
@@ -110,7 +111,8 @@ class ModelConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank("rank", self.rank)
+        if self.rank is not None:
+            check_rank("rank", self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +142,9 @@ class RankConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank("rank_parameters", self.rank_parameters)
         check_rank("rank_min", self.rank_min)
         if self.rank_parameters is not None:
+            check_rank("rank_parameters", self.rank_parameters)
             if self.rank_energy is not None:
                 raise ValueError("give either rank_energy or rank_parameters, not both")
             if self.rank_freeze is None:

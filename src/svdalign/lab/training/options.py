@@ -48,15 +48,6 @@ class Options:
                         raise ValueError(f"{f.name} must be {words} {bound:g}, got {value}")
 
 
-def check_rank(name: str, value: float | None) -> None:
-    """ValueError unless ``value`` is a fraction of full rank, a whole number, or None."""
-    whole = isinstance(value, int)
-    if value is not None and not (value >= 1 if whole else 0 < value <= 1):
-        raise ValueError(
-            f"{name} must be a fraction in (0, 1] or a whole number of at least 1, got {value}"
-        )
-
-
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The fields in which two configs, as dicts, differ, with both values; "" where none does."""
     return ", ".join(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine import Learner
-from ...factors import FactoredLayer, RankCut, reduce_rank
+from ...factors import RankCut, factored_layers, reduce_rank
 from ...factors.rank import parameter_budget
 from ...factors.rediagonalize import spectrum
 from ...storage import ranks
@@ -335,9 +335,8 @@ def spectra(model: nn.Module) -> dict[str, list[float]]:
     """Singular values of each factored layer, by its name, from largest to smallest: at most
     :data:`_SAMPLES`, evenly spread, to three digits."""
     found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactoredLayer):
-            values = spectrum(layer)
-            chosen = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
-            found[name] = [float(f"{value:.3g}") for value in values[chosen.to(values.device)]]
+    for name, layer in factored_layers(model).items():
+        values = spectrum(layer)
+        chosen = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
+        found[name] = [float(f"{value:.3g}") for value in values[chosen.to(values.device)]]
     return found

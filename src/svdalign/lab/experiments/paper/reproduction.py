@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....alignment import alignment, descent
 from ....engine import Learner
-from ....factors import FactoredLayer
+from ....factors import factored_layers
 from ....factors.stiefel import orthogonality_error
 from ...data import ImageData, sizes
 from ...runner import Run, Sweep, SweepWork
@@ -259,8 +259,7 @@ class _Angles:
             },
             "orthogonality": {
                 name: max(float(orthogonality_error(X.detach())) for X in (layer.U, layer.V))
-                for name, layer in learner.model.named_modules()
-                if isinstance(layer, FactoredLayer)
+                for name, layer in factored_layers(learner.model).items()
             },
         }
 
