@@ -1,7 +1,7 @@
 """Training on several processes: units side by side, or samples side by side.
 
 Both wrap an ordinary :class:`svdalign.Learner`, made alike on every process (same seed), and use
-``torch.distributed``, which ``torchrun`` sets up.
+``torch.distributed``, which ``torchrun`` sets up (:func:`meet`).
 
 **Layers.** A unit at horizon 0 needs nothing from the units after it. So one process can train the
 first units on batch t while the next process trains the units that follow on batch t - 1.
@@ -16,6 +16,7 @@ from ..engine.balance import balanced
 from .balance import unit_seconds
 from .layers import LayerParallel
 from .link import PeerError
+from .meeting import meet
 from .samples import DataParallel
 
-__all__ = ["DataParallel", "LayerParallel", "PeerError", "balanced", "unit_seconds"]
+__all__ = ["DataParallel", "LayerParallel", "PeerError", "balanced", "meet", "unit_seconds"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import storage
 from ...engine import Learner, StepReport
-from ...parallel import DataParallel, LayerParallel
+from ...parallel import DataParallel, LayerParallel, meet
 from ...parallel.link import OTHER, naming
 from .config import RunConfig
 
@@ -179,8 +179,7 @@ def meeting(config: RunConfig) -> Iterator[RunConfig]:
     if cuda:
         config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(config.device)
-    patience = timedelta(seconds=config.parallel_timeout)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    meet("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.parallel_timeout))
     try:
         yield config
     finally:
