@@ -12,7 +12,7 @@ from rich.console import Console
 
 from svdalign.lab.experiments import METHODS, CompareConfig, Comparison, card
 from svdalign.lab.experiments.compare import summarise
-from svdalign.lab.experiments.variants import Variant
+from svdalign.lab.experiments.variants import Entry
 from svdalign.lab.reports import comparison_table
 from svdalign.lab.training.build import make_rule
 from svdalign.lab.training.config import method_config
@@ -261,13 +261,14 @@ def test_a_summary_prefers_whole_runs(tmp_path: Path) -> None:
         return {"method": "bp", "seed": seed, "status": status, "accuracy": accuracy, **sizes}
 
     whole, part = run(0, "finished", 0.8), run(1, "interrupted", 0.2)
+    entries = [Entry(METHODS["bp"], given="bp")]
     costs = {"bp": {"parameters": 200, "macs": 2000, "step_seconds": 1.0}}
-    (row,) = summarise([Variant("bp", "", {})], [whole, part], costs)
+    (row,) = summarise(entries, [whole, part], costs)
     assert (row["accuracy"], row["accuracy_std"], row["runs"]) == (0.8, None, 1)
     assert (row["parameters"], row["macs"], row["step_seconds"]) == (100, 1000, 1.0)
-    (row,) = summarise([Variant("bp", "", {})], [part], costs)
+    (row,) = summarise(entries, [part], costs)
     assert (row["accuracy"], row["complete"], row["parameters"]) == (0.2, False, 200)
-    (row,) = summarise([Variant("bp", "", {})], [whole, run(2, "finished", 0.6)], costs)
+    (row,) = summarise(entries, [whole, run(2, "finished", 0.6)], costs)
     assert row["parameters"] == 101
 
 

@@ -15,7 +15,7 @@ from svdalign.lab.experiments.paper import (
     Experiment,
     ReproduceConfig,
     Reproduction,
-    Variant,
+    Row,
     reproduction,
 )
 from svdalign.lab.experiments.paper.draw import experiment_figures, experiment_table, index_page
@@ -35,47 +35,47 @@ def tiny(drawing: Any, **fields: Any) -> Experiment:
 
 
 TINY = {
-    "layers": tiny("layers", variants={"ssa": Variant(METHODS["ssa"])}, group="a", angles=True),
+    "layers": tiny("layers", variants={"ssa": Row(METHODS["ssa"])}, group="a", angles=True),
     "angles": tiny(
         "angles",
-        variants={name: Variant(METHODS[name]) for name in ("bp", "dfa-dense")},
+        variants={name: Row(METHODS[name]) for name in ("bp", "dfa-dense")},
         group="a", angles=True,
     ),
     "errors": tiny(
         "errors",
-        variants={name: Variant(METHODS[name]) for name in ("bp", "dfa-dense")},
+        variants={name: Row(METHODS[name]) for name in ("bp", "dfa-dense")},
         group="a", angles=True,
     ),
     "drift": tiny(
         "drift",
         variants={
-            str(name): Variant(METHODS["ssa-reconstruction"], {"retraction": name})
+            str(name): Row(METHODS["ssa-reconstruction"], {"retraction": name})
             for name in ("qr", None)
         },
         angles=True,
     ),
-    "units": tiny("units", variants={"ssa": Variant(METHODS["ssa"])}, group="a", angles=True),
+    "units": tiny("units", variants={"ssa": Row(METHODS["ssa"])}, group="a", angles=True),
     "ranks": tiny(
         "ranks",
         variants={
-            "low": Variant(METHODS["bp"], {"rank": 2}, curve="BP", x=0.1),
-            "high": Variant(METHODS["bp"], {"rank": 4}, curve="BP", x=0.2),
-            "cut": Variant(METHODS["bp"], CUT, curve="BP, cut"),
+            "low": Row(METHODS["bp"], {"rank": 2}, curve="BP", x=0.1),
+            "high": Row(METHODS["bp"], {"rank": 4}, curve="BP", x=0.2),
+            "cut": Row(METHODS["bp"], CUT, curve="BP, cut"),
         },
     ),
     "table": tiny(
         "table",
         variants={
-            "bp": Variant(METHODS["bp"], setting="one"),
-            "dfa": Variant(METHODS["dfa"], {"rank": 3}, setting="another"),
-            "large": Variant(METHODS["dfa"], {"data": "cifar100"}, smoke=False),
+            "bp": Row(METHODS["bp"], setting="one"),
+            "dfa": Row(METHODS["dfa"], {"rank": 3}, setting="another"),
+            "large": Row(METHODS["dfa"], {"data": "cifar100"}, smoke=False),
         },
         seeds={"smoke": 2, "cpu": 1, "full": 1},
     ),
     "maps": tiny(
         "maps",
         variants={
-            f"{x}-{y}": Variant(METHODS["bp"], {"rank": x}, "map", x=x, y=y)
+            f"{x}-{y}": Row(METHODS["bp"], {"rank": x}, "map", x=x, y=y)
             for x, y in ((2, 0.5), (3, 0.5), (2, 1.0))
         },
         axes={"map": ("rank", "size")},
@@ -289,7 +289,7 @@ def test_every_run_of_an_experiment_is_told_by_its_name(name: str, tmp_path: Pat
 def test_a_label_says_setting_method_and_point() -> None:
     def labels(name: str) -> list[str]:
         experiment = EXPERIMENTS[name]
-        return [variant.label(experiment) for variant in experiment.variants.values()]
+        return [variant.label_in(experiment) for variant in experiment.variants.values()]
 
     assert f"{METHODS['bp'].label}, rank 0.35" in labels("ranks")
     assert "DFA, task" in labels("terms")

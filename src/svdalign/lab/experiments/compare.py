@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import methods
 from ..reports import comparison_page
 from ..runner import Run, Sweep, SweepWork
 from ..training.checkpoint import load_run
@@ -21,7 +20,7 @@ from ..training.provenance import provenance
 from ..training.run import describe
 from . import costs
 from .card import versus_dense
-from .variants import MethodsConfig, Variant
+from .variants import Entry, MethodsConfig, accuracy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,9 @@ class CompareConfig(MethodsConfig):
         """The seeds."""
         return self.seeds if isinstance(self.seeds, list) else range(self.seeds)
 
-    def run(self, variant: Variant, seed: int) -> RunConfig:
+    def run(self, variant: Entry, seed: int) -> RunConfig:
         """The run of a variant."""
-        lr = self.lr.get(variant.method) if isinstance(self.lr, dict) else self.lr
+        lr = self.lr.get(variant.given) if isinstance(self.lr, dict) else self.lr
         return variant.config(self, seed=seed, lr=lr)
 
 
@@ -120,7 +119,7 @@ class Comparison(SweepWork):
             top.report_path.write_text(comparison_page(content), encoding="utf-8")
         return content
 
-    def _run(self, variant: Variant, seed: int) -> Run:
+    def _run(self, variant: Entry, seed: int) -> Run:
         label = variant.label
         shown = f"{label}, seed {seed}" if self.config.seeds != 1 else label
         return Run(f"{variant.folder}-seed{seed}", self.config.run(variant, seed), label, shown)
@@ -158,7 +157,7 @@ _RUN_KEYS = (
 
 
 def summarise(
-    variants: Sequence[Variant], runs: list[dict[str, Any]], costs: dict[str, Any]
+    variants: Sequence[Entry], runs: list[dict[str, Any]], costs: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """A row a variant: accuracy over its complete runs (mean, and standard deviation of the sample
     from two on), or of an interrupted one so far where there is no complete one, and its costs.
@@ -175,20 +174,17 @@ def summarise(
             for key in ("parameters", "macs")
             if ended
         }
-        whole = [run["accuracy"] for run in ended]
-        part = [run["accuracy"] for run in mine if run["status"] == "interrupted"]
-        accuracies = [a for a in (whole or part) if a is not None]
+        shown = ended or mine
         rows.append(
             {
                 "method": variant.name,
                 "label": variant.label,
-                "of": methods.get(variant.method).label,
+                "of": variant.method.label,
                 "change": variant.change,
-                "runs": len(whole),
-                "complete": bool(whole),
-                "accuracies": accuracies,
-                "accuracy": statistics.mean(accuracies) if accuracies else None,
-                "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                "runs": len(ended),
+                "complete": bool(ended),
+                "accuracies": [r["accuracy"] for r in shown if r["accuracy"] is not None],
+                **accuracy_of(shown),
                 **costs.get(variant.name, {}),
                 **sizes,
             }

@@ -16,7 +16,7 @@ from ..training.options import option, to_yaml
 from ..training.progress import Progress
 from ..training.provenance import provenance
 from .search import at_edge, search
-from .variants import MethodsConfig, Variant
+from .variants import Entry, MethodsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class TuneConfig(MethodsConfig):
         for variant in self.variants:
             self.runs(variant, self.rates[0])  # names every mistake in its settings
 
-    def runs(self, variant: Variant, rate: float) -> list[Run]:
+    def runs(self, variant: Entry, rate: float) -> list[Run]:
         """The runs of a variant at a rate, a seed each."""
         label = f"{variant.label}, lr {rate:g}"
         return [
@@ -118,7 +118,7 @@ class Tuning(SweepWork):
 
     def _measure(
         self,
-        variant: Variant,
+        variant: Entry,
         progress: Progress | None,
         stop: Callable[[], bool],
         rate: float,

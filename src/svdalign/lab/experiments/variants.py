@@ -1,47 +1,63 @@
-"""Which runs a comparison or a search of rates is made of: methods, and changes to them."""
+"""Which runs an experiment is made of: methods, and changes to them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import methods
-from ..methods import DEFAULT, HELP
+from ..methods import DEFAULT, HELP, Method
 from ..training.config import JobConfig, RunConfig, check_settings, method_config
 from ..training.options import option
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with a change, which is "" where there are no changes.
+    """A method, and the fields of its run that differ from those of the job, ``settings``."""
 
-    ``settings``: the fields of a run that differ from the job's.
-    """
+    method: Method
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    method: str
-    change: str
-    settings: Mapping[str, Any]
+    def config(self, job: JobConfig, *, seed: int, lr: float | None = None) -> RunConfig:
+        """Its run within ``job``. A rate among the settings comes before ``lr``."""
+        return method_config(self.method, job, seed=seed, lr=lr, settings=self.settings)
+
+
+@dataclass(frozen=True)
+class Entry(Variant):
+    """A variant of a :class:`MethodsConfig`, which calls its method ``given`` and what is changed
+    ``change``, "" for nothing."""
+
+    given: str = ""
+    change: str = ""
 
     @property
     def name(self) -> str:
         """Method and change, in the words of the config."""
-        return ", ".join(filter(None, (self.method, self.change)))
+        return ", ".join(filter(None, (self.given, self.change)))
 
     @property
     def label(self) -> str:
         """Method and change, for tables."""
-        return ", ".join(filter(None, (methods.get(self.method).label, self.change)))
+        return ", ".join(filter(None, (self.method.label, self.change)))
 
     @property
     def folder(self) -> str:
         """The name, as the start of a folder's."""
         return re.sub(r"[^\w.:-]+", "-", self.name)
 
-    def config(self, job: JobConfig, *, seed: int, lr: float | None = None) -> RunConfig:
-        """Its run within ``job``. A rate among the settings comes before ``lr``."""
-        return method_config(self.method, job, seed=seed, lr=lr, settings=self.settings)
+
+def accuracy_of(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """``accuracy``, the mean over these runs, and ``accuracy_std``, the standard deviation of the
+    sample from two on. Runs without an accuracy are left out."""
+    there = [run["accuracy"] for run in results if run["accuracy"] is not None]
+    return {
+        "accuracy": statistics.mean(there) if there else None,
+        "accuracy_std": statistics.stdev(there) if len(there) > 1 else None,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +90,15 @@ class MethodsConfig(JobConfig):
             raise ValueError(f"changes must differ in letters or digits, got {', '.join(changes)}")
         for variant in self.variants:
             own = variant.config(self, seed=0)
-            base = method_config(
-                variant.method, self, seed=0, settings=self.settings.get(variant.method)
-            )
-            if self.changes.get(variant.change) and own == base:
+            base = Variant(variant.method, self.settings.get(variant.given, {}))
+            if self.changes.get(variant.change) and own == base.config(self, seed=0):
                 raise ValueError(
-                    f"the change {variant.change!r} changes nothing of {variant.method}; name the "
+                    f"the change {variant.change!r} changes nothing of {variant.given}; name the "
                     "methods that it is for: rules: [...] beside its fields"
                 )
 
     @property
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[Entry]:
         """Every method with every change that is for it."""
         found = []
         for change, fields in (self.changes or {"": {}}).items():
@@ -94,5 +108,5 @@ class MethodsConfig(JobConfig):
                     base = self.settings.get(name, {})
                     options = {**base.get("options", {}), **own.get("options", {})}
                     merged = {**base, **own, **({"options": options} if options else {})}
-                    found.append(Variant(name, change, merged))
+                    found.append(Entry(methods.get(name), merged, name, change))
         return found

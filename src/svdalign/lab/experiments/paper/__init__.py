@@ -1,6 +1,6 @@
 """The paper's figures and tables as data, and what runs and draws them."""
 
 from .reproduction import ReproduceConfig, Reproduction
-from .specs import EXPERIMENTS, SCALES, Experiment, Variant
+from .specs import EXPERIMENTS, SCALES, Experiment, Row
 
-__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "ReproduceConfig", "Reproduction", "Variant"]
+__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "ReproduceConfig", "Reproduction", "Row"]

@@ -19,14 +19,15 @@ from ....factors.stiefel import orthogonality_error
 from ...data import ImageData, sizes
 from ...runner import Run, Sweep, SweepWork
 from ...training.build import example_batch, prepare_machine
-from ...training.config import JobConfig, MachineConfig, RunConfig, method_config
+from ...training.config import JobConfig, MachineConfig, RunConfig
 from ...training.options import option, to_yaml
 from ...training.progress import Progress
 from ...training.provenance import provenance
 from ...training.record import read_json, write_json
 from ..profile import Profile, ProfileConfig, check_profile
+from ..variants import accuracy_of
 from .draw import experiment_figures, index_page
-from .specs import EXPERIMENTS, Experiment, Variant
+from .specs import EXPERIMENTS, Experiment, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Reproduction(SweepWork):
         group = experiment.group or name
         for seed in range(self.config.seeds or experiment.seeds[scale]):
             for key, variant in self._variants(experiment).items():
-                label = variant.label(experiment)
+                label = variant.label_in(experiment)
                 yield Run(
                     self._name(experiment.group or name, key, seed),
                     self._run_config(experiment, variant, seed),
@@ -110,24 +111,24 @@ class Reproduction(SweepWork):
     def _name(self, group: str, variant: str, seed: int) -> str:
         return f"runs/{group}-{variant}-seed{seed}"
 
-    def _variants(self, experiment: Experiment) -> dict[str, Variant]:
+    def _variants(self, experiment: Experiment) -> dict[str, Row]:
         smoke, folder = self.config.scale == "smoke", self.config.image_folder
         return {
             key: variant
             for key, variant in experiment.variants.items()
             if (variant.smoke or not smoke)
-            and (variant.changes.get("data") != "folder" or folder is not None)
+            and (variant.settings.get("data") != "folder" or folder is not None)
         }
 
-    def _run_config(self, experiment: Experiment, variant: Variant, seed: int) -> RunConfig:
-        fields = {**experiment.job[self.config.scale], **variant.changes, **self._machine}
+    def _run_config(self, experiment: Experiment, variant: Row, seed: int) -> RunConfig:
+        fields = {**experiment.job[self.config.scale], **variant.settings, **self._machine}
         if fields.get("data", "embedded") != "embedded":
             folder = fields["data"] == "folder"
             fields["data_dir"] = self.config.image_folder if folder else self.config.data_dir
         for limit, count in self._counts(fields.get("data", "embedded"), fields.get("data_dir")):
             if limit in fields:
                 fields[limit] = min(fields[limit], count)
-        return method_config(variant.method, JobConfig(**fields), seed=seed)
+        return variant.config(JobConfig(**fields), seed=seed)
 
     def _counts(self, data: str, data_dir: str | None) -> list[tuple[str, int]]:
         """How many images there are, by the limit that may ask for more; ValueError for a folder
@@ -266,11 +267,9 @@ class _Angles:
 
 def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and deviation of what the runs of one variant reached."""
-    accuracies = [r["accuracy"] for r in results if r["accuracy"] is not None]
     return {
         "runs": len(results),
-        "accuracy": statistics.mean(accuracies) if accuracies else None,
-        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        **accuracy_of(results),
         "parameters": round(statistics.mean(r["parameters"] for r in results)) if results else None,
         "macs": round(statistics.mean(r["macs"] for r in results)) if results else None,
         "seconds": statistics.mean(r["train_seconds"] for r in results) if results else None,

@@ -10,12 +10,14 @@ cores, ``full`` the whole of the data sets for as long as such networks are usua
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...methods import METHODS, Method
 from ..profile import ProfileConfig
+from ..variants import Variant
 
 Scale = Literal["smoke", "cpu", "full"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "full")
@@ -23,23 +25,21 @@ Drawing = Literal["angles", "layers", "units", "errors", "drift", "ranks", "cost
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A method with changes to the job: one line of a figure, one row of a table.
+class Row(Variant):
+    """A variant as one row of a table, or one line or point of a figure.
 
     ``setting``: which network on which data, where an experiment has several, or which map.
     ``curve``, ``x``, ``y``: line, abscissa and ordinate, where it is a point of a figure.
     ``smoke``: whether it is part of that scale.
     """
 
-    method: Method
-    changes: Mapping[str, Any] = field(default_factory=dict)
     setting: str = ""
     curve: str = ""
     x: float | None = None
     y: float | None = None
     smoke: bool = True
 
-    def label(self, experiment: Experiment) -> str:
+    def label_in(self, experiment: Experiment) -> str:
         """What tells it from the others of ``experiment``: setting, method and rank, or the point
         of a map, whose axes change the one method that it is of."""
         axes = experiment.axes.get(self.setting, ("rank", ""))
@@ -65,7 +65,7 @@ class Experiment:
     shows: str
     drawing: Drawing
     job: Mapping[Scale, Mapping[str, Any]] = field(default_factory=dict)
-    variants: Mapping[str, Variant] = field(default_factory=dict)
+    variants: Mapping[str, Row] = field(default_factory=dict)
     group: str = ""
     angles: bool = False
     seeds: Mapping[Scale, int] = field(default_factory=lambda: {"smoke": 1, "cpu": 2, "full": 3})
@@ -73,11 +73,14 @@ class Experiment:
     axes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-def _method(name: str, label: str | None = None, **options: Any) -> Method:
-    """A named method with other options of its rule."""
+def _method(name: str, label: str = "", lr: float = 0.0, **options: Any) -> Method:
+    """A named method under another label, at another rate, with other options of its rule."""
     method = METHODS[name]
     return dataclasses.replace(
-        method, label=label or method.label, options={**method.options, **options}
+        method,
+        label=label or method.label,
+        lr=lr or method.lr,
+        options={**method.options, **options},
     )
 
 
@@ -125,11 +128,6 @@ _MLP_RATES = {"bp-dense": 1.7e-3, "dfa-dense": 1.7e-3, "ssa-reconstruction": 3e-
 _RESNET32_RATES = {"ssa-reconstruction": 3e-2, "dfa-dense": 0.27}
 
 
-def _at(name: str, lr: float, **options: Any) -> Method:
-    """A named method at another rate."""
-    return dataclasses.replace(_method(name, **options), lr=lr)
-
-
 #: What a method changes of the job.
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "ssa-reconstruction": _RECONSTRUCTION,
@@ -137,51 +135,44 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _searched(rates: Mapping[str, float]) -> dict[str, Variant]:
-    return {name: Variant(_at(name, lr), _OWN.get(name, {})) for name, lr in rates.items()}
+def _searched(rates: Mapping[str, float]) -> dict[str, Row]:
+    return {name: Row(_method(name, lr=lr), _OWN.get(name, {})) for name, lr in rates.items()}
 
 
 PERCEPTRON, DEEP = _searched(_MLP_RATES), _searched(_RESNET32_RATES)
 
-_ANGLES = {
-    name: Variant(METHODS[name]) for name in ("dfa", "ssa-output", "ssa-local", "ssa-1", "ssa")
-}
+_ANGLES = {name: Row(METHODS[name]) for name in ("dfa", "ssa-output", "ssa-local", "ssa-1", "ssa")}
 
 
-def _drift() -> dict[str, Variant]:
+def _drift() -> dict[str, Row]:
     """The reconstruction with each way to keep its factors orthonormal."""
-    free = {**_RECONSTRUCTION}
-    variants = {
-        f"penalty-{beta:g}": Variant(
-            dataclasses.replace(
-                _at("ssa-reconstruction", _MLP_RATES["ssa-reconstruction"], beta=beta),
-                label=f"penalty, β = {beta:g}" if beta else "nothing",
-            ),
-            free,
+    name, retractions = "ssa-reconstruction", ("qr", "polar", "newton-schulz")
+    labels = ("QR retraction", "polar retraction", "Newton–Schulz retraction")
+    ways: list[tuple[str, str, float, str | None]] = [
+        ("penalty-0", "nothing", 0.0, None),
+        *((f"penalty-{beta:g}", f"penalty, β = {beta:g}", beta, None) for beta in (0.1, 1.0)),
+        *((how, label, 0.0, how) for how, label in zip(retractions, labels, strict=True)),
+    ]
+    return {
+        key: Row(
+            _method(name, label, _MLP_RATES[name], beta=beta),
+            {**_RECONSTRUCTION, "retraction": retraction},
         )
-        for beta in (0.0, 0.1, 1.0)
+        for key, label, beta, retraction in ways
     }
-    for name, label in (("qr", "QR"), ("polar", "polar"), ("newton-schulz", "Newton–Schulz")):
-        method = _at("ssa-reconstruction", _MLP_RATES["ssa-reconstruction"], beta=0.0)
-        variants[name] = Variant(
-            dataclasses.replace(method, label=f"{label} retraction"), {**free, "retraction": name}
-        )
-    return variants
 
 
 _SHRINKING = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 4}
 
 
-def _ranks() -> dict[str, Variant]:
+def _ranks() -> dict[str, Row]:
     variants = {
-        f"{name}-{rank:g}": Variant(
-            METHODS[name], {"rank": rank}, curve=METHODS[name].label, x=rank
-        )
+        f"{name}-{rank:g}": Row(METHODS[name], {"rank": rank}, curve=METHODS[name].label, x=rank)
         for name in ("bp", "dfa", "ssa")
         for rank in (0.1, 0.2, 0.35, 0.5, 0.75)
     }
     shrinking = _method("ssa", f"{METHODS['ssa'].label}, rank reduced while training")
-    return {**variants, "ssa-shrinking": Variant(shrinking, _SHRINKING, curve=shrinking.label)}
+    return {**variants, "ssa-shrinking": Row(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
 _COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa"]
@@ -228,7 +219,7 @@ def _step_costs() -> dict[str, ProfileConfig]:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def _deeper() -> dict[str, Variant]:
+def _deeper() -> dict[str, Row]:
     data: dict[str, dict[str, Any]] = {
         "CIFAR-10": {},
         "CIFAR-100": {"data": "cifar100"},
@@ -241,7 +232,7 @@ def _deeper() -> dict[str, Variant]:
     # Early blocks of a residual network are too narrow to be taught one by one.
     larger = _method("ssa", f"{METHODS['ssa'].label}, units of 3 blocks")
     return {
-        f"{model}-{changes.get('data', 'cifar10')}-{name}": Variant(
+        f"{model}-{changes.get('data', 'cifar10')}-{name}": Row(
             method, {"model": model, **changes, **units}, f"{label}, {where}", smoke=not changes
         )
         for where, changes in data.items()
@@ -279,11 +270,11 @@ _FOUND: Mapping[str, Mapping[str, tuple[float, float]]] = {
 }  # fmt: skip
 
 
-def _ablation() -> dict[str, Variant]:
+def _ablation() -> dict[str, Row]:
     """Each term removed, alone, and in its other forms; of the reconstruction and of our recipe."""
     return {
-        f"{model}-{name}-{key}": Variant(
-            dataclasses.replace(_at(name, rate, **options), label=label),
+        f"{model}-{name}-{key}": Row(
+            _method(name, label, rate, **options),
             {**_OWN.get(name, {}), "model": model, "rank": _LOW_RANK, **changes},
             f"{network}, {'our recipe' if name == 'ssa' else 'our reconstruction'}",
             smoke=model == "mlp",
@@ -339,14 +330,7 @@ def _terms_of(
 # The terms that SSA adds to an error brought by feedback, one by one, for DFA and BP too: a
 # comparison of SSA with DFA as such is one of feedback and of loss at once. Where factors are kept
 # orthonormal by a retraction, as they are elsewhere, a penalty on them has nothing to do.
-def _terms() -> dict[str, Variant]:
-    loose = {"retraction": None}
-    fixed: dict[str, Any] = {"error": "output", "learn": False, "horizon": 0}
-    # At the grid and the rate that DFA was tuned to; a search for it found the same.
-    similarity = dataclasses.replace(
-        _method("ssa-output", "task + similarity", **fixed, **METHODS["dfa"].options),
-        lr=METHODS["dfa"].lr,
-    )
+def _terms() -> dict[str, Row]:
     ssa: dict[str, tuple[str, dict[str, Any]]] = {
         "task": ("task", {"alpha": 0.0}),
         "similarity": ("task + similarity", {}),
@@ -359,35 +343,34 @@ def _terms() -> dict[str, Variant]:
         "cosine": ("task + cosine", {"alignment": "cosine", "alpha": 1.0}),
         "hoyer": ("task + similarity + Hoyer sparsity", {"gamma": 1e-3}),
     }
+    # At the grid and the rate that DFA was tuned to; a search for it found the same.
+    as_dfa: dict[str, Any] = {"error": "output", "learn": False, "horizon": 0}
+    as_dfa |= METHODS["dfa"].options
     methods = {
-        **{f"ssa-{key}": _method("ssa", label, **options) for key, (label, options) in ssa.items()},
-        "dfa-task": _method("dfa", "task"),
-        "dfa-similarity": similarity,
-        "bp-task": _method("bp", "task"),
+        "ssa": {key: _method("ssa", label, **options) for key, (label, options) in ssa.items()},
+        "dfa": {
+            "task": _method("dfa", "task"),
+            "similarity": _method("ssa-output", "task + similarity", METHODS["dfa"].lr, **as_dfa),
+        },
+        "bp": {"task": _method("bp", "task")},
     }
-    settings = {name: METHODS[name].label for name in ("ssa", "dfa", "bp")}
-    variants = {
-        key: Variant(method, setting=settings[key.partition("-")[0]])
-        for key, method in methods.items()
-    }
-    for key in ("ssa-similarity", "dfa-similarity", "bp-task"):
-        variant = variants[key]
-        for name, label, beta in (
+    rows: dict[str, Row] = {}
+    for name, mine in methods.items():
+        setting = METHODS[name].label
+        rows |= {f"{name}-{key}": Row(method, setting=setting) for key, method in mine.items()}
+        key = "similarity" if "similarity" in mine else "task"
+        for way, label, beta in (
             ("loose", ", no retraction", 0.0),
             ("ortho", " + orthogonality, no retraction", 0.1),
         ):
-            method = dataclasses.replace(
-                variant.method,
-                label=variant.method.label + label,
-                options={**variant.method.options, "beta": beta},
-            )
-            variants[f"{key}-{name}"] = Variant(method, loose, variant.setting)
-    return dict(
-        sorted(variants.items(), key=lambda item: list(settings).index(item[0].partition("-")[0]))
-    )
+            method = mine[key]
+            options = {**method.options, "beta": beta}
+            method = dataclasses.replace(method, label=method.label + label, options=options)
+            rows[f"{name}-{key}-{way}"] = Row(method, {"retraction": None}, setting=setting)
+    return rows
 
 
-def _feedback() -> dict[str, Variant]:
+def _feedback() -> dict[str, Row]:
     methods = {
         "bp": METHODS["bp"],
         "fa": METHODS["fa"],
@@ -404,50 +387,50 @@ def _feedback() -> dict[str, Variant]:
     for horizon in (1, 2, 4):
         label = f"SSA, local error, learned B, horizon {horizon}"
         methods[f"ssa-horizon-{horizon}"] = _method("ssa", label, horizon=horizon)
-    return {name: Variant(method) for name, method in methods.items()}
+    return {name: Row(method) for name, method in methods.items()}
 
 
 # --- sensitivity --------------------------------------------------------------------------------
 
-_AXES = {
-    "learning rate and alignment": ("learning rate", "α"),
-    "horizon and alignment": ("horizon", "α"),
-    "grid and rank of the feedback": ("grid", "k"),
-    "orthogonality by penalty alone": ("learning rate", "β"),
-}
+_RATES, _ALPHAS = (3e-3, 1e-2, 3e-2), (1.25, 4.0, 12.5)
+
+#: By map: two settings of ``ssa``, each with the values that it takes, a decade around its default;
+#: the method of a point; what else the map changes of the job.
+_MAPS: dict[
+    str,
+    tuple[
+        tuple[str, Sequence[float]],
+        tuple[str, Sequence[float]],
+        Callable[[Any, Any], Method],
+        dict[str, Any],
+    ],
+] = {
+    "learning rate and alignment": (
+        ("learning rate", _RATES), ("α", _ALPHAS),
+        lambda x, y: _method("ssa", lr=x, alpha=y), {},
+    ),
+    "horizon and alignment": (
+        ("horizon", (0, 1, 2, 3)), ("α", _ALPHAS),
+        lambda x, y: _method("ssa", horizon=x, alpha=y), {},
+    ),
+    "grid and rank of the feedback": (
+        ("grid", (1, 2, 4, 8)), ("k", (1, 3, 10)),
+        lambda x, y: _method("ssa", grid=x, feedback_rank=y), {},
+    ),
+    "orthogonality by penalty alone": (
+        ("learning rate", _RATES), ("β", (0.01, 0.03, 0.1)),
+        lambda x, y: _method("ssa", lr=x, beta=y), {"retraction": None},
+    ),
+}  # fmt: skip
 
 
-def _sensitivity() -> dict[str, Variant]:
-    """A decade around each default of ``ssa``, two settings at a time."""
-    rates, alphas = (3e-3, 1e-2, 3e-2), (1.25, 4.0, 12.5)
-    grids: dict[str, list[tuple[float, float, Method, dict[str, Any]]]] = {
-        "learning rate and alignment": [
-            (lr, alpha, dataclasses.replace(_method("ssa", alpha=alpha), lr=lr), {})
-            for lr in rates
-            for alpha in alphas
-        ],
-        "horizon and alignment": [
-            (horizon, alpha, _method("ssa", alpha=alpha, horizon=horizon), {})
-            for horizon in (0, 1, 2, 3)
-            for alpha in alphas
-        ],
-        "grid and rank of the feedback": [
-            (grid, k, _method("ssa", grid=grid, feedback_rank=k), {})
-            for grid in (1, 2, 4, 8)
-            for k in (1, 3, 10)
-        ],
-        "orthogonality by penalty alone": [
-            (lr, beta, dataclasses.replace(_method("ssa", beta=beta), lr=lr), {"retraction": None})
-            for lr in rates
-            for beta in (0.01, 0.03, 0.1)
-        ],
-    }
+def _sensitivity() -> dict[str, Row]:
     return {
-        f"{_AXES[setting][0]}-{x:g}-{_AXES[setting][1]}-{y:g}".replace(" ", "-"): Variant(
-            method, changes, setting, x=x, y=y, smoke=i % 5 == 0
+        f"{x_name}-{x:g}-{y_name}-{y:g}".replace(" ", "-"): Row(
+            method(x, y), changes, setting=setting, x=x, y=y, smoke=i % 5 == 0
         )
-        for setting, points in grids.items()
-        for i, (x, y, method, changes) in enumerate(points)
+        for setting, ((x_name, xs), (y_name, ys), method, changes) in _MAPS.items()
+        for i, (x, y) in enumerate(itertools.product(xs, ys))
     }
 
 
@@ -461,7 +444,7 @@ _AROUND: Mapping[str, Mapping[str, float]] = {
 }
 
 
-def _search() -> dict[str, Variant]:
+def _search() -> dict[str, Row]:
     """Five points for each form of the loss on each of two networks, a cross: a weight's three
     values at the middle rate, and the rates a third and three times of it at the middle weight."""
     forms: list[tuple[str, str, dict[str, Any], dict[str, Any], str, tuple[float, ...]]] = [
@@ -482,8 +465,8 @@ def _search() -> dict[str, Variant]:
             cross += [(float(f"{rate / 3:.2g}"), middle), (3 * rate, middle)]
             for lr, y in cross:
                 variants[f"{model}-{setting}-{lr:g}-{y:g}".replace(",", "").replace(" ", "-")] = (
-                    Variant(
-                        _at(name, lr, **{**options, weight: y}),
+                    Row(
+                        _method(name, lr=lr, **{**options, weight: y}),
                         {**_OWN.get(name, {}), "model": model, "rank": _LOW_RANK, **changes},
                         f"{label}, {setting}", x=lr, y=y, smoke=y == middle and model == "mlp",
                     )
@@ -537,7 +520,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
         "Methods on SmallConv",
         "All methods on one small network, data and budget.",
-        "table", _SMALLCONV, {name: Variant(method) for name, method in METHODS.items()},
+        "table", _SMALLCONV, {name: Row(method) for name, method in METHODS.items()},
         seeds={"smoke": 1, "cpu": 3, "full": 5},
     ),
     "table2": Experiment(
@@ -630,7 +613,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Sensitivity to the settings",
         "Test accuracy of SSA on SmallConv over a decade of each setting, two at a time, the "
         "others at their defaults: learning rate 0.01, α 4, horizon 2, grid 4, k 10, retraction.",
-        "maps", _SMALLCONV, _sensitivity(), axes=_AXES,
+        "maps", _SMALLCONV, _sensitivity(),
+        axes={setting: (x[0], y[0]) for setting, (x, y, *_) in _MAPS.items()},
         seeds={"smoke": 1, "cpu": 1, "full": 3},
     ),
 }  # fmt: skip
