@@ -1,8 +1,8 @@
 """Statistics of a map (B, C, h, w): its means over a grid, and the spread of its channels.
 
-Both are read in one visit, and their gradient in the map is in closed form, made once, some samples
-at a time, in the map's own precision and memory format. Autograd would save and make several maps
-of its size, and of twice its bytes under autocast.
+Both are computed in one pass over the map. Their gradient is in closed form, computed some samples
+at a time, in the map's own precision and memory format. Autograd would save and compute several
+tensors of the map's size, and of twice its bytes under autocast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def spread(h: Tensor) -> Tensor:
 def grid_means_and_spread(
     h: Tensor, size: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """:func:`grid_means` and :func:`spread` with one gradient."""
+    """:func:`grid_means` and :func:`spread` together, whose gradient is then written once."""
     found: tuple[Tensor, Tensor] = _Statistics.apply(h, size, dtype, accumulation_dtype(h.dtype))  # type: ignore[no-untyped-call]
     return found
 
@@ -110,7 +110,7 @@ class _Statistics(torch.autograd.Function):
         if d_grid is not None and (cells := ctx.cells) is not None:
             by_cell = d_grid / math.prod(cells)
             start = by_cell if start is None else start + by_cell
-        if start is not None:  # read in the order of the map, as readers' gradients may not lie
+        if start is not None:  # incoming gradients may have another memory format
             start = start.contiguous(memory_format=recipe.format)
 
         def run(rows: slice) -> Tensor:
@@ -141,7 +141,7 @@ def _cells(shape: tuple[int, ...], size: tuple[int, int] | None) -> tuple[int, i
 
 
 def _in_cells(h: Tensor, cells: tuple[int, int] | None) -> Tensor:
-    """A map (B, C, h, w) as (B, C, rows of cells, rows in one, columns of cells, columns in one);
-    a cell is a position by default. A view."""
+    """A view of a map (B, C, h, w) as (B, C, cells down, height of one, cells across, width of
+    one); without ``cells`` each position is one."""
     (B, C, height, width), (rows, columns) = h.shape, cells or (1, 1)
     return h.view(B, C, height // rows, rows, width // columns, columns)

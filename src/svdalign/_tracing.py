@@ -1,5 +1,5 @@
-"""What a traced ``forward`` says about who reads a module's output, so that models can be rewritten
-without changing what they compute."""
+"""Which modules read a module's output, found by tracing ``forward``: so a model can be rewritten
+without a change to what it computes."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def layers_read(model: nn.Module, leaf: type[nn.Module]) -> set[nn.Module]:
 
     That is a parameter, or what is computed from one such as ``weight``, in a ``forward`` that can
     be traced; and, traced or not, any attribute of a child that a module's code names, as in
-    ``self.out.weight.dtype`` or ``self.out.in_features``. Where nothing can be traced, modules that
-    take more than their input, such as ``output_size``, are taken to be given it.
+    ``self.out.weight.dtype`` or ``self.out.in_features``. Where nothing can be traced, also those
+    whose ``forward`` has parameters beside the input, such as ``output_size``.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {

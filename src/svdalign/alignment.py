@@ -169,7 +169,8 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
             h = outputs.get(unit.name)
             readout = None if h is None or not h.requires_grad else _readout(learner, unit, h)
             if h is not None and readout is not None:
-                cosines = _sample_cosines(_jacobian(readout[1], readout[0]), _jacobian(z, h))
+                ours, theirs = _jacobian(readout[1], readout[0]), _jacobian(z, h)
+                cosines = torch.cosine_similarity(ours.flatten(1), theirs.flatten(1), dim=1)
                 found.append(UnitAlignment(unit.name, _angle(float(cosines.mean()))))
         return found
 
@@ -190,10 +191,6 @@ def _jacobian(z: Tensor, h: Tensor) -> Tensor:
     class."""
     rows = [torch.autograd.grad(z[:, c].sum(), h, retain_graph=True)[0] for c in range(z.shape[1])]
     return torch.stack([row.flatten(1) for row in rows], dim=1)
-
-
-def _sample_cosines(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> float:

@@ -40,25 +40,20 @@ def subspace_share(output: Tensor, feedback: Tensor) -> Tensor:
         return output.new_zeros(())
     basis = torch.linalg.qr(output.to(accumulation_dtype(output.dtype))).Q
     feedback = feedback.to(basis.dtype)
-    Q = torch.linalg.qr(feedback).Q if feedback.shape[1] <= N else _leading_basis(feedback)
+    if feedback.shape[1] <= N:
+        Q = torch.linalg.qr(feedback).Q
+    else:
+        Q = torch.linalg.svd(feedback, full_matrices=False).U
     received: Tensor = (basis.mT @ Q).square().sum() / Q.shape[1]
     return (1.0 - received).to(output.dtype)
 
 
-def _leading_basis(M: Tensor) -> Tensor:
-    """Orthonormal basis (N, N) of the column space of a wide matrix."""
-    U: Tensor = torch.linalg.svd(M, full_matrices=False).U
-    return U
-
-
 def channel_statistics(h: Tensor) -> Tensor:
-    """What similarity compares, (B, d): the per-channel spatial standard deviation of a map
-    (B, C, h, w), or the activation itself where there is no space, flattened per sample.
+    """The statistics (B, d) that similarity alignment compares, in at least single precision.
 
-    Tokens (B, T, d) are averaged, as their feedback is: better than their spread on two small
-    transformers. A map of a single position has no spread; its activation stands for itself.
-
-    In at least single precision, whatever autocast hands on.
+    For a map (B, C, h, w) the standard deviation of each channel over space; for tokens (B, T, d)
+    their mean, which on two small transformers was better than their deviation; else, and for a map
+    of one position, the activations themselves, flattened per sample.
     """
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
         return spread(h)
@@ -68,18 +63,19 @@ def channel_statistics(h: Tensor) -> Tensor:
 
 
 class Directions(NamedTuple):
-    """``rows`` (B, d) of norm 1 or 0, and which are not 0, ``there`` (B, 1)."""
+    """Vectors ``rows`` (B, d) of norm 1, or 0 where a sample has no direction; ``there`` (B, 1):
+    which have one."""
 
     rows: Tensor
     there: Tensor
 
 
 def directions(x: Tensor) -> Directions:
-    """Rows ``x_i - mean(x_i)`` of norm 1, of ``x`` (B, d); 0 for rows without a direction.
+    """Rows ``x_i - mean(x_i)`` of ``x`` (B, d), scaled to norm 1; 0 for rows without a direction.
 
-    A row has a direction unless it is constant to rounding, or its norm is below a thousandth of
-    the batch's: the gradient of a cosine grows as one over the norm, and one such sample would
-    outweigh all others.
+    A row has none if it is constant to rounding, or if its norm is below a thousandth of the
+    batch's: the gradient of a cosine grows as one over the norm, and one such sample would outweigh
+    all others.
     """
     mean = x.mean(dim=1, keepdim=True)
     centred = x - mean
@@ -88,9 +84,9 @@ def directions(x: Tensor) -> Directions:
 
 
 def _scale(x: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What brings rows of ``x`` (..., d) to norm 1, or 0 where the norm's square is below a
-    millionth of the batch's mean; and where it is not, (..., 1). Rows that ``mean`` was taken off
-    are 0 as well where they may be rounding alone."""
+    """Factors (..., 1) that scale the rows of ``x`` (..., d) to norm 1, and which rows have a
+    direction. A row has none, and the factor 0, if its squared norm is below a millionth of the
+    batch's mean, or if the subtraction of ``mean`` may have left rounding alone."""
     squares = x.square().sum(dim=-1, keepdim=True)
     known = squares.detach()
     least = 1e-6 * known.mean()
@@ -103,7 +99,7 @@ def _scale(x: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
     """Mean squared difference between the batch's similarity matrix of activations and of targets.
-    Pairs of which one similarity is not defined, as of a blank image, count as no difference.
+    A pair whose similarity is not defined, such as that of a blank image, counts as no difference.
 
     ``h``: a unit's output (B, ...); ``targets``: (B, C), one-hot labels or real targets.
     Source: Noekland and Eidnes, *Training Neural Networks with Local Error Signals* (2019), eq. 1.
@@ -113,14 +109,14 @@ def similarity_alignment(h: Tensor, targets: Tensor) -> Tensor:
 
 
 def statistics_alignment(statistics: Tensor, wanted: Directions) -> Tensor:
-    """:func:`similarity_alignment` of activations whose :func:`channel_statistics` (B, d) are at
-    hand, with targets whose :func:`directions` are."""
+    """:func:`similarity_alignment` from the :func:`channel_statistics` (B, d) of the activations
+    and the :func:`directions` of the targets."""
     return cast(Tensor, _Alignment.apply(statistics, *wanted))  # type: ignore[no-untyped-call]
 
 
 class _Alignment(torch.autograd.Function):
-    """Its gradient is in closed form, and made with the value: autograd would take five times as
-    many operations, which is what small batches spend their time on."""
+    """The gradient, in closed form, is computed together with the value: autograd would take five
+    times as many operations, and their number decides the time that small batches take."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, wanted: Tensor, wanted_there: Tensor) -> Tensor:

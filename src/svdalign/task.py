@@ -1,8 +1,8 @@
-"""The task: what the targets are, and so what accuracy means and whether samples have a class.
+"""The task: what the targets mean. Accuracy and alignment depend on it.
 
-It is found once, from the network's output, the first batch of targets, and what the loss accepts.
-Which function the loss is does not matter: it is called on a few small random outputs, on the CPU.
-A loss for class indices takes every index into the output, and refuses the next one.
+It is found once, from the network's output, the first batch of targets, and the loss. The loss may
+be any function: it is called on small random outputs, on the CPU, to see which targets it accepts.
+A loss for class indices accepts 0 to C - 1 and raises an error for C.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def class_axis(shape: Sequence[int]) -> int:
-    """Where classes stand in an output of ``shape`` unless more is known: 1 in (B, C, H, W) and
-    (B, C, D, H, W), else last."""
+    """The axis of classes in an output of ``shape``, by convention: 1 of (B, C, H, W) and
+    (B, C, D, H, W), else the last."""
     return 1 if len(shape) > 3 else max(0, len(shape) - 1)
 
 
 def width(shape: Sequence[int]) -> int:
-    """How many numbers an answer has in an output of ``shape``; 1 in (B,)."""
+    """The number of classes in an output of ``shape``, 1 for (B,)."""
     return Output(tuple(shape)).classes
 
 
 @dataclass(frozen=True)
 class Output:
-    """A network's output: its ``shape`` for the example, and the ``axis`` of its classes, the usual
-    one by default (:func:`class_axis`). What other axes there are beside the batch's are places
-    (tokens, pixels, voxels)."""
+    """A network's output: its ``shape`` for the example batch, and the ``axis`` of its classes, by
+    default that of :func:`class_axis`. All further axes but the batch's are places: tokens, pixels,
+    voxels."""
 
     shape: tuple[int, ...]
     axis: int = -1
@@ -51,7 +51,7 @@ class Output:
 
     @property
     def classes(self) -> int:
-        """How many numbers an answer has; 1 in (B,)."""
+        """The size of the axis of classes; 1 for (B,)."""
         return self.shape[self.axis] if len(self.shape) > 1 else 1
 
     @property
@@ -68,7 +68,8 @@ class Task:
     probabilities; ``"binary"``, yes or no by the sign of one logit; ``"labels"``, several labels a
     sample, each 0 or 1; ``"numbers"``, real values; ``"other"``, anything else, such as ids for a
     loss that compares samples. ``ignored``: class indices that the loss ignores. ``in_place``:
-    whether each target is that of its own position (a loss may shift tokens by itself).
+    whether the target at each position is for the output at that position, which it is not for a
+    loss that shifts tokens itself.
     """
 
     kind: Kind
@@ -94,7 +95,7 @@ class Task:
 
     @property
     def classes(self) -> int:
-        """The width of the network's output."""
+        """The number of classes in the output."""
         return self.output.classes
 
     @property
@@ -107,8 +108,8 @@ class Task:
         return self.kind == "classes" and _whole(y) and y.ndim + 1 == len(self.output_shape)
 
     def accuracy(self, z: Tensor, y: Tensor) -> Tensor | None:
-        """Share of the targets ``y`` that the output ``z`` gets right, 0-dim, those to be ignored
-        left out (NaN if all are); None where right and wrong are not defined."""
+        """Share of the targets ``y`` that the output ``z`` predicts correctly, 0-dim. Ignored
+        targets do not count (NaN if all are ignored). None for a task without right and wrong."""
         if self.kind == "binary" and z.numel() == y.numel():
             return ((z.flatten() > 0) == (y.flatten() > 0)).float().mean()
         if not (self.are_indices(y) and self.in_place and z.ndim == y.ndim + 1):
@@ -120,15 +121,14 @@ class Task:
         return ((answers == y) & counted).sum() / counted.sum()
 
     def counted(self, y: Tensor) -> Tensor:
-        """Which class indices are not to be ignored: a loss ignores all that it takes beyond the
-        width of the output."""
+        """Which class indices count. A loss that accepts an index outside [0, C - 1] ignores it."""
         counted = (y >= 0) & (y < self.classes)
         for index in self.ignored:
             counted = counted & (y != index)
         return counted
 
     def check(self, y: Tensor, loss: Loss) -> None:
-        """ValueError for targets ``y`` that ``loss`` does not take. Reads their values."""
+        """ValueError for targets ``y`` that ``loss`` does not accept. Reads their values."""
         if self.kind == "binary":
             low, high = (float(value) for value in y.aminmax())
             if low < 0 or high > 1:
@@ -170,9 +170,9 @@ class Task:
 
 
 def find_class_axis(loss: Loss, shape: Sequence[int], known: int) -> int:
-    """The axis of classes in an output of ``shape``: where ``loss`` takes class indices, else the
-    one that the network's last layer is ``known`` for. ValueError where the two differ and only
-    sizes that are equal by chance let the loss be called."""
+    """The axis of classes in an output of ``shape``: the one for which ``loss`` accepts class
+    indices, else ``known``, that of the network's last layer. ValueError if the two differ and are
+    of the same size: the loss would run, but on the wrong axis."""
     loss = _on_cpu(loss)
     for axis in dict.fromkeys((known, 1, len(shape) - 1)) if len(shape) > 2 else ():
         output = Output(tuple(shape), axis)
@@ -219,13 +219,13 @@ FOR_TOKENS = (
     "loss=lambda z, y: torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())"
 )
 
-#: All classes are tried where there are at most so many, else the first and the last.
+#: Up to so many classes each is tried, of more only a few.
 _MANY = 256
 
 
 def _takes_indices(loss: Loss, output: Output, y: Tensor) -> bool | None:
-    """Whether ``loss`` takes every index into the output and no other; None if it cannot be asked,
-    because it refuses the index 0."""
+    """Whether ``loss`` accepts the class indices 0 to C - 1 and not C; None if it refuses even 0,
+    which says nothing."""
     taken = [
         _takes(loss, *_samples(output, _like(y, index)))
         for index in (0, output.classes - 1, output.classes)
@@ -234,8 +234,8 @@ def _takes_indices(loss: Loss, output: Output, y: Tensor) -> bool | None:
 
 
 def _ignored_and_in_place(loss: Loss, output: Output) -> tuple[tuple[int, ...], bool]:
-    """The classes from which ``loss`` learns nothing, and whether a target teaches its own
-    position and every position is taught."""
+    """The classes for which ``loss`` has no gradient, and whether all others give a gradient at the
+    target's own position, at every position."""
     C = output.classes
     classes = range(C) if C <= _MANY else sorted({0, 1, 2, 3, *_ignore_index(loss, C), C - 1})
     indices = torch.tensor(list(classes), device="cpu")
@@ -255,7 +255,7 @@ def _ignore_index(loss: Loss, classes: int) -> set[int]:
 
 
 def _is_binary(loss: Loss, output: Output, y: Tensor) -> bool:
-    """Whether ``loss`` pulls a logit up without end for the target 1, and down for 0."""
+    """Whether ``loss`` pushes a logit up for the target 1 and down for 0, however large it is."""
     for logit in (-4.0, 4.0):
         for target, sign in ((0, 1), (1, -1)):
             z, targets = _samples(output, _like(y, target), y.ndim)
@@ -268,9 +268,9 @@ def _is_binary(loss: Loss, output: Output, y: Tensor) -> bool:
 def _samples(
     output: Output, values: Tensor, target_ndim: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A small output near 0 whose samples have one of ``values`` each (several samples if there is
-    but one) as the target of all places, of which there are few. Samples, classes and places
-    differ in number: a loss that takes one for another refuses."""
+    """A small random output and its targets. Each sample has one of ``values`` as its target at all
+    places; a single value is repeated. The numbers of samples, classes and places differ, so that a
+    loss that mistakes one axis for another raises an error."""
     C = output.classes
     n = len(values) if len(values) > 1 else 3 if C == 2 else 2
     few = {1: 7 if C == 4 else 4, 2: 4, 3: 2}.get(len(output.places), 2)

@@ -61,11 +61,18 @@ def test_guide_runs(guide: str, fashion: tuple[Tensor, Tensor], tmp_path: Path) 
         "small": sva.compact(model), "x": x, "y": y, "folder": tmp_path,
         "batches": [(x[:32], y[:32]), (x[32:64], y[32:64])],
     }  # fmt: skip
+    before = learner.steps
     for block in blocks(guide):
         exec(compile(block, f"docs/{guide}", "exec"), names)
+    if guide == "ship.md":
+        assert {"model.safetensors", "model.pt2"} <= {path.name for path in tmp_path.iterdir()}
+    else:
+        assert names["learner"].steps > before
 
 
 def test_every_python_block_of_the_docs_compiles() -> None:
     for page in sorted(DOCS.glob("*.md")):
-        for block in blocks(page.name):
+        found = blocks(page.name)
+        assert len(found) == page.read_text(encoding="utf-8").count("```python\n")
+        for block in found:
             compile(block, page.name, "exec")

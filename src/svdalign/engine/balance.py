@@ -1,4 +1,4 @@
-"""Cuts into pieces of about equal cost: so that the largest of them costs the least."""
+"""Cutting a sequence into pieces such that the most expensive one costs as little as possible."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
     sums = [0.0, *itertools.accumulate(costs)]
 
     def shares(largest: float) -> tuple[int, ...]:
-        """As many items for each part as ``largest`` and those after it allow; not all of the
-        items if it is too small."""
+        """Fill each part up to the sum ``largest``, but leave an item for each later part. Where
+        ``largest`` is too small, items are left over."""
         ends = [0]
         for left in reversed(range(parts)):
             end = start = ends[-1]
@@ -53,11 +53,12 @@ def balanced(costs: Sequence[float], parts: int) -> tuple[int, ...]:
 def balanced_ends(
     model: nn.Module, example: Any, ends: Sequence[str], pieces: int
 ) -> frozenset[str]:
-    """Those of ``ends``, paths of modules in order of execution, that cut ``model`` into ``pieces``
-    units so that the largest holds the least for its backward pass; fewer where there are fewer.
+    """Which of ``ends``, paths of modules in order of execution, to cut ``model`` at for ``pieces``
+    units, such that the most that a unit saves for its backward pass is as little as possible.
+    Fewer units if there are fewer ends.
 
-    What is held is measured on ``example``. What follows the last cut is the last unit, the
-    classifier with it.
+    What units save is measured on ``example``. The last unit is all that follows the last cut, the
+    classifier included.
     """
     ends, held = _held(model, example, ends)
     counts = balanced(held, min(pieces, len(held)))
@@ -65,12 +66,13 @@ def balanced_ends(
 
 
 def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str], list[int]]:
-    """``ends`` as they are called, and the bytes that each stretch between them, before the first
-    and after the last saves for its backward pass, of tensors with the batch as first axis."""
+    """``ends`` in the order of their calls, and the bytes that are saved for the backward pass
+    before the first, between each two and after the last. Only tensors with the batch as first axis
+    count."""
     batch = {len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim}
     called, held = list[str](), [0]
     seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    alive: list[Tensor] = []  # so that no other storage takes the place of one that was counted
+    alive: list[Tensor] = []  # while a storage lives, no other has its address
 
     def note(t: Tensor) -> None:
         storage = t.untyped_storage()

@@ -1,4 +1,4 @@
-"""After which modules of a model units end, found by one run that records all module calls."""
+"""Where units end, decided from the module calls that one forward pass records."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 
 def exits(model: nn.Module, units: Units, calls: list[Call]) -> frozenset[str]:
+    """Paths of the modules that units end with; ``units`` as in :func:`make_plan`."""
     found = layers(calls)
     if callable(units):
         paths = dict.fromkeys(call.path for call in calls)

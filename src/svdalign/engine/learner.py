@@ -73,9 +73,10 @@ class Learner:
     :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
     included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
     tensor``, a mean over the batch; cross-entropy by default. ``task``: what the targets are, a
-    kind of :class:`svdalign.task.Task`; found from the first batch by default, by ``loss`` being
-    called on small outputs. ``retraction``: "qr", "polar", "newton-schulz" (for small steps) or
-    None, brings ``U`` and ``V`` back onto the manifold after every ``retract_every`` steps.
+    kind of :class:`svdalign.task.Task`; by default it is found from the first batch, by calls of
+    ``loss`` on small outputs. ``retraction``: how the columns of ``U`` and ``V`` are made
+    orthonormal again after every ``retract_every`` steps: "qr", "polar", "newton-schulz" (for small
+    steps) or None.
     ``recompute``: residual or transformer blocks (layers where there are none) save only their
     inputs and run again in the backward pass, ``horizon + 1`` times. ``update_early``: in
     :meth:`step` a unit's weights are updated, and their gradients dropped, as soon as the unit has
@@ -272,7 +273,7 @@ class Learner:
         reported is not scaled.
         """
         self.task = check_batch(x, y, self.plan, self.loss, self._kind, self.task)
-        scale = _unscaled if scale is None else scale
+        scale = (lambda loss: loss) if scale is None else scale
         if self.horizon is None:
             return self._backpropagate(x, y, scale)
         return self._stream(x, y, scale)
@@ -410,7 +411,3 @@ class Learner:
         # In the weights' precision: in float16, entries of the size of 1 / batch could become 0.
         z = z.detach().to(self._local.dtype).requires_grad_()
         return torch.autograd.grad(self._task_loss(z, y), z)[0]
-
-
-def _unscaled(loss: Tensor) -> Tensor:
-    return loss

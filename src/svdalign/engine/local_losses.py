@@ -18,7 +18,7 @@ from .units import Plan, Unit
 
 
 class LocalLosses:
-    """What ``rule`` has the units of ``plan`` learn from.
+    """The losses that ``rule`` gives the units of ``plan``.
 
     ``feedback``: the modules that bring errors to the units; none where the rule backpropagates,
     nor for the last unit, which the task teaches. ``dtype``: that of the weights.

@@ -51,11 +51,11 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
 def _retract_copies(
     y: Tensor, state: dict[str, Any], group: dict[str, Any], retraction: Callable[[Tensor], Tensor]
 ) -> None:
-    """Retract what a schedule-free optimizer keeps of a weight: ``z``, which takes the steps, and
-    the mean ``x`` of all its places, which is evaluated. The weight itself is ``x`` in evaluation,
-    and ``y = beta x + (1 - beta) z`` in training: between two matrices on the manifold, and as near
-    to it as they are to each other. To put ``y`` there would drive ``x`` and ``z`` apart, further
-    with every step.
+    """Retract the two matrices that a schedule-free optimizer keeps of a weight: ``z``, which takes
+    the steps, and ``x``, the running mean of ``z``, which is evaluated. The weight itself is ``x``
+    in evaluation and ``y = beta x + (1 - beta) z`` in training. So ``y`` is as close to the
+    manifold as ``x`` and ``z`` are to each other. To retract ``y`` itself would drive these two
+    apart, further with every step.
 
     Source: Defazio et al., *The Road Less Scheduled* (2024).
     """

@@ -31,8 +31,8 @@ _Measure = Callable[[Learner], dict[str, Any]]
 
 
 def follow(config: RunConfig, *, stop: Callable[[], bool] = lambda: False) -> str:
-    """Train with the process that does the run ``config`` in its folder (:class:`Sweep`); how the
-    run ended."""
+    """Train together with the first process, which keeps the run's folder (:class:`Sweep`). Returns
+    how the run ended."""
     news = tell()
     if news is None:  # it has refused the run, and said why
         return "refused"
@@ -207,7 +207,7 @@ class Sweep:
 
 
 class SweepWork:
-    """A base of what a command does in a folder by a sweep."""
+    """The base of a command's work that is a sweep."""
 
     _sweep: Sweep
 

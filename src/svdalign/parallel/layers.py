@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .. import storage
 from .._files import write
@@ -202,7 +202,7 @@ class LayerParallel:
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
             torch.set_grad_enabled(False)
-            return tree_map(_without_values, (args, kwargs))
+            return tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
 
         def enter(module: nn.Module, args: Any, output: Any) -> Any:
             torch.set_grad_enabled(learn)
@@ -279,10 +279,6 @@ class LayerParallel:
         values = torch.empty(real.shape, dtype=real.dtype, device=self._device)
         dist.broadcast(values, group=self._group, group_src=owner)
         weights.put(self.learner, name, real.copy_(values))
-
-
-def _without_values(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _from(rank: int, value: Any, group: dist.ProcessGroup | None) -> Any:

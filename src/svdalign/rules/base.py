@@ -1,4 +1,4 @@
-"""What a rule is: data, a teaching loss, and nothing about how it is streamed."""
+"""The base of all rules, and what a rule is told of a unit and of a batch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ ErrorSource = Literal["output", "local", "target"]
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """What a rule may know of a unit.
+    """A unit as a rule sees it.
 
-    ``features_shape``: shape of its output for the example batch, (B, d), (B, T, d) or
-    (B, C, h, w) whatever the model's own layout. ``output_shape``: shape of the network's output
-    for the example, in the same way. ``layers``: its factored layers in order of execution.
-    ``dtype``: precision of the weights, and of what feedback reads. ``penalised``: those of
-    ``layers`` that no unit before has, all of them by default: a layer that several units call is
-    penalised once.
+    ``features_shape``: shape of its output for the example batch, as (B, d), (B, T, d) or
+    (B, C, h, w), whatever the model's own order of axes. ``output_shape``: the same for the
+    network's output. ``layers``: its factored layers in order of execution. ``dtype``: precision of
+    the weights, and of what feedback reads. ``penalised``: the layers whose factors this unit
+    penalises, all by default; a layer that several units call is penalised by the first.
     """
 
     name: str
@@ -51,17 +50,18 @@ class UnitSpec:
 
     @property
     def classes(self) -> int:
-        """Width of the network's output: 1 for (B,), C of (B, C, H, W), else its last axis."""
+        """The number of classes in the network's output: 1 for (B,), C of (B, C, H, W), else the
+        size of its last axis."""
         return width(self.output_shape)
 
     def pool(self, h: Tensor, grid: int | None) -> Tensor:
-        """Rows of features (..., d) that a feedback matrix can read, see :func:`feedback.pool`;
-        with ``grid``, maps of every size are pooled to as many cells as the example's."""
+        """The features ``h`` as rows (..., d) for a feedback matrix, see :func:`feedback.pool`.
+        With ``grid`` a map of any size is pooled to as many cells as the example's."""
         return pool(h, grid, self._rows(h.shape), self.dtype, like=self.features_shape)
 
     def pool_and_statistics(self, h: Tensor, grid: int | None) -> tuple[Tensor, Tensor]:
-        """:meth:`pool`, and what similarity compares, :func:`losses.channel_statistics` (B, d): of
-        a map with one gradient for both."""
+        """:meth:`pool` and :func:`losses.channel_statistics` (B, d) of ``h``, for a map in one
+        pass."""
         size = grid_size(self.features_shape, grid, self.output_shape)
         if size is None or h.shape[2] * h.shape[3] == 1:
             return self.pool(h, grid), channel_statistics(h)
@@ -73,7 +73,7 @@ class UnitSpec:
         return pooled_size(self.features_shape, grid, self._rows(self.features_shape))
 
     def _rows(self, shape: Sequence[int]) -> tuple[int, ...]:
-        # Lengths differ between batches; the example settled whether answers are per token.
+        # Batches differ in length; whether answers are per token was settled by the example.
         output = self.output_shape
         if len(output) != 3:
             return output
@@ -83,12 +83,12 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a batch offers to learn from.
+    """What a unit can learn from in a batch.
 
     ``targets``: as given to the learner. ``loss``: the task loss ``(z, targets) -> 0-dim``.
     ``error``: ``dL/dz`` at the network's output, or None where the rule does not ask for it.
-    ``task``: what the targets are. ``space``: size of the unit's map in the model's own layout,
-    (d, h, w) of a volume, which rules see as (d h, w).
+    ``task``: what the targets are. ``space``: of a volume the size (d, h, w), which rules see as
+    (d h, w).
     """
 
     targets: Tensor
@@ -131,8 +131,8 @@ class Supervision:
         return self._directions[dtype]
 
     def like_output(self, z: Tensor) -> Tensor:
-        """A readout (..., classes) in the output's own layout: pixels and voxels at the output's
-        resolution; one answer a sample repeated for every token or pixel asked for."""
+        """A readout (..., classes) in the layout of the network's output. A map is resized to the
+        output's resolution; one answer a sample is repeated for each token or pixel."""
         output = self.task.output
         if len(output.shape) == 1:
             return z.squeeze(-1)
@@ -167,10 +167,9 @@ class Rule:
     ``beta``, ``gamma``: weights of the orthogonality penalty and of Hoyer sparsity on the unit's
     factors, which any rule can have.
 
-    What a rule needs it says by attributes of its class, which the engine goes by: ``local``,
-    whether it has a local loss, so that it works with a horizon; ``errors``, the sources of errors
-    that it can use; ``needs_affine_layers``, whether every layer must be affine in its input, which
-    fused ones are not.
+    Attributes of its class tell the engine what a rule needs. ``local``: it has a local loss, so it
+    works with a horizon. ``errors``: the sources of errors that it can use.
+    ``needs_affine_layers``: every layer must be affine in its input, which fused ones are not.
     """
 
     local: ClassVar[bool] = True

@@ -106,8 +106,11 @@ def test_a_comparison_with_nothing_measured_yet_has_a_page() -> None:
 def test_a_value_that_is_not_finite_leaves_a_gap() -> None:
     results = comparison(1)
     results["runs"][0]["history"][-1] |= {"loss": None, "test_loss": None, "spectra": {}}
-    comparison_page(results)
-    run_page(single() | {"history": results["runs"][0]["history"]}, "SSA")
+    page = comparison_page(results)
+    assert re.search(r'"training loss by epoch; last values: [^"]*\bnan\b[^"]*\d', page)
+    page = run_page(single() | {"history": results["runs"][0]["history"]}, "SSA")
+    *_, last = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", last)[1::2][:2] == ["–", "–"]
 
 
 HOSTILE = (

@@ -1,5 +1,5 @@
-"""The rank up to which a factored layer costs no more than its dense form: by multiply-accumulates
-(MACs), by time."""
+"""The break-even rank: up to it a factored layer costs no more than its dense form, by
+multiply-accumulates (MACs) or by time."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def time_ratios(
 
     Timed is a forward pass without gradients or, with ``training``, one with its backward pass: to
     the parameters, and to ``x`` if that requires a gradient. All ranks and the dense layer run in
-    turns, see :func:`alternate`, which also takes ``seconds``. Of ``layer`` itself only the shape
-    counts: it may be on the meta device.
+    turns, see :func:`alternate`, which also takes ``seconds``. Only the shape of ``layer`` matters:
+    it may be on the meta device.
     """
     ranks = sorted({absolute_rank(share, layer.full_rank) for share in _SHARES})
     layers = {"dense": layer.dense(), **{str(rank): _of_rank(layer, rank) for rank in ranks}}

@@ -1,4 +1,4 @@
-"""What a step would hold and compute, without running it: for models too large for the machine."""
+"""The memory and arithmetic of a step without running it, for models too large for the machine."""
 
 from __future__ import annotations
 

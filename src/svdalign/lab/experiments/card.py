@@ -75,7 +75,7 @@ def ship(
 
 
 def card(trainer: Trainer, small: nn.Module, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """What there is to know of ``small``, the compact model of ``trainer``, ready for JSON."""
+    """The description of ``small``, the compact model of ``trainer``, ready for JSON."""
     model, config, data = trainer.learner.model, trainer.config, trainer.data
     x = example_batch(config, data)
     return {

@@ -95,7 +95,8 @@ class Comparison(SweepWork):
         configs = {
             variant.name: self.config.run(variant, first) for variant in self.config.variants
         }
-        self._costs_of = {name: _plain(config) for name, config in configs.items()}
+        fields = {name: dataclasses.asdict(config) for name, config in configs.items()}
+        self._costs_of = json.loads(json.dumps(fields))  # as it reads back from the folder
         if stored.get("costs_of") == self._costs_of:
             self._costs = stored["costs"]
             return
@@ -190,8 +191,3 @@ def summarise(
             }
         )
     return rows
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """The config as it reads back from JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]

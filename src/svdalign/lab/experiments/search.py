@@ -1,7 +1,7 @@
 """Search of a positive number, such as a learning rate, with the same effort for every method.
 
-The best of a grid says something only if it lies inside: at the edge, what lies beyond may be
-better still. :func:`search` goes on until it does, :func:`best` refuses what does not.
+The best of a grid counts only if it lies inside: at the edge, values beyond may be better still.
+:func:`search` goes on until the best lies inside; :func:`best` refuses one at the edge.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def comparison_table(results: Mapping[str, Any]) -> _Parts:
 
 
 def beside_backpropagation(results: Mapping[str, Any]) -> list[str]:
-    """A line that sets the memory and the accuracy of each other method against those of the
-    leanest backpropagation, if there are both, and one on what may be chance."""
+    """A line that compares memory and accuracy of each other method with the backpropagation that
+    takes the least memory, if there are both, and a line on differences that may be chance."""
     whole = [row for row in results["summary"] if row["complete"] and "memory" in row]
     back = [row for row in whole if row["method"].split("-")[0] == "bp"]
     others = [row for row in whole if row not in back and row["accuracy"] is not None]

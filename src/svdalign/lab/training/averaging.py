@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Lookahead:
-    """Every ``period`` steps the average takes in the weights and they are set to it.
+    """Every ``period`` steps the average moves towards the weights, which are then set to it.
 
-    What the average keeps of itself grows with the third power of training's progress, up to
-    ``0.95 ** period``; after the last step the weights are set to the average as it is. Floating
+    The share of itself that the average keeps grows with the third power of training's progress, up
+    to ``0.95 ** period``; after the last step the weights are set to the average as it is. Floating
     point buffers, such as running statistics, are averaged as well. After Jordan 2024, who follows
     Zhang et al., *Lookahead Optimizer* (2019).
 
@@ -23,12 +23,12 @@ class Lookahead:
         self.restart(model)
 
     def restart(self, model: nn.Module) -> None:
-        """Let the average be the present weights, as after their shapes have changed."""
+        """Set the average to the present weights, for example after their shapes have changed."""
         self.average = {name: value.clone() for name, value in _floating(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, total: int) -> bool:
-        """Look after ``step`` steps of ``total`` whether it is time; whether weights changed."""
+        """Average if it is time to after ``step`` of ``total`` steps. Returns whether it was."""
         last = step == total
         if step % self.period and not last:
             return False

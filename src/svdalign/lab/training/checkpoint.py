@@ -53,7 +53,7 @@ def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
     trainer.gather()
     extra = {
         "config": dataclasses.asdict(trainer.config),
-        "data": trainer.looks_of_data,
+        "data": trainer.data_fingerprint,
         "trainer": trainer.state_dict(),
     }
     trainer.team.save(Path(path), extra)
@@ -75,7 +75,7 @@ def load_checkpoint(trainer: Trainer, path: str | Path) -> None:
         raise ValueError(f"{path} belongs to a run with another config: {error}") from None
     try:
         if "data" in extra:  # not in checkpoints of 0.1.0
-            check_same_data(extra["data"], trainer.looks_of_data)
+            check_same_data(extra["data"], trainer.data_fingerprint)
     except ValueError as error:
         raise ValueError(
             f"{path} belongs to a run on other data: {error}; if they were moved, give --data-dir "

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a whole network: what any claim of little memory has to beat."""
+"""Gradient checkpointing of a whole network: the baseline for every claim about memory."""
 
 from __future__ import annotations
 

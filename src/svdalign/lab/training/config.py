@@ -15,10 +15,10 @@ from .options import Options, option, plain
 
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
-#: Fields of every rule, which a run has as fields of its own.
+#: Fields that every rule has and that are fields of a run as well.
 _SHARED = ("horizon", "error")
 
-#: Fields that ask for factored weights, as they are where weights are dense.
+#: Fields that need factored weights, with their values for dense ones.
 _DENSE: Mapping[str, Any] = {
     "rank_energy": None, "rank_parameters": None, "factor_classifier": False
 }  # fmt: skip
@@ -64,7 +64,7 @@ class DataConfig(Options):
         "and mirrors the border; alternate flips every other epoch",
     )
     tta: bool = option(
-        False, "after the last epoch also answer for mirrored and shifted images, averaged"
+        False, "after the last epoch also evaluate the mean answer to mirrored and shifted copies"
     )
 
     def __post_init__(self) -> None:
@@ -314,7 +314,7 @@ class RunConfig(JobConfig):
         return dataclasses.replace(self, rule=method.name, rank=None, **_DENSE)
 
     def _take_from(self, method: Method) -> None:
-        """Write into the fields what the method says, so that a stored config says all of it."""
+        """Fill in what the method says, so that a stored config is complete."""
         given = plain(self.options)
         options = {**method.options, **given}
         fields: dict[str, Any] = {"rule": method.name, "options": options}
@@ -322,7 +322,7 @@ class RunConfig(JobConfig):
             fields["lr"] = method.lr
         for name in _SHARED:
             if name in given:
-                raise ValueError(f"{name} is no part of options but an option itself: --{name}")
+                raise ValueError(f"{name} must be given as --{name}, not among options")
             if name in options and getattr(self, name) == "rule":
                 fields[name] = options[name]
             options.pop(name, None)
@@ -390,5 +390,5 @@ def check_settings(settings: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
 
 def evaluated_on(validation: int | None) -> str:
-    """What the images are called that accuracy is measured on: "test" or "held-out"."""
+    """The name of the images that accuracy is measured on: "test" or "held-out"."""
     return "test" if validation is None else "held-out"

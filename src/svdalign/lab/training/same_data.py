@@ -1,4 +1,4 @@
-"""Whether data that may have been moved are those that a run began with; a look at a few images."""
+"""Whether the data of a resumed run, which may have been moved, are those that it began with."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _LOOKED_AT = 16  #: images of each split
 _GREY_LEVELS = 2.0  #: by which decoders may differ, in means over a quarter by a quarter
 
 
-def looks_of(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says of the data, to know them by: ``classes``, ``shape`` of an image, and
-    of each split the number of images, a hash of all ``labels``, and the first ``images`` made
-    small, float32 (n, C, 4, 4)."""
+def fingerprint(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint keeps to recognise the data by: ``classes``, ``shape`` of an image, and for
+    each split the number of images, a hash of all ``labels``, and the first ``images``, shrunk to
+    float32 (n, C, 4, 4)."""
     splits = {"train": data.train, "test": data.test}
     return {
         "classes": list(data.classes),
         "shape": list(data.train.shape),
-        **{name: _looks_of(split) for name, split in splits.items()},
+        **{name: _fingerprint(split) for name, split in splits.items()},
     }
 
 
-def _looks_of(split: Images) -> dict[str, Any]:
+def _fingerprint(split: Images) -> dict[str, Any]:
     labels = split.labels.cpu().contiguous().numpy().tobytes()
     size = min(_LOOKED_AT, len(split))
     images = next((x for x, _ in split.fetch(Epoch(size, 0, 1))), torch.empty(0, 1, 1, 1))
@@ -41,8 +41,8 @@ def _looks_of(split: Images) -> dict[str, Any]:
 
 
 def check_same_data(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """ValueError that says how the data :func:`looks_of` which are ``here`` differ from those that
-    a run began with, ``there``."""
+    """ValueError unless two fingerprints agree: ``there``, in a checkpoint, and ``here``, of the
+    data at hand."""
     for what in ("classes", "shape"):
         _check(what, there[what], here[what])
     for name in ("train", "test"):

@@ -35,7 +35,7 @@ from .build import (
 from .config import RunConfig
 from .processes import Alone, Together
 from .progress import Progress
-from .same_data import looks_of
+from .same_data import fingerprint
 from .schedule import learning_rate_factor
 
 _DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
@@ -69,8 +69,8 @@ class Trainer:
     sums over the epoch so far, ``history`` (a row an epoch) and ``seconds`` of training. The order
     of the data is a function of (seed, epoch, batch) and the learning rate one of the step, so they
     need no state of their own. ``team``: the processes that train it, see :mod:`processes`.
-    ``measure``: called at the end of each epoch, adds to its row; it
-    must leave the learner as it was.
+    ``measure``: called at the end of each epoch; returns entries for its row, and leaves the
+    learner as it was.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Trainer:
             self.lookahead = Lookahead(learner.model, config.lookahead)
 
     @cached_property
-    def looks_of_data(self) -> dict[str, Any]:
-        """What its checkpoints know the data by."""
-        return looks_of(self.data)
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What its checkpoints recognise the data by."""
+        return fingerprint(self.data)
 
     @property
     def total_steps(self) -> int:
@@ -218,8 +218,8 @@ class Trainer:
         self.epoch_seconds += time.perf_counter() - started
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Close the epoch: cut ranks if it is time to (not of a run that has diverged), evaluate,
-        return a row of ``history``."""
+        """Close the epoch: cut ranks if it is time to, unless the run has diverged, and evaluate.
+        Returns a row of ``history``."""
         self.gather()
         with self.team.whole():
             return self._finish_epoch()
@@ -281,8 +281,8 @@ class Trainer:
             self.lookahead.average = {n: v.to(device) for n, v in state["average"].items()}
 
     def _cut_ranks(self, epoch: int) -> dict[str, float]:
-        """Cut the factored layers if it is time after ``epoch`` epochs; share of the energy that
-        was kept of each that was cut."""
+        """Cut the factored layers if the config says so after ``epoch`` epochs. Returns, for each
+        that was cut, the share of its energy that was kept."""
         if not self.config.cuts_rank_after(epoch):
             return {}
         cuts = self._reduce_rank(self._limits(epoch))
