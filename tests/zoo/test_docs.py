@@ -70,6 +70,27 @@ def test_guide_runs(guide: str, fashion: tuple[Tensor, Tensor], tmp_path: Path) 
         assert names["learner"].steps > before
 
 
+def test_contributing_names_what_there_is() -> None:
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"^```\n(src/.*?)^```", text, re.M | re.S)
+    assert tree is not None
+    above: list[tuple[int, Path]] = [(-1, root)]
+    for line in tree[1].splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        while above[-1][0] >= indent:
+            above.pop()
+        place = above[-1][1]
+        for file in (name, *re.findall(r"[a-z_]+\.py", line)):
+            assert list(place.glob(file.rstrip("/"))), line
+        if name.endswith("/"):
+            above.append((indent, place / name))
+    for name in re.findall(r"`([\w./-]+(?:/|\.py|\.md))`", text.replace(tree[0], "")):
+        places = (root, *(root / p for p in ("src/svdalign", "src/svdalign/factors/layers")))
+        inside = "_load.py", "_registry.py", "__init__.py"  # of the folder named before
+        assert name in inside or any((place / name).exists() for place in places), name
+
+
 def test_every_python_block_of_the_docs_compiles() -> None:
     for page in sorted(DOCS.glob("*.md")):
         found = blocks(page.name)
