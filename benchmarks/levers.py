@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from svdalign import RankCut, reduce_rank
 from svdalign.engine import Learner
+from svdalign.engine.forward import preserved_buffers
 from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import qr_retract
 from svdalign.feedback import Feedback, StructuredFeedback
@@ -35,7 +36,7 @@ def trained(
     *,
     rule: Callable[[Rule], Rule] = lambda rule: rule,
     weights: Callable[[nn.Module], None] = lambda model: None,
-    groups: Callable[[nn.Parameter, str], dict[str, Any]] = lambda p, kind: {},
+    groups: Callable[[nn.Parameter, str], dict[str, Any]] | None = None,
     prepare: Callable[[Learner, RunConfig, ImageData], None] = lambda learner, config, data: None,
 ) -> Callable[[RunConfig, ImageData], Trainer]:
     """What a config may name as its trainer.
@@ -51,7 +52,9 @@ def trained(
         torch.manual_seed(config.seed)
         weights(model)
 
-        def grouped(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        def grouped(parameters: list[nn.Parameter]) -> list[Any]:
+            if groups is None:
+                return list(parameters)
             kind = kinds(model, parameters)
             return [{"params": [p], **groups(p, kind[p])} for p in parameters]
 
@@ -234,7 +237,35 @@ class FollowingJacobian:
             X.copy_(value)
 
 
+class ByAPart:
+    """The first unit learns from the network's loss on a part of the batch, by backpropagation;
+    with ``both`` from its own loss as well. Only so many samples are held for it at a time."""
+
+    def __init__(self, part: int = 4, *, both: bool = False) -> None:
+        self.part, self.both = part, both
+
+    def __call__(self, learner: Learner, config: RunConfig, data: ImageData) -> None:
+        step, names, batch = learner.step, learner.units[0].parameters, list[Tensor]()
+
+        def stepped(x: Tensor, y: Tensor) -> Any:
+            batch[:] = [t[: len(t) // self.part] for t in (x, y)]
+            return step(x, y)
+
+        def backpropagate(*_: object) -> None:
+            parameters = [learner.model.get_parameter(name) for name in names]
+            with torch.enable_grad(), preserved_buffers(learner.model):
+                loss = learner.loss(learner.model(batch[0]), batch[1])
+                grads = torch.autograd.grad(loss, [p for p in parameters if p.requires_grad])
+            for p, grad in zip((p for p in parameters if p.requires_grad), grads, strict=True):
+                p.grad = grad + p.grad if self.both and p.grad is not None else grad
+
+        learner.step = stepped  # type: ignore[method-assign]
+        learner.optimizer.register_step_pre_hook(backpropagate)
+
+
 class_means = trained(prepare=warm_started)
+by_a_quarter = trained(prepare=ByAPart())
+by_both = trained(prepare=ByAPart(both=True))
 follows_jacobian = trained(prepare=FollowingJacobian())
 
 
