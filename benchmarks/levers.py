@@ -154,7 +154,7 @@ def features_of(learner: Learner, x: Tensor) -> dict[str, Tensor]:
 
     def keep(unit: Any) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[unit.name] = unit.layout(output.detach())
+            found[unit.name] = unit.features[0].layout(output.detach())
 
         return hook
 
@@ -227,7 +227,7 @@ class FollowingJacobian:
             Jv = torch.autograd.forward_ad.unpack_dual(z).tangent
         model.train(training)
         assert Jv is not None
-        Pv = view.pool(unit.layout(direction[0]), grid)
+        Pv = view.pool(unit.features[0].layout(direction[0]), grid)
         B = feedback.project(torch.eye(feedback.V.shape[0])).mT  # (d, C)
         error = Jv - Pv @ B
         B = B + self.rate * Pv.mT @ error / Pv.square().sum()

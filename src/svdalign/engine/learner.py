@@ -44,7 +44,7 @@ _Scale = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """The losses of one step, as tensors on the model's device, which nothing has waited for yet.
+    """The losses of one step, as tensors on the model's device; only reading a value waits for it.
 
     ``loss``: task loss of the network's output. ``accuracy``: share of right answers, targets that
     the loss ignores left out; None for tasks without right and wrong answers. ``unit_losses``: each

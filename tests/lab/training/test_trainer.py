@@ -218,6 +218,14 @@ def test_interrupted_before_the_first_epoch_ends(stripes: ImageData, tmp_path: P
 SGD = {"rule": "bp", "optimizer": "sgd", "lr": 0.05}
 
 
+@pytest.mark.parametrize(("optimizer", "first"), [("adamw", 0.8), ("muon", 0.9)])
+def test_adams_betas_are_those_of_the_config(
+    stripes: ImageData, optimizer: str, first: float
+) -> None:
+    trainer = make(stripes, optimizer=optimizer, momentum=0.8, beta2=0.95)
+    assert trainer.learner.optimizer.param_groups[-1]["betas"] == (first, 0.95)
+
+
 def test_biases_have_a_rate_of_their_own(stripes: ImageData) -> None:
     """One step: a bias moves ``bias_lr`` times as far, its decay stays, all else is the same."""
     decay = {"rule": "bp-dense", "weight_decay": 0.1, "momentum": 0.0}

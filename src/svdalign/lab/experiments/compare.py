@@ -31,9 +31,9 @@ class CompareConfig(MethodsConfig):
     lr: float | dict[str, float] | None = option(
         None, "one peak learning rate for all, or {method: rate}, in place of each's tuned one"
     )
-    costs: bool = option(True, "measure what a training step of each takes")
+    costs: bool = option(True, "measure memory, arithmetic and time of a training step of each")
     compact: bool = option(
-        False, "measure what each trained network takes once it is compact, beside the dense one"
+        False, "measure size and latency of each compact trained network beside the dense one"
     )
 
     def __post_init__(self) -> None:

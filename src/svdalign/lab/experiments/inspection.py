@@ -15,6 +15,7 @@ from ... import storage
 from ...factors.rediagonalize import energy_rank, rediagonalize
 from ...factors.stiefel import orthogonality_error
 from ..reports.plots import curves
+from ..reports.tables import terminal_table
 from ..training.record import Record, write_json
 
 _ENERGY = 0.99  #: share that ``rank_for_energy`` is about
@@ -85,25 +86,35 @@ def inspect_run(folder: str | Path) -> list[LayerState]:
 def table(layers: list[LayerState]) -> Table:
     """One row a layer: rank after the first epoch and now, full rank, rank for 99 % of the energy,
     energy that the cuts kept, spectrum, orthogonality error, size against dense."""
-    result = Table("layer", "rank", "of", f"{_ENERGY:.0%}", "kept", "σ max", "σ min", "‖XᵀX−I‖",
-                   "size")  # fmt: skip
-    for column in result.columns[1:]:
-        column.justify = "right"
+    headings = (
+        "layer",
+        "rank",
+        "of",
+        f"{_ENERGY:.0%}",
+        "kept",
+        "σ max",
+        "σ min",
+        "‖XᵀX−I‖",
+        "size",
+    )
+    rows = []
     for layer in layers:
         ranks = list(dict.fromkeys(layer.ranks)) or [layer.rank]
         path = [ranks[0], layer.rank] if ranks[0] != layer.rank else [layer.rank]
-        result.add_row(
-            layer.name,
-            " → ".join(map(str, path)),
-            str(layer.full_rank),
-            str(layer.rank_for_energy),
-            f"{layer.kept_energy:.1%}",
-            f"{layer.spectrum[0]:.3g}",
-            f"{layer.spectrum[-1]:.3g}",
-            f"{max(layer.orthogonality):.1e}",
-            f"{layer.parameters / layer.dense_parameters:.0%}",
+        rows.append(
+            [
+                layer.name,
+                " → ".join(map(str, path)),
+                str(layer.full_rank),
+                str(layer.rank_for_energy),
+                f"{layer.kept_energy:.1%}",
+                f"{layer.spectrum[0]:.3g}",
+                f"{layer.spectrum[-1]:.3g}",
+                f"{max(layer.orthogonality):.1e}",
+                f"{layer.parameters / layer.dense_parameters:.0%}",
+            ]
         )
-    return result
+    return terminal_table(headings, rows)
 
 
 def write(folder: str | Path, layers: list[LayerState]) -> list[Path]:

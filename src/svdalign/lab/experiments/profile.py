@@ -76,11 +76,11 @@ class EpochConfig(Options):
     epoch_images: int | None = option(
         None, "predict the time of an epoch of so many images; ImageNet has 1281167", above=0
     )
-    devices: list[int] = option([1, 8], "on so many devices, each with batch_size images a step")
+    devices: list[int] = option([1, 8], "numbers of devices, each with batch_size images a step")
     device_flops: float | None = option(
         None,
-        "floating-point operations a second that a device is sold with; null: a step takes what it "
-        "takes here",
+        "nominal floating-point operations a second of a device; null: a step takes as long as "
+        "measured here",
         above=0,
     )
     utilisation: float = option(0.35, "share of device_flops that training reaches", above=0)
@@ -104,7 +104,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
     settings: dict[str, Any] = option(
         {}, "{method: {field: value}}: what differs for a method, such as units or options"
     )
-    estimate: bool = option(False, "work memory and arithmetic out without running anything")
+    estimate: bool = option(False, "work out memory and arithmetic without running anything")
     seconds: float = option(60.0, "for the timing of steps; at least three rounds")
     break_even: bool = option(
         False, "time each factored layer by rank against its dense form, for as many seconds again"

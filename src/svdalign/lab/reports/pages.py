@@ -30,6 +30,8 @@ ANGLES = {
     "units": "angle of feedback to forward path (degrees)",
 }
 
+_HELD = "What one training step holds at its peak. Activations include the batch and temporaries."
+
 _Runs = Sequence[Mapping[str, Any]]
 
 
@@ -122,10 +124,7 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
 def profile_page(results: Mapping[str, Any]) -> str:
     """``report.html`` of a profile, from what its ``results.json`` holds."""
     config, methods = results["config"], results["methods"]
-    grid = [
-        Figure(memory_bars(methods), "What one training step holds at its peak. Activations "
-               "include the batch and temporaries.")
-    ]  # fmt: skip
+    grid = [Figure(memory_bars(methods), _HELD)]
     if "step_ratio" in methods[0]:
         times = {row["label"]: {"step": row["step_ratio"]} for row in methods}
         grid.append(
@@ -289,8 +288,7 @@ def _costs(rows: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
         for label, row in rows.items()
     }
     return [
-        Figure(memory_bars(list(rows.values())), "What one training step holds at its peak. "
-               "Activations include the batch and temporaries."),
+        Figure(memory_bars(list(rows.values())), _HELD),
         Figure(plots.bars(times, "time per step (ms)", keyed=True),
                "Median time of one training step."),
     ]  # fmt: skip

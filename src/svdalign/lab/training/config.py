@@ -48,8 +48,8 @@ class DataConfig(Options):
     )
     stream: bool | None = option(
         None,
-        "have images decoded by worker processes when they are needed, not once and for all; null: "
-        "if their pixels would take more than 4 GiB",
+        "have worker processes decode images whenever they are needed, not once into memory; null: "
+        "only if their pixels would take more than 4 GiB",
     )
     workers: int | None = option(
         None, "processes that decode a stream (one a core, at most 8)", least=0
@@ -105,8 +105,8 @@ class ModelConfig(Options):
     )
     units: int | str | list[str] = option(
         "block",
-        "what learns on its own: layer, block, stage, balanced (two units that hold the same; "
-        "balanced-3: three), a number of blocks, or a list of the modules that units end with",
+        "what learns on its own: layer, block, stage, balanced (two units that save about the same "
+        "memory; balanced-3: three), a number of blocks, or a list of modules that units end with",
     )
 
     def __post_init__(self) -> None:
@@ -274,13 +274,13 @@ class RunConfig(JobConfig):
     seed: int = option(0, "of the initial weights, the feedback and the order of the data", least=0)
     trainer: str | None = option(
         None,
-        "what trains, as package.module:function, which takes config and data and returns a "
-        "svdalign.lab.training.Trainer: for what no other option says",
+        "a trainer of your own as package.module:function, which takes config and data and returns "
+        "a svdalign.lab.training.Trainer: for what no other option can do",
     )
     parallel: Literal["layers", "data"] | None = option(
         None,
-        "under torchrun, what its processes share out: layers, the units of the network; data, the "
-        "images of every batch",
+        "under torchrun, how its processes divide the work: layers, by units of the network; data, "
+        "by images of every batch",
     )
     parallel_timeout: float = option(
         1800.0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as bars
@@ -22,7 +21,12 @@ _REFRESH_SECONDS = 0.25
 
 
 class Progress:
-    """Told about each run's start, steps, epochs and end; shows nothing."""
+    """Told about each run's start, steps, epochs and end; shows nothing. A context manager."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
     def start(self, name: str, trainer: Trainer) -> None:
         """A run begins or goes on."""
@@ -42,7 +46,7 @@ class Progress:
         yield
 
 
-class PlainProgress(Progress, AbstractContextManager["PlainProgress"]):
+class PlainProgress(Progress):
     """One line an epoch. ``runs``: how many runs there will be, for the time left."""
 
     def __init__(self, console: Console, runs: int = 1) -> None:
@@ -52,9 +56,6 @@ class PlainProgress(Progress, AbstractContextManager["PlainProgress"]):
         self._name = ""
         self._started = time.perf_counter()
         self._steps = 0
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
     def start(self, name: str, trainer: Trainer) -> None:
         self._name = name
@@ -80,7 +81,7 @@ class PlainProgress(Progress, AbstractContextManager["PlainProgress"]):
             self._print(f"{self._name}  {status} after {trainer.global_step} steps", soft_wrap=True)
 
 
-class LiveProgress(Progress, AbstractContextManager["LiveProgress"]):
+class LiveProgress(Progress):
     """A bar for the run with its running loss, accuracy and speed, and one for all ``runs``."""
 
     def __init__(self, console: Console, runs: int = 1) -> None:

@@ -34,7 +34,7 @@ from .specs import EXPERIMENTS, Experiment, Row
 class ReproduceConfig(MachineConfig):
     """reproduction"""
 
-    scale: Literal["smoke", "cpu", "full"] = option("smoke", "how much of it")
+    scale: Literal["smoke", "cpu", "full"] = option("smoke", "size of the experiments")
     data_dir: str | None = option(None, "folder with those of cifar10 and cifar100 in it")
     image_folder: str | None = option(
         None, "folder of images, train and test with one directory a class, for table2"
