@@ -12,8 +12,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from .link import OTHER, naming
 
-__all__ = ["meet", "name_of_round"]
-
 
 def meet(backend: str = "gloo", *, timeout: timedelta = timedelta(minutes=30)) -> None:
     """``torch.distributed.init_process_group``, also right after ``torchrun --max-restarts``.
