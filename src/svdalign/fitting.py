@@ -1,4 +1,4 @@
-"""What fits into a memory: how a learner may be set, and what a step of each takes."""
+"""Which settings of a learner fit into a memory, and what a step takes with each."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("train --epochs -3", "svdalign train: error: --epochs must be at least 1, got -3"),
         ("train --epochs x", "svdalign train: error: --epochs takes int; got x"),
         ("train --epoch 3", "svdalign train: error: unrecognized arguments: --epoch 3"),
-        ("train --rule ssb", "svdalign train: error: unknown method 'ssb'; did you mean 'ssa'?"),
+        ("train --rule ssb", "svdalign train: error: unknown method 'ssb'; did you mean ssa?"),
         ("train --horizon -1", "svdalign train: error: --horizon must be at least 0, got -1"),
         (
             "train --horizon x",

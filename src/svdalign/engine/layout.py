@@ -17,8 +17,8 @@ class Layout:
     """How an output becomes (B, d), (B, T, d) or (B, C, h, w), with B as in the network's output.
 
     ``axes``: a permutation of its axes, None for none. ``fold``: merge the first two axes, samples
-    and tokens, as the network's output (B T, classes) does. Further axes of space become one with
-    h.
+    and tokens, as the network's output (B T, classes) does. Of a volume (B, C, d, h, w), d and h
+    become one axis.
     """
 
     axes: tuple[int, ...] | None = None

@@ -73,8 +73,8 @@ class Trial:
         return z
 
     def finished(self, layouts: Sequence[Sequence[Layout]]) -> list[Unit]:
-        """The units with the layouts of their features, and with ``inplace`` as the rest of the
-        pass has shown it."""
+        """The units, with ``layouts`` for their features, and ``inplace`` where the rest of the
+        pass changed their output."""
         return [
             replace(
                 unit,

@@ -11,7 +11,7 @@ channels and ``W = U diag(s)`` is (N, r). Two things follow, and both are exact:
   is saved; where the output of a ReLU is pooled, also the pooled map and the positions of the
   maxima.
 
-A training step so keeps ``r`` channels at full resolution in place of ``2 N`` to ``3 N``.
+So a training step keeps ``r`` channels at full resolution in place of ``2 N`` to ``3 N``.
 """
 
 from __future__ import annotations

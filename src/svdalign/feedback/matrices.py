@@ -18,8 +18,7 @@ class Feedback(nn.Module):
     teach a unit. A readout that is not linear needs no ``project`` and ``directions``, which would
     depend on ``p``.
 
-    ``fineness``: the maps that it reads are pooled to this many times as many cells along each axis
-    as a rule's grid has.
+    ``fineness``: along each axis, it reads this many times as many cells as the rule's grid has.
     """
 
     fineness: ClassVar[int] = 1

@@ -1,14 +1,21 @@
-"""What users name as ``package.module:Name``: networks and trainers of their own; rules as well,
-which :func:`svdalign.rules.get` imports."""
+"""Names that users give: misspelt ones, and ``package.module:Name`` for networks, trainers and
+loggers of their own (for rules :func:`svdalign.rules.get` imports them)."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest one, if any is close."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def search_here() -> None:
@@ -22,8 +29,8 @@ def import_maker(name: str, *needed: str) -> Callable[..., Any]:
     current folder.
 
     Importing runs the module's code: use only names, and configs with such names, that you trust.
-    Nothing is returned that does not take the arguments ``needed`` by name: a config from elsewhere
-    cannot have any function called.
+    What does not take the arguments ``needed`` by name is refused, so that a config from elsewhere
+    cannot call just any function.
 
     Raises:
         ValueError: where there is no such module, nothing of that name in it, or something else.

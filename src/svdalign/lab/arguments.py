@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-#: Of names that are close enough to be what was meant.
-_SIMILAR = 0.6
-#: How the library and the lab say that there is nothing of a name.
+from ._named import did_you_mean
+
+#: What the messages of the library and the lab about an unknown name look like.
 _UNKNOWN = (
     r"unknown [\w ]+ '(?P<name>[^']+)'; available: (?P<known>.+)\Z",
     r"must be one of \[(?P<known>.+?)\].*got '(?P<name>[^']+)'\Z",
@@ -119,8 +118,9 @@ class Parser(ArgumentParser):
         return self._with_flags(message)
 
     def _with_flags(self, message: str) -> str:
-        """``message`` with its options as flags, and what a misspelt name was meant to be. A name
-        that is a plain word is an option only where the message says what it must be."""
+        """``message`` with options written as flags, and a suggestion for a misspelt name. An
+        option whose name is a plain word, such as ``rank``, is recognised only in front of
+        "must"."""
         for name in self.types:
             meant = r"(?![\w/'-])" if "_" in name else "(?= must )"
             message = re.sub(rf"(?<![\w/.'-]){name}{meant}", _flag(name), message)
@@ -150,12 +150,6 @@ def parse(parser: Parser, command: Parser, words: Sequence[str]) -> dict[str, An
         raise UsageError(str(error)) from None
     options.pop("config", None)
     return options
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: the closest one, if any is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=_SIMILAR)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _flag(name: str) -> str:

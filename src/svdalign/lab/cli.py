@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jsonargparse import set_parsing_settings
 
-from .arguments import Parser, UsageError, did_you_mean, parse
+from ._named import did_you_mean
+from .arguments import Parser, UsageError, parse
 from .terminal import Terminal, close_streams, prepare_streams
 
 if TYPE_CHECKING:

@@ -18,14 +18,13 @@ rules train at :data:`DEFAULT_LR` unless told otherwise.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import rules
 from ..rules import Rule
-from ._named import search_here
+from ._named import did_you_mean, search_here
 
 DEFAULT_LR = 1e-2
 
@@ -96,10 +95,8 @@ def get(name: str) -> Method:
     """The method of that name; ValueError that says what there is for a name that is none."""
     method = _find(name)
     if method is None:
-        close = difflib.get_close_matches(name, available(), 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown method {name!r}{meant} (available: {', '.join(available())}, or "
+            f"unknown method {name!r}{did_you_mean(name, available())} (available: {', '.join(available())}, or "
             f"package.module:Class; {_DENSE} and {_CHECKPOINTED} may follow)"
         )
     return method

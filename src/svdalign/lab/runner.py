@@ -20,6 +20,7 @@ from .reports import run_page
 from .training.build import load_data, prepare_machine
 from .training.checkpoint import load_checkpoint
 from .training.config import DataConfig, RunConfig
+from .training.options import fields_of
 from .training.processes import tell
 from .training.progress import Progress
 from .training.record import Record, new_folder, unfinished
@@ -149,8 +150,7 @@ class Sweep:
 
     def data(self, config: RunConfig) -> ImageData:
         """The data of a run; the last two sets are kept."""
-        names = [*(f.name for f in dataclasses.fields(DataConfig)), "device"]
-        key = json.dumps([getattr(config, name) for name in names])
+        key = json.dumps([*fields_of(DataConfig, config).values(), config.device])
         if key not in self._data:
             if len(self._data) > 1:
                 del self._data[next(iter(self._data))]

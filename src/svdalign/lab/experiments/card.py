@@ -15,9 +15,15 @@ from ... import export
 from ...engine.forward import evaluating
 from ...factors import factored_layers
 from ..costs import alternate, inference_macs, parameter_count
-from ..data import ImageData, batches
+from ..data import ImageData
 from ..reports import card_text
-from ..training.build import build_model, evaluate, example_batch, memory_format
+from ..training.build import (
+    build_model,
+    evaluate,
+    example_batch,
+    memory_format,
+    plain_batches,
+)
 from ..training.config import RunConfig
 from ..training.provenance import provenance
 from ..training.record import check_writable, write_json
@@ -47,15 +53,7 @@ def ship(
     check_writable(folder)
     model, config, data = trainer.learner.model, trainer.config, trainer.data
     small = export.compact(model)
-    x, _ = next(
-        batches(
-            data.test,
-            IMAGES,
-            mean=data.mean,
-            std=data.std,
-            memory_format=memory_format(config),
-        )
-    )
+    x, _ = next(plain_batches(config, data, data.test, IMAGES))
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for suffix in formats:

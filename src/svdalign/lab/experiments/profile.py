@@ -46,7 +46,7 @@ from ..training.config import (
     check_settings,
     method_config,
 )
-from ..training.options import Options, differences, option, to_yaml
+from ..training.options import Options, differences, fields_of, option, to_yaml
 from ..training.progress import Progress
 from ..training.provenance import provenance
 from ..training.record import Record, new_folder, unfinished
@@ -136,9 +136,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
 
     def run(self, name: str) -> RunConfig:
         """The run whose training step is measured for method ``name``."""
-        shared = {f.name for f in dataclasses.fields(JobConfig)}
-        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        job = JobConfig(**{key: value for key, value in mine.items() if key in shared})
+        job = JobConfig(**fields_of(JobConfig, self))
         return method_config(name, job, seed=0, settings=self.settings.get(name))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..runner import Run, Sweep, SweepWork
 from ..training.config import JobConfig
-from ..training.options import option, to_yaml
+from ..training.options import fields_of, option, to_yaml
 from ..training.progress import Progress
 from ..training.provenance import provenance
 from .search import at_edge, search
@@ -93,7 +92,7 @@ class Tuning(SweepWork):
         config, top = self.config, self._sweep.top
         content: dict[str, Any] = {
             "status": "finished",
-            "job": {f.name: getattr(config, f.name) for f in dataclasses.fields(JobConfig)},
+            "job": fields_of(JobConfig, config),
             "settings": {v.name: dict(v.settings) for v in config.variants if v.settings},
             "seeds": config.seeds,
             "labels": {variant.name: variant.label for variant in config.variants},

@@ -6,7 +6,6 @@ They know nothing of factors or units: :func:`svdalign.factorize` takes them lik
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .._named import import_maker
+from .._named import did_you_mean, import_maker
 from ._airbench import Whitening, airbench
 from ._imagenet import resnet18, resnet50, resnet101
 from ._mlp import mlp
@@ -89,10 +88,8 @@ def build(
         wanted = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
         return _own(name, {**wanted, "width": width})
     if name not in _MODELS:
-        close = difflib.get_close_matches(name, available(), 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown model {name!r}{meant} (available: {', '.join(available())}, or "
+            f"unknown model {name!r}{did_you_mean(name, available())} (available: {', '.join(available())}, or "
             "package.module:Net)"
         )
     entry = _MODELS[name]

@@ -85,8 +85,8 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
 
     Weights are a function of the seed; methods that differ in rank alone start from the same.
     Whitening is fitted to the first training images.
-    Backpropagation with checkpoints has them in the network itself; the learner makes those of
-    other rules.
+    For backpropagation with checkpointing, the network itself is checkpointed; for other rules the
+    learner does it.
     """
     rule = make_rule(config)
     with torch.random.fork_rng():
@@ -143,22 +143,22 @@ def build_learner(
 
 def example_batch(config: JobConfig, data: ImageData, size: int = 2) -> Tensor:
     """The first training images, (size, C, H, W), as the network gets them."""
-    return next(_plain_batches(config, data, data.train, size))[0]
+    return next(plain_batches(config, data, data.train, size))[0]
 
 
 def evaluate(
     model: nn.Module, data: ImageData, config: JobConfig, team: Alone | None = None
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on the test split, in eval mode; the modes are put back.
-    Processes of a ``team`` share the images out."""
+    The processes of a ``team`` share the images."""
     return _evaluate(model, data, config, lambda x: model(x), team)
 
 
 def evaluate_views(
     model: nn.Module, data: ImageData, config: JobConfig, team: Alone | None = None
 ) -> tuple[float, float]:
-    """:func:`evaluate` of the mean answer to six views of each image: mirrored or not, as it is (of
-    twice the weight) or shifted by a pixel up and left, or down and right (Jordan 2024)."""
+    """:func:`evaluate` of the mean answer to six views of each image: not shifted, which counts
+    twice, shifted by a pixel up and left, or down and right; each also mirrored (Jordan 2024)."""
 
     def mean(x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -186,7 +186,7 @@ def _evaluate(
     sums = torch.zeros(3, device=data.test.device)  # of losses, right answers, images
     part = (0, 1) if team is None else (team.rank, team.size)
     with evaluating(model):
-        for x, y in _plain_batches(config, data, data.test, _EVAL_BATCH * part[1], part):
+        for x, y in plain_batches(config, data, data.test, _EVAL_BATCH * part[1], part):
             if not len(y):
                 continue
             with precision(config):
@@ -200,8 +200,8 @@ def _evaluate(
 
 
 def augmentation(config: JobConfig, data: ImageData) -> Augment | None:
-    """What ``augment`` names, in sizes that go with the images: at 32 pixels crop by 4, translate
-    by 2, cutout of 8."""
+    """The augmentations that the config names, sized to the images: at 32 pixels crop by 4,
+    translate by 2, cutout of 8."""
     if not config.augment:
         return None
     return Augment(
@@ -225,13 +225,14 @@ def precision(config: JobConfig) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(config.device).type, torch.bfloat16)
 
 
-def _plain_batches(
+def plain_batches(
     config: JobConfig,
     data: ImageData,
     split: datasets.Images,
     size: int,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of ``size`` of a split in its own order, not augmented, as the network gets them."""
     form = memory_format(config)
     return batches(split, size, mean=data.mean, std=data.std, memory_format=form, part=part)
 

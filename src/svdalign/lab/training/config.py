@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from ...factors.layers import check_rank
 from .. import methods, models
 from ..methods import Method
-from .options import Options, option, plain
+from .options import Options, fields_of, option, plain
 
 Augmentation = Literal["crop", "translate", "flip", "alternate", "cutout"]
 
@@ -359,7 +359,7 @@ def method_config(
             method's.
     """
     method = methods.get(method) if isinstance(method, str) else method
-    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(JobConfig)}
+    fields = fields_of(JobConfig, job)
     if not method.factored:
         fields |= _DENSE
     fields |= {"rule": method.name, "lr": method.lr if lr is None else lr, "seed": seed}

@@ -1,4 +1,5 @@
-"""Where the numbers of a run go beside ``metrics.jsonl``: to a tool that people watch runs with."""
+"""Loggers: beside ``metrics.jsonl``, the numbers of a run go to a tool that people watch runs
+with."""
 
 from __future__ import annotations
 

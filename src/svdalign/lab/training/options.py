@@ -65,6 +65,12 @@ def from_dict(kind: type[_C], values: Mapping[str, Any]) -> _C:
     return kind(**values)
 
 
+def fields_of(kind: type[Any], config: Any) -> dict[str, Any]:
+    """The values of ``config`` for those fields of ``kind`` that it has."""
+    names = (f.name for f in dataclasses.fields(kind))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def plain(value: Any) -> Any:
     """Convert strings from the command line to the YAML scalars they spell, at any depth."""
     if isinstance(value, str):

@@ -172,8 +172,8 @@ class Record:
         return there == self._mark + config_yaml and status == "interrupted"
 
     def restart(self, history: Iterable[dict[str, Any]], config_yaml: str) -> None:
-        """Make the folder of a run that goes on hold ``history`` and its config, and no results
-        yet."""
+        """Prepare the folder of a run that goes on: its config, ``history`` as metrics, no
+        results."""
         self.write_config(config_yaml)
         for path in (self.results_path, self.report_path):
             path.unlink(missing_ok=True)

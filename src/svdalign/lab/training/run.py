@@ -111,8 +111,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def describe(data: ImageData) -> dict[str, Any]:
-    """What results say about the data that they are of. ``train_of``, ``test_of``: how many images
-    the data set has, of which these were taken."""
+    """The description of the data in results. ``train_of``, ``test_of``: how many images the data
+    set has, of which these were taken."""
     train_of, test_of = data.whole or (len(data.train), len(data.test))
     return {
         "name": data.name,

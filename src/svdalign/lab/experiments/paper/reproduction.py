@@ -20,7 +20,7 @@ from ...data import ImageData, sizes
 from ...runner import Run, Sweep, SweepWork
 from ...training.build import example_batch, prepare_machine
 from ...training.config import JobConfig, MachineConfig, RunConfig
-from ...training.options import option, to_yaml
+from ...training.options import fields_of, option, to_yaml
 from ...training.progress import Progress
 from ...training.provenance import provenance
 from ...training.record import read_json, write_json
@@ -89,7 +89,7 @@ class Reproduction(SweepWork):
 
     @property
     def _machine(self) -> dict[str, Any]:
-        return {f.name: getattr(self.config, f.name) for f in dataclasses.fields(MachineConfig)}
+        return fields_of(MachineConfig, self.config)
 
     # --- runs -----------------------------------------------------------------------------------
 
