@@ -96,8 +96,8 @@ def get(name: str) -> Method:
     method = _find(name)
     if method is None:
         raise ValueError(
-            f"unknown method {name!r}{did_you_mean(name, available())} (available: {', '.join(available())}, or "
-            f"package.module:Class; {_DENSE} and {_CHECKPOINTED} may follow)"
+            f"unknown method {name!r}{did_you_mean(name, available())} "
+            f"(available: {', '.join(available())}, or package.module:Class; {_DENSE} and {_CHECKPOINTED} may follow)"
         )
     return method
 

@@ -89,8 +89,8 @@ def build(
         return _own(name, {**wanted, "width": width})
     if name not in _MODELS:
         raise ValueError(
-            f"unknown model {name!r}{did_you_mean(name, available())} (available: {', '.join(available())}, or "
-            "package.module:Net)"
+            f"unknown model {name!r}{did_you_mean(name, available())} "
+            f"(available: {', '.join(available())}, or package.module:Net)"
         )
     entry = _MODELS[name]
     for argument, value, least in (
