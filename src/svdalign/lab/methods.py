@@ -97,7 +97,8 @@ def get(name: str) -> Method:
     if method is None:
         raise ValueError(
             f"unknown method {name!r}{did_you_mean(name, available())} "
-            f"(available: {', '.join(available())}, or package.module:Class; {_DENSE} and {_CHECKPOINTED} may follow)"
+            f"(available: {', '.join(available())}, or package.module:Class; "
+            f"{_DENSE} and {_CHECKPOINTED} may follow)"
         )
     return method
 
