@@ -67,26 +67,35 @@ _DEFAULT: Any = _Default()
 class Learner:
     """Trains ``model`` by ``rule``, unit by unit.
 
-    ``model``: any ``nn.Module``, factored or dense; it is trained in place, and its ``forward``
-    runs unchanged. ``rule``: a name (:func:`svdalign.rules.available`) or a :class:`Rule`;
-    ``horizon`` and ``error`` replace the rule's own. ``units``: where units end, see
-    :func:`make_plan`. ``optimizer``: called with the list of parameters to train, learned feedback
-    included; returns the optimizer. ``example``: a batch of inputs. ``loss``: ``(z, y) -> 0-dim
-    tensor``, a mean over the batch; cross-entropy by default. ``task``: what the targets are, a
-    kind of :class:`svdalign.task.Task`; by default it is found from the first batch, by calls of
-    ``loss`` on small outputs. ``retraction``: how the columns of ``U`` and ``V`` are made
-    orthonormal again after every ``retract_every`` steps: "qr", "polar", "newton-schulz" (for small
-    steps) or None.
-    ``recompute``: residual or transformer blocks (layers where there are none) save only their
-    inputs and run again in the backward pass, ``horizon + 1`` times. ``update_early``: in
-    :meth:`step` a unit's weights are updated, and their gradients dropped, as soon as the unit has
-    gone backward, so that gradients of one unit are held at a time. The optimizer's ``step`` is
-    called once for each unit: the same update where it treats every parameter by itself, as SGD and
-    Adam do; where it looks at all gradients at once, as clipping by their joint norm does, it looks
-    at one unit's. A loss that fails leaves the units before it updated. ``seed``: of the feedback's
-    random matrices.
+    Args:
+        model: any ``nn.Module``, factored or dense. It is trained in place; its ``forward`` runs
+            unchanged.
+        rule: a name (:func:`svdalign.rules.available`) or a :class:`Rule`.
+        units: where units end, see :func:`make_plan`.
+        horizon: in place of the rule's own.
+        error: in place of the rule's own.
+        optimizer: called with the list of parameters to train, those of learned feedback included;
+            returns the optimizer.
+        example: a batch of inputs.
+        loss: ``(z, y) -> 0-dim tensor``, a mean over the batch; cross-entropy by default.
+        task: what the targets are, a kind of :class:`svdalign.task.Task`. By default it is found
+            from the first batch, by calls of ``loss`` on small outputs.
+        retraction: how the columns of ``U`` and ``V`` are made orthonormal again: "qr", "polar",
+            "newton-schulz" (for small steps), or None for not at all.
+        retract_every: after how many steps each time.
+        recompute: residual or transformer blocks (layers where there are none) save only their
+            inputs and run again in the backward pass, ``horizon + 1`` times.
+        update_early: :meth:`step` updates a unit's weights and drops their gradients as soon as the
+            unit has gone backward, so that gradients of one unit exist at a time. The optimizer's
+            ``step`` is called once for each unit. The update is the same if the optimizer treats
+            every parameter by itself, as SGD and Adam do; one that looks at all gradients at once,
+            for example to clip their joint norm, sees those of one unit. If a loss fails, the units
+            before it stay updated.
+        seed: of the feedback's random matrices.
 
-    Raises TypeError or ValueError, which name the argument, for arguments that do not fit.
+    Raises:
+        TypeError: for an argument of a wrong type; the message names it.
+        ValueError: for an argument that does not fit; the message names it.
     """
 
     def __init__(
