@@ -322,7 +322,7 @@ class RunConfig(JobConfig):
             fields["lr"] = method.lr
         for name in _SHARED:
             if name in given:
-                raise ValueError(f"{name} must be given as --{name}, not among options")
+                raise ValueError(f"options must not hold {name}, an option itself: --{name}")
             if name in options and getattr(self, name) == "rule":
                 fields[name] = options[name]
             options.pop(name, None)
