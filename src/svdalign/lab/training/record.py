@@ -88,8 +88,8 @@ class Record:
         own = dataclasses.replace(there, epochs=config.epochs) if more else there
         if changed := _changes(own, config):
             raise ValueError(
-                f"{self.folder} holds a run with another config ({changed}); give another --out, or "
-                "--overwrite to replace it. To go on with that run: svdalign train --resume "
+                f"{self.folder} holds a run with another config ({changed}); give another --out, "
+                "or --overwrite to replace it. To go on with that run: svdalign train --resume "
                 f"{self.folder}"
             )
         status = (self.results() or {}).get("status", "interrupted")
