@@ -44,7 +44,12 @@ def test_a_layer_takes_the_norm_activation_and_pooling_that_follow_it(units: str
     plan = plan_of(sequential(), units, EXAMPLE)
     assert [unit.exit for unit in plan.units] == ["3", "6", "10", ""]
     assert owned(plan) == [{"0", "1"}, {"4"}, {"8", "9"}, {"11"}]
-    assert [unit.features_shape[1:] for unit in plan.units] == [(8, 8, 8), (8, 4, 4), (16,), (4,)]
+    assert [unit.features[0].shape[1:] for unit in plan.units] == [
+        (8, 8, 8),
+        (8, 4, 4),
+        (16,),
+        (4,),
+    ]
 
 
 @pytest.mark.parametrize(

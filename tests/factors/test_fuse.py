@@ -541,7 +541,7 @@ def test_units_end_where_they_do_without_fusing(pool: nn.Module, size: tuple[int
             model, "ssa", example=x.double(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
         )
         losses = learner.step(x.double(), y).unit_losses.values()
-        taught.append(([u.features_shape for u in learner.units], list(map(float, losses))))
+        taught.append(([u.features[0].shape for u in learner.units], list(map(float, losses))))
     assert taught[0][0] == taught[1][0]
     assert taught[0][1] == pytest.approx(taught[1][1], rel=1e-9)
 

@@ -287,7 +287,7 @@ def test_rules_see_one_layout(
 ) -> None:
     model, x, y = build(), torch.randn(shape), torch.tensor([0, 1, 2, 0])
     local = learner(model, x, horizon=0)
-    assert local.units[0].features_shape == features
+    assert local.units[0].features[0].shape == features
     owned = owners(model, x, [(u.exit, u.call) for u in local.units[:-1]])
     assert {n for n, i in owned.items() if 0 in i} == set(local.units[0].parameters)
     grads = local.gradients(x, y)
@@ -319,7 +319,7 @@ def test_tokens_as_samples() -> None:
     model = Net(run, body=linear_relu(), head=nn.Linear(D, C))
     x, y = torch.randn(B, 5, D), torch.randint(0, C, (B * 5,))
     local = learner(model, x, "ssa-local")
-    assert local.units[0].features_shape == (10, D)
+    assert local.units[0].features[0].shape == (10, D)
     assert torch.isfinite(local.step(x, y).loss)
 
 

@@ -120,8 +120,8 @@ def latency(
 ) -> list[dict[str, float]]:
     """Median seconds of a batch through both, run in turns, for each size of :data:`BATCHES`.
 
-    Both run as copies in the job's memory format: a kernel in another one would decide for all that
-    comes after it.
+    Both run as copies in the job's memory format: a kernel in another one would change the format
+    of all maps after it.
     """
     layout = memory_format(config)
     small, dense = (copy.deepcopy(m).to(memory_format=layout) for m in (small, dense))  # type: ignore[call-overload]
