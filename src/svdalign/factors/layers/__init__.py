@@ -1,5 +1,6 @@
 """Factored layers, each registered for its dense type. Every file of this folder is imported, so a
-new one need not be listed anywhere. Imports nothing of the library."""
+new one need not be listed anywhere. Imports ``stale.py`` beside this folder, nothing else of the
+library."""
 
 from importlib import import_module
 from pkgutil import iter_modules
