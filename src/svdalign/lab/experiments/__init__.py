@@ -1,4 +1,4 @@
-"""Comparisons of methods, searches of rates, profiles, cards, and the paper's figures and tables."""
+"""Comparisons of methods, searches of rates, profiles, cards, the paper's figures and tables."""
 
 from ..methods import METHODS, Method
 from .compare import CompareConfig, Comparison
