@@ -26,13 +26,14 @@ _PER_SAMPLE = (
 def fuse(
     model: nn.Module, example: Tensor | None = None, *, memory: int | None = None
 ) -> nn.Module:
-    """A copy of ``model`` in which factored convolutions take in what alone follows them.
+    """A copy of ``model`` in which factored convolutions are fused with the modules after them.
 
-    These are a batch norm (in the channel scheme), then activations, pooling and group norms, if
-    they are modules of such types that the traced ``forward`` calls once. An ``nn.Identity`` is
-    left in the place of each. The function stays the same to rounding, in training and in
-    evaluation, and a training step takes less memory: see :class:`FusedConv2d`. Parameters keep
-    their values; those of a norm get the name of its convolution: ``CONV.tail.0.weight``.
+    A convolution takes in a batch norm (in the channel scheme), then activations, pooling and group
+    norms: those that are modules, are called once by the traced ``forward``, and are all that reads
+    the output before them. An ``nn.Identity`` is left in the place of each. The function stays the
+    same to rounding, in training and in evaluation, and a training step takes less memory: see
+    :class:`FusedConv2d`. Parameters keep their values; those of a norm get the name of its
+    convolution: ``CONV.tail.0.weight``.
 
     Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that units of
     single layers end where they do without fusing. A unit that would end between modules that were

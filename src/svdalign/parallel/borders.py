@@ -1,4 +1,4 @@
-"""Whose is what, where processes take over from each other, and what cannot be split."""
+"""Which process owns what, where one hands over to the next, and what cannot be split."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def refuse(learner: Learner) -> None:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a unit hands on, off their graph."""
+    """The tensors in a unit's output, detached."""
     return [v.detach() for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
 
 
 def owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | None]:
-    """Process of every parameter and buffer by its name; None for what every process keeps."""
+    """The process that owns each parameter and buffer, by name; None where every process has it."""
     model, units = learner.model, learner.units
     found: dict[str, int | None] = {}
     for unit, rank in zip(units, place, strict=True):
@@ -72,7 +72,7 @@ def owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | No
 
 
 def _calls(learner: Learner, x: Any) -> dict[str, set[int]]:
-    """By path of each module that is called, the units that it is at work in."""
+    """For each module that is called, by path, the units in which it runs."""
     ends = Counter(unit.exit for unit in learner.units[:-1])
     found: dict[str, set[int]] = {}
     done = 0
@@ -103,8 +103,8 @@ def _calls(learner: Learner, x: Any) -> dict[str, set[int]]:
 
 
 def check_borders(learner: Learner, x: Any, place: Sequence[int], first: int) -> list[Tensor]:
-    """ValueError unless each unit reads of earlier processes only what the unit before hands on.
-    Returns what the unit before unit ``first`` hands on for ``x``."""
+    """ValueError if a unit reads more from earlier processes than the output of the unit before.
+    Returns that output for ``x``, of the unit before unit ``first``."""
     units = learner.units
     calls = Counter(unit.exit for unit in units)
     border: list[Tensor] = []

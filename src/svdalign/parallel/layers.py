@@ -195,7 +195,7 @@ class LayerParallel:
 
     @contextlib.contextmanager
     def _entering(self, received: Sequence[Tensor], *, learn: bool) -> Iterator[None]:
-        """Inside, a forward pass takes up at this process's first unit, with what was received."""
+        """Inside, a forward pass starts at this process's first unit, with the tensors received."""
         if self._entry is None:
             yield
             return
@@ -256,7 +256,7 @@ class LayerParallel:
     # --- weights --------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
-        """Keep the values of this process's units alone."""
+        """Free weights, feedback and optimizer state of the units of other processes."""
         learner = self.learner
         foreign = {name for name, owner in self._owners.items() if owner not in (None, self.rank)}
         names = weights.names(learner)
@@ -270,7 +270,7 @@ class LayerParallel:
         learner._on_the_manifold = [m for m in self._manifold if not m.U.is_meta]
 
     def _fetch(self, name: str, owner: int) -> None:
-        """Have the values of ``name`` from the process that they belong to."""
+        """Fetch the values of ``name`` from the process that owns them."""
         tensor = weights.get(self.learner, name)
         if owner == self.rank:
             dist.broadcast(tensor.detach().contiguous(), group=self._group, group_src=owner)
@@ -282,7 +282,7 @@ class LayerParallel:
 
 
 def _from(rank: int, value: Any, group: dist.ProcessGroup | None) -> Any:
-    """What process ``rank`` has, on all."""
+    """The ``value`` of process ``rank``, on every process."""
     found = [value]
     with naming(f"process {rank}"):
         dist.broadcast_object_list(found, group=group, group_src=rank)

@@ -99,7 +99,8 @@ class Link:
 
 @contextlib.contextmanager
 def naming(which: str) -> Iterator[None]:
-    """For calls of ``torch.distributed`` alone: if they fail, say for want of which process."""
+    """Inside, a call of ``torch.distributed`` that fails raises an error that names the process
+    which did not answer. For such calls alone."""
     try:
         yield
     except RuntimeError as error:

@@ -60,7 +60,7 @@ class Alone:
         return sums
 
     def agree(self, *asked: bool) -> list[bool]:
-        """What any process asks for, told to all at the same step."""
+        """Which of these any process has asked for: the same answer for all, at the same step."""
         return list(asked)
 
     def save(self, path: Path, extra: Any) -> None:
@@ -114,8 +114,8 @@ class Together(Alone):
 
 
 class _Asked:
-    """Questions that are put every so many steps and answered as many later: by then every process
-    has put its own, and none has to wait for another."""
+    """Yes-or-no questions of all processes, asked every few steps and answered as many steps later:
+    by then every process has asked, and none has to wait for another."""
 
     def __init__(self, size: int) -> None:
         self._every = 3 * size  # more steps than a pipeline's first process is ahead of its last
@@ -188,7 +188,7 @@ def meeting(config: RunConfig) -> Iterator[RunConfig]:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """If what is inside fails on the first process, the others do not wait for its news."""
+    """If the first process fails inside, it says so to the others, which would wait for it."""
     try:
         yield
     except BaseException:
@@ -198,7 +198,7 @@ def refusing() -> Iterator[None]:
 
 
 def tell(news: Any = None) -> Any:
-    """``news`` of the first process, on all."""
+    """The ``news`` of the first process, on every process."""
     found = [news]
     with naming(OTHER):
         dist.broadcast_object_list(found, 0)
