@@ -185,7 +185,7 @@ def _streamed(
 
 
 def _cores() -> int:
-    """Of the machine, those that this process may use where the system says so."""
+    """How many CPU cores this process may use; those of the machine where that is not known."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -267,7 +267,7 @@ def _tar_labels(file: str, column: str) -> list[Any]:
 
 
 def whole_numbers(labels: list[Any], where: str, column: str) -> npt.NDArray[np.int64]:
-    """``labels`` as they are: a float is one only if nothing is lost, and nothing else is."""
+    """``labels`` as int64. A float is accepted if it is whole; ValueError for anything else."""
     for row, label in enumerate(labels):
         number = isinstance(label, int | float) and not isinstance(label, bool)
         if not (number and -(2**63) <= label < 2**63 and label == label // 1):

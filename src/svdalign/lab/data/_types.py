@@ -1,4 +1,4 @@
-"""What a data set is: two splits that give batches; and what it is read from."""
+"""Data sets: two splits that give batches, and the sources that they are read from."""
 
 from __future__ import annotations
 
