@@ -12,9 +12,9 @@ out among the combinations, at least two rounds each; the file is written after 
 ``--show`` prints a file as Markdown.
 
 Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
-horizon N, ``ssa-balanced-N`` in two units that hold about the same; ``-checkpointed`` adds gradient
-checkpointing in segments of the square root of the depth, ``-measured`` lets each layer compute
-with its fastest kernel (``svdalign.fuse(model, x)``).
+horizon N, ``ssa-balanced-N`` in two units that hold about the same, ``ssa-unaligned-N`` without
+similarity; ``-checkpointed`` adds gradient checkpointing in segments of the square root of the
+depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ NETS = {
 }
 METHODS = (
     "bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "bp-measured",
-    "ssa-0", "ssa-0-measured", "ssa-balanced-0", "ssa-balanced-0-measured", "ssa-1", "ssa-2",
+    "ssa-0", "ssa-0-measured", "ssa-unaligned-0", "ssa-balanced-0", "ssa-balanced-unaligned-0",
+    "ssa-balanced-unaligned-0-measured", "ssa-1", "ssa-2",
 )  # fmt: skip
 
 
@@ -119,6 +120,8 @@ def make_step(net: Net, method: str, precision: str, batch: int) -> Step:
     options: dict[str, Any] = {"rule": "bp"}
     if name == "ssa":
         rule = replace(rules.get("ssa"), **net.rule)
+        if "unaligned" in kinds:
+            rule = replace(rule, alpha=0.0)
         horizon = next(int(kind) for kind in kinds if kind.isdigit())
         options = {"rule": rule, "horizon": horizon, **net.local}
         if "balanced" in kinds:
