@@ -197,37 +197,66 @@ def check_rate(results: Results, method: str, rate: float) -> None:
 def make_compare(results: Results) -> str:
     """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
     content, search = results["compare"], results["tune_compare"]
-    config = content["config"]
-    share = peak_shares(content["summary"])
+    config, data = content["config"], content["data"]
+    return (
+        f"{against_cost(results, 'compare', 'tune_compare')}\n\n"
+        f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
+        f"{config['epochs']} epochs, {data['test']:,} test images, {seeds(content)}. {COSTS} "
+        f"{source(content, search)}"
+    )
+
+
+def front(results: Results) -> str:
+    """Units and horizons: accuracy, and what a step costs."""
+    content, search = results["front_vgg8"], results["tune_front_vgg8"]
+    config, data = content["config"], content["data"]
+    return (
+        f"{against_cost(results, 'front_vgg8', 'tune_front_vgg8')}\n\n"
+        f"VGG-8, a quarter as wide, at rank {config['rank']:g}, {data['train']:,} images of "
+        f"CIFAR-10 at 16×16, {config['epochs']} epochs, {seeds(content)}. {COSTS} "
+        f"{source(content, search)}"
+    )
+
+
+COSTS = (
+    "Peak memory and time of a training step, on CPU. Every method runs at the learning rate that "
+    "one search chose for it on held-out images."
+)
+
+
+def seeds(content: Mapping[str, Any]) -> str:
+    """How many seeds a comparison ran with."""
+    number = content["config"]["seeds"]
+    return "one seed" if number == 1 else f"mean ± standard deviation over {number} seeds"
+
+
+def against_cost(results: Results, name: str, search: str) -> str:
+    """A row for each entry of the comparison ``name``, which ran at the rates of ``search``."""
+    content = results[name]
+    summary = content["summary"]
+    (factored,) = (row for row in summary if row["method"].split(",")[0] == "bp")
     rows = []
-    for row in content["summary"]:
+    for row in summary:
         method = row["method"]
         # A checkpointed network learns as the same one does without.
-        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
+        rate = searched(results, search, method.replace("-checkpointed", ""))
         used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
         if used != {rate}:
-            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
+            raise ValueError(f"{name} runs {method} at {used}, its search chose {rate:g}")
+        peak = row["memory"]["peak"]
         rows.append(
             [
-                row["label"] + own_settings(config, method),
+                row["label"] + own_settings(content["config"], method),
                 accuracy(row),
-                f"{row['memory']['peak'] / 2**20:.1f} MiB",
-                f"{share[row['label']]} ×",
-                f"{row['step_ratio']:.2f} ×",
+                f"{peak / 2**20:.1f} MiB",
+                f"{peak / factored['memory']['peak']:.2f} ×",
+                f"{row['step_ratio'] / factored['step_ratio']:.2f} ×",
                 f"{row['parameters']:,}",
                 f"{rate:g}",
             ]
         )
-    headings = ["method", "test accuracy, %", "peak memory", "of BP", "time per step", "parameters"]
-    return (
-        f"{markdown([*headings, 'rate'], rows)}\n\n"
-        f"SmallConv at rank {config['rank']:g}, {content['data']['train']:,} images of "
-        f"Fashion-MNIST, {config['epochs']} epochs: mean ± standard deviation over "
-        f"{config['seeds']} seeds on {content['data']['test']:,} test images. Peak memory and time "
-        "(× BP, on CPU) of a "
-        "training step. Every method runs at the learning rate that one search chose for it on "
-        f"held-out images. {source(content, search)}"
-    )
+    headings = ["method", "test accuracy, %", "peak memory", "of SVD-BP", "time, of SVD-BP"]
+    return markdown([*headings, "parameters", "rate"], rows)
 
 
 LABELS = {
@@ -494,9 +523,9 @@ def changes(content: Mapping[str, Any]) -> str:
     )
 
 
-def step(results: Results, name: str = "step") -> str:
+def step(results: Results) -> str:
     """Peak and time of a training step, against both kinds of backpropagation."""
-    content = results[name]
+    content = results["step"]
     rows = []
     for result in content["results"]:
         for method, cost in result["costs"].items():
@@ -670,9 +699,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "epochs": epochs,
     "step": step,
-    "step_local": partial(step, name="step_local"),
     "comparison": comparison,
     "make_compare": make_compare,
+    "front": front,
     "reproduce/table1": methods_on_smallconv,
     "memory": memory,
     "bp_floor": bp_floor,

@@ -227,16 +227,18 @@ def test_make_compare_runs_at_the_rates_of_its_search(
     script: ModuleType, results: Path, tmp_path: Path
 ) -> None:
     content = json.loads((results / "embedded.json").read_text())
+    content["runs"] += [{**run, "method": "bp"} for run in content["runs"][:1]]
+    content["summary"].append({**content["summary"][0], "method": "bp", "label": "SVD-BP"})
     for run in content["runs"]:
         run["config"]["lr"] = 0.01
     made = {key: content[key] for key in ("git", "command", "machine", "torch")}
-    search = {**made, "accuracy": {"bp-dense": INSIDE, "ssa": INSIDE}}
+    search = {**made, "accuracy": dict.fromkeys(("bp-dense", "bp", "ssa"), INSIDE)}
     write(tmp_path, compare=content, tune_compare=search)
     tables = script.Results(tmp_path, tmp_path)
     table = script.make_compare(tables)
     reached = 100 * content["summary"][1]["accuracy"]
     assert f"| SSA, horizon 2 | {reached:.1f} ± " in table
-    assert table.count("| 0.01 |") == 2
+    assert table.count("| 0.01 |") == 3
     search["accuracy"]["ssa"] = {"0.01": 0.5, "0.02": 0.7, "0.04": 0.6}
     write(tmp_path, tune_compare=search)
     tables = script.Results(tmp_path, tmp_path)
