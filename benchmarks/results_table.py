@@ -616,26 +616,22 @@ def parallel(results: Results) -> str:
 def stages(results: Results) -> str:
     """What so many stages would give, and how the formula fared where it could be tested."""
     content = results["stages"]
-    links = list(content["rows"][0]["links"])
+    links, pipelines = (list(content["rows"][0][key]) for key in ("links", "pipelines"))
     rows = [
-        [
-            str(row["stages"]),
-            *(f"{row['links'][link]['times_one_without_prefix']:.1f} ×" for link in links),
-            f"{row['links'][links[-1]]['times_one']:.1f} ×",
-            f"{row['stages'] * (1 - row['bubble']):.1f} ×",
-        ]
+        [str(row["stages"]), *(f"{row['links'][link]:.1f} ×" for link in links)]
+        + [f"{row['pipelines'][m]:.1f} ×" for m in pipelines]
         for row in content["rows"]
     ]
     tests = [
-        [row["net"], f"{row['predicted']:.0f}", f"{row['measured']:.0f}", f"{row['ratio']:.2f}"]
-        for row in content.get("validation", ())
+        [net, f"{predicted:.0f}", f"{measured:.0f}", f"{measured / predicted:.2f}"]
+        for net, predicted, measured in map(dict.values, content["validation"])
     ]
-    headings = ["stages", *links, f"as it is now, {links[-1]}", "backpropagation, at best"]
+    headings = ["stages", *links, *(f"backpropagation, {m} microbatches" for m in pipelines)]
     return (
         f"{markdown(headings, rows)}\n\n"
         f"{markdown(['tested on', 'predicted, images/s', 'measured', 'ratio'], tests)}\n\n"
-        f"ResNet-{content['layers']}, batch {content['batch']}, times one process. "
-        f"{source(content)}"
+        f"ResNet-{6 * content['blocks'] + 2}, batch {content['batch']}, times one process; worked "
+        f"out from the times of ResNet-32's units. {source(content)}"
     )
 
 

@@ -151,6 +151,16 @@ def test_samples_on_several_processes_learn_as_on_one(tmp_path: Path, size: int)
         assert all(value.equal(first[name]) for name, value in other.items())
 
 
+def test_what_comes_before_a_process_runs_once_for_each_shape(tmp_path: Path) -> None:
+    succeed("shapes", tmp_path, 2)
+    first, last = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
+    one = worker.learner("residual")
+    losses = [one.step(x, y).loss for x, y in worker.of_sizes(8, 8, 5, 5, 8)]
+    torch.testing.assert_close(last["losses"], torch.stack(losses), rtol=1e-9, atol=1e-9)
+    assert first["ran"] == 5
+    assert last["ran"] == 2  # the first shape ran when the process was made
+
+
 @pytest.mark.parametrize(("signal", "rank"), [("KILL", 0), ("KILL", 2), ("STOP", 1)])
 def test_processes_end_when_one_of_them_does(tmp_path: Path, signal: str, rank: int) -> None:
     """Killed or hanging, at some moment, also of writing: the others end, the file is whole."""

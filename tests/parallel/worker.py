@@ -140,6 +140,20 @@ def layers(rank: int, size: int, folder: Path, kind: str, horizon: int) -> None:
     )  # fmt: skip
 
 
+def shapes(rank: int, size: int, folder: Path) -> None:
+    """Steps on batches of changing size; how often a module inside the first block ran."""
+    mine = learner("residual")
+    stage = parallel.LayerParallel(mine, batches(1)[0], partition=(2, len(mine.units) - 2))
+    ran = []
+    mine.model.body[0].conv.register_forward_hook(lambda *_: ran.append(1))
+    losses = [stage.step(x, y).loss for x, y in of_sizes(8, 8, 5, 5, 8)]
+    torch.save({"losses": torch.stack(losses), "ran": len(ran)}, folder / f"rank{rank}.pt")
+
+
+def of_sizes(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(x[:n], y[:n]) for (x, y), n in zip(batches(len(sizes)), sizes, strict=True)]
+
+
 def resumed(rank: int, size: int, folder: Path, kind: str, horizon: int) -> None:
     """Two steps more from the file that another number of processes wrote."""
     mine = learner(kind, horizon)
@@ -199,4 +213,4 @@ def dies(rank: int, size: int, folder: Path) -> None:
         stage.step(x, y)
 
 
-JOBS = {job.__name__: job for job in (layers, resumed, gradients, data, endless, dies)}
+JOBS = {job.__name__: job for job in (layers, shapes, resumed, gradients, data, endless, dies)}

@@ -15,6 +15,9 @@ from ..engine import Learner
 from ..engine.forward import forward, preserved
 from ..engine.ownership import reached
 
+Calls = dict[str, set[int]]
+"""For each module that is called, by path, the units in which it runs."""
+
 
 def refuse_early_updates(learner: Learner) -> None:
     """ValueError for a learner that updates units before the step is over."""
@@ -45,7 +48,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [v.detach() for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
 
 
-def owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | None]:
+def owners(learner: Learner, calls: Calls, place: Sequence[int]) -> dict[str, int | None]:
     """The process that owns each parameter and buffer, by name; None where every process has it."""
     model, units = learner.model, learner.units
     found: dict[str, int | None] = {}
@@ -60,7 +63,6 @@ def owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | No
     by_index = {str(i): rank for i, rank in enumerate(place)}
     for name, _ in (*learner.feedback.named_parameters(), *learner.feedback.named_buffers()):
         found[f"feedback.{name}"] = by_index[name.partition(".")[0].partition("_")[0]]
-    calls = _calls(learner, x)
     for name, _ in model.named_buffers():
         path = name
         while path and path not in calls:  # a module that is not called is at work in its parent
@@ -71,10 +73,16 @@ def owners(learner: Learner, x: Any, place: Sequence[int]) -> dict[str, int | No
     return found
 
 
-def _calls(learner: Learner, x: Any) -> dict[str, set[int]]:
-    """For each module that is called, by path, the units in which it runs."""
+def before(calls: Calls, first: int) -> list[str]:
+    """Paths of modules that are done before unit ``first`` begins; not of those inside these."""
+    done = {path: None for path, units in calls.items() if path and max(units) < first}
+    return [path for path in done if path.rpartition(".")[0] not in done]
+
+
+def at_work(learner: Learner, x: Any) -> Calls:
+    """For each module that is called for ``x``, by path, the units in which it runs."""
     ends = Counter(unit.exit for unit in learner.units[:-1])
-    found: dict[str, set[int]] = {}
+    found: Calls = {}
     done = 0
     handles = []
 

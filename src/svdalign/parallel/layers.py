@@ -22,7 +22,7 @@ from ..engine.forward import forward, preserved
 from ..engine.streaming import Left, stream
 from . import weights
 from .balance import unit_seconds
-from .borders import check_borders, owners, refuse, tensors_of
+from .borders import at_work, before, check_borders, owners, refuse, tensors_of
 from .link import OTHER, Link, naming
 
 
@@ -39,8 +39,9 @@ class LayerParallel:
 
     Process p trains batch t while process p + 1 trains batch t - 1. What belongs to the units of
     other processes, weights, feedback, optimizer state, is let go of. The model's ``forward`` stays
-    as it is: what comes before this process's units runs on tensors without values (torch's meta
-    device), what comes after does not run. Random numbers (dropout) are each process's own.
+    as it is: what comes before this process's units runs once on tensors without values (torch's
+    meta device), and again when the shape of a batch changes; what comes after does not run. Random
+    numbers (dropout) are each process's own.
 
     ``example``: a batch (x, y), to time the units and to find what they read. ``partition``: how
     many units each process gets; by default shares of about equal measured time. ``ahead``: how
@@ -80,7 +81,11 @@ class LayerParallel:
             )
         place = [rank for rank, count in enumerate(self.partition) for _ in range(count)]
         first = place.index(self.rank)
-        self._owners = owners(learner, example[0], place)
+        calls = at_work(learner, example[0])
+        self._owners = owners(learner, calls, place)
+        #: What the modules before this process's units hand on, and the batch that it was for.
+        self._made = {self.model.get_submodule(path): list[Any]() for path in before(calls, first)}
+        self._made_for = ""
         border = check_borders(learner, example[0], place, first)
         self._entry = units[first - 1].exit if self.rank else None
         own = units[first : first + self.partition[self.rank]]
@@ -200,29 +205,48 @@ class LayerParallel:
             yield
             return
 
+        looks = ""
+        stack = contextlib.ExitStack()
+
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            nonlocal looks
             torch.set_grad_enabled(False)
+            shapes = tree_map_only(Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))
+            looks = str((module.training, shapes))
+            self._skip(looks, stack)
             return tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
 
         def enter(module: nn.Module, args: Any, output: Any) -> Any:
             torch.set_grad_enabled(learn)
+            self._made_for = looks
             values, structure = tree_flatten(output)
             news = iter(received)
             return tree_unflatten(
                 [next(news) if isinstance(v, Tensor) else v for v in values], structure
             )
 
-        handles = [
-            self.model.register_forward_pre_hook(begin, with_kwargs=True),
-            self.model.get_submodule(self._entry).register_forward_hook(enter),
-        ]
-        mode = torch.is_grad_enabled()
-        try:
+        entry = self.model.get_submodule(self._entry)
+        with stack:
+            stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+            stack.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(entry.register_forward_hook(enter).remove)
             yield
-        finally:
-            torch.set_grad_enabled(mode)
-            for handle in handles:
-                handle.remove()
+
+    def _skip(self, looks: str, stack: contextlib.ExitStack) -> None:
+        """Until ``stack`` closes, have the modules before this process's units hand on what they
+        did for the last batch, if that looked the same. Otherwise note what they hand on."""
+        if looks == self._made_for:
+            for module, outputs in self._made.items():
+                stack.enter_context(_handing_on(module, outputs))
+            return
+        self._made_for = ""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._made[module].append(output)
+
+        for module, outputs in self._made.items():
+            outputs.clear()
+            stack.callback(module.register_forward_hook(note, prepend=True).remove)
 
     @torch.no_grad()
     def _run(
@@ -279,6 +303,20 @@ class LayerParallel:
         values = torch.empty(real.shape, dtype=real.dtype, device=self._device)
         dist.broadcast(values, group=self._group, group_src=owner)
         weights.put(self.learner, name, real.copy_(values))
+
+
+@contextlib.contextmanager
+def _handing_on(module: nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, calls of ``module`` compute nothing and return ``outputs``, one after the other."""
+    own = vars(module).get("forward")
+    left = iter(outputs)
+    module.forward = lambda *args, **kwargs: next(left)
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _from(rank: int, value: Any, group: dist.ProcessGroup | None) -> Any:
