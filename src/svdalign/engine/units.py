@@ -44,6 +44,11 @@ class Unit:
     features: tuple[Feature, ...]
     inplace: bool = False
 
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        """The shape of the first feature."""
+        return self.features[0].shape
+
 
 @dataclass(frozen=True)
 class Plan:
