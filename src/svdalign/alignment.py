@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ._structures import leaves
 from ._tracing import temporary
 from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
@@ -152,7 +152,7 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if (unit := units.get((path, calls[path]))) is not None:
-                outputs[unit.name] = tree_leaves(output)[unit.features[0].index]
+                outputs[unit.name] = leaves(output)[unit.features[0].index]
             calls[path] += 1
 
         return hook

@@ -324,8 +324,9 @@ def test_units_that_leave_several_layers_in_one_piece_are_refused(units) -> None
 
 def test_where_packed_sequences_are_handed_on_the_refusal_says_so() -> None:
     class Text(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, *, all_tokens: bool) -> None:
             super().__init__()
+            self.all_tokens = all_tokens
             self.first, self.second = nn.GRU(3, 4, batch_first=True), nn.GRU(4, 4, batch_first=True)
             self.head = nn.Linear(4, 2)
 
@@ -333,11 +334,15 @@ def test_where_packed_sequences_are_handed_on_the_refusal_says_so() -> None:
             packed = nn.utils.rnn.pack_padded_sequence(
                 x, lengths, batch_first=True, enforce_sorted=False
             )
-            return self.head(self.second(self.first(packed)[0])[1][-1])
+            packed, last = self.second(self.first(packed)[0])
+            if not self.all_tokens:
+                return self.head(last[-1])
+            return self.head(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0][:, 0])
 
     example = (torch.randn(3, 5, 3), torch.tensor([5, 2, 4]))
     with pytest.raises(ValueError, match="no unit can end where a PackedSequence is handed on"):
-        make_plan(Text(), "layer", example)
+        make_plan(Text(all_tokens=True), "layer", example)
+    assert len(make_plan(Text(all_tokens=False), "layer", example).units) == 2  # at what has samples
 
 
 @pytest.mark.parametrize("units", ["layer", "block", "stage", 1, 50])

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from .._structures import leaves
 
 
 def forward(model: nn.Module, x: Any) -> Tensor:
@@ -30,7 +31,7 @@ def forward(model: nn.Module, x: Any) -> Tensor:
 
 def first_tensor(out: Any) -> Tensor:
     """The first floating-point tensor in a nested structure."""
-    for leaf in tree_leaves(out):
+    for leaf in leaves(out):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
     raise TypeError(

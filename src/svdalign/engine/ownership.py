@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._structures import taken_apart
 from .._tracing import temporary
 from .cuts import hooked
-from .forward import first_tensor, forward, preserved
+from .forward import forward, preserved
 from .layout import Layout
 from .units import OUTPUT, Feature, Unit
 
@@ -36,13 +36,27 @@ def depends(output: Tensor, on: Tensor) -> bool:
     return output is on or (output.grad_fn is not None and on.grad_fn in below(output.grad_fn))
 
 
+@dataclass(frozen=True)
+class _End:
+    """A module call that ends a unit: the ``values`` that it returns, and by their place among them
+    the leaves that later modules read in place of tensors, with their copies that were handed
+    on."""
+
+    path: str
+    call: int
+    values: list[Any]
+    leaves: dict[int, Tensor]
+    copies: list[Tensor]
+
+
 class Trial:
     """A forward pass in which the outputs of the modules ``exits`` are detached, so that each
     unit's autograd graph shows its parameters.
 
     After :meth:`run`: ``segments``, the units but for the last; ``output_parameters``, those of the
     last; ``shared``, a module whose graph two units have in common, or None, and ``owner``, the
-    first of the two.
+    first of the two. An output that the network's output does not depend on is not taught, and what
+    only it depends on belongs to no unit.
     """
 
     def __init__(self, model: nn.Module, exits: frozenset[str]) -> None:
@@ -52,10 +66,9 @@ class Trial:
         self.output_parameters: tuple[str, ...] = ()
         self.shared: str | None = None
         self.owner = ""
-        self._counts: dict[str, int] = {}
+        self._ends: list[_End] = []
         self._owners: dict[Node, str] = {}
         self._producers: dict[Node, str] = {}
-        self._handed_on: list[list[Tensor]] = []
         self._alive: list[Any] = []
 
     def run(self, example: Any) -> Tensor:
@@ -64,17 +77,23 @@ class Trial:
         ]
         with temporary(hooks), preserved(self.model), _unfrozen(self.model), torch.enable_grad():
             z = forward(self.model, example)
-        if not z.requires_grad:
-            raise ValueError(
-                "the output of model does not require a gradient, though parameters do: forward "
-                "runs under torch.no_grad or torch.inference_mode, or detaches it"
-            )
-        self.output_parameters = self._parameters([z], OUTPUT)
+            if not z.requires_grad:
+                raise ValueError(
+                    "the output of model does not require a gradient, though parameters do: "
+                    "forward runs under torch.no_grad or torch.inference_mode, or detaches it"
+                )
+            wanted = leaves_of([z])
+            read = list[list[Tensor]]()
+            for end in reversed(self._ends):
+                read.append([end.values[i] for i, leaf in end.leaves.items() if leaf in wanted])
+                wanted |= leaves_of(read[-1])
+            for end, tensors in zip(self._ends, reversed(read), strict=True):
+                self.segments.append(self._segment(end, tensors))
+            self.output_parameters = self._parameters([z], OUTPUT)
         return z
 
     def finished(self, layouts: Sequence[Sequence[Layout]]) -> list[Unit]:
-        """The units, with ``layouts`` for their features, and ``inplace`` where the rest of the
-        pass changed their output."""
+        """The units with the layouts of their features."""
         return [
             replace(
                 unit,
@@ -82,44 +101,53 @@ class Trial:
                     Feature(f.index, layout.shape(f.shape), layout)
                     for f, layout in zip(unit.features, of_unit, strict=True)
                 ),
-                inplace=any(t._version > 0 for t in handed_on),
             )
-            for unit, handed_on, of_unit in zip(
-                self.segments, self._handed_on, layouts, strict=True
-            )
+            for unit, of_unit in zip(self.segments, layouts, strict=True)
         ]
 
     def _hook(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if not torch.is_grad_enabled():  # the streaming pass leaves such calls out as well
                 return None
-            leaves = tree_leaves(output)
-            tensors = [t for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
+            values, again = taken_apart(output)
+            tensors = {
+                i: t
+                for i, t in enumerate(values)
+                if isinstance(t, Tensor) and t.grad_fn is not None
+            }
             if path not in self.exits:
-                for tensor in tensors:
+                for tensor in tensors.values():
                     assert tensor.grad_fn is not None
                     self._producers.setdefault(tensor.grad_fn, path)
                 self._alive.append(tensors)
                 return None
-            call = self._counts.get(path, 0)
-            self._counts[path] = call + 1
-            parameters = self._parameters(tensors, path)
-            # The path alone could be the name of the last unit, or of a second call.
-            unique = call == 0 and path != OUTPUT and "#" not in path
-            name = path if unique else f"{path}#{call}"
-            taught = self._taught(tensors, parameters) or [first_tensor(output)]
-            features = tuple(
-                Feature(i, tuple(leaf.shape))
-                for i, leaf in enumerate(leaves)
-                if any(leaf is tensor for tensor in taught)
-            )
-            self.segments.append(Unit(name, path, call, parameters, features))
-            handed_on = tree_map(_copy_of_leaf, output)
-            copies = (t for t in tree_leaves(handed_on) if isinstance(t, Tensor))
-            self._handed_on.append([t for t in copies if t.requires_grad])
-            return handed_on
+            call = sum(end.path == path for end in self._ends)
+            fresh = {i: t.detach().requires_grad_() for i, t in tensors.items()}
+            copies = {i: leaf.clone() for i, leaf in fresh.items()}
+            self._ends.append(_End(path, call, values, fresh, list(copies.values())))
+            return again([copies.get(i, value) for i, value in enumerate(values)])
 
         return hook
+
+    def _segment(self, end: _End, read: list[Tensor]) -> Unit:
+        """The unit that ends there, of whose outputs others ``read`` these."""
+        path, call = end.path, end.call
+        # The path alone could be the name of the last unit, or of a second call.
+        unique = call == 0 and path != OUTPUT and "#" not in path
+        parameters = self._parameters(read, path)
+        taught = self._taught(read, parameters)
+        return Unit(
+            path if unique else f"{path}#{call}",
+            path,
+            call,
+            parameters,
+            tuple(
+                Feature(i, tuple(value.shape))
+                for i, value in enumerate(end.values)
+                if any(value is tensor for tensor in taught)
+            ),
+            inplace=any(t._version > 0 for t in end.copies),
+        )
 
     def _parameters(self, outputs: list[Tensor], unit: str) -> tuple[str, ...]:
         """Names of the trainable parameters that ``outputs`` of ``unit`` depend on. Notes a piece
@@ -143,8 +171,6 @@ class Trial:
     def _taught(self, tensors: list[Tensor], parameters: tuple[str, ...]) -> list[Tensor]:
         """The first of ``tensors`` that depends on all ``parameters``, so that a loss on it trains
         them all; if there is none, several that together do."""
-        if len(tensors) < 2:
-            return tensors
         taught, missing = [], set(parameters)
         for tensor in tensors:
             found = {self.names[id(v)] for v in leaves_of([tensor]) if id(v) in self.names}
@@ -187,9 +213,3 @@ def below(*nodes: Node) -> list[Node]:
                 seen.add(below)
                 queue.append(below)
     return queue
-
-
-def _copy_of_leaf(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.requires_grad:
-        return value.detach().requires_grad_().clone()
-    return value

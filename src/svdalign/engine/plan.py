@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -55,6 +55,7 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
         (c.path, c.module, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)
     ]
     known = {call.path for call in calls}
+    passed_over: dict[str, tuple[int, ...]] = {}
     for _ in range(2 * len(known) + 2):
         trial = Trial(model, ends)
         with mode():
@@ -86,9 +87,10 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
             )
         if not idle and not odd:
             if not ends and not whole:
-                _refuse_one_piece(model, units, calls)
+                _refuse_one_piece(model, units, calls, passed_over, tuple(z.shape))
             axis = channel_axis("", tuple(z.shape), outputs)
             return _plan(model, trial, layouts, z, axis, example, calls)
+        passed_over |= odd
         ends = ends - idle - odd.keys()
     raise ValueError(
         f"units={units!r} does not settle on this model; pass a callable (name, module) -> bool"
@@ -105,11 +107,13 @@ def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module],
 
 
 def _run(model: nn.Module, example: Any) -> tuple[Any, list[Call]]:
-    """The first two samples of ``example`` (all of it if the model does not run on two), and the
-    calls of a run over them."""
-    if isinstance(example, Tensor) and len(example) > 2:
+    """The first two samples of ``example``, and the calls of a run over them; all of it where the
+    model does not run on two, or calls other modules for three (it may loop over that axis)."""
+    if isinstance(example, Tensor) and len(example) > 3:
         with contextlib.suppress(Exception):  # the model's own, of whatever kind
-            return example[:2], cuts.trace(model, example[:2])
+            two, three = (cuts.trace(model, example[:n]) for n in (2, 3))
+            if [call.path for call in two] == [call.path for call in three]:
+                return example[:2], two
     return example, cuts.trace(model, example)
 
 
@@ -152,7 +156,13 @@ def _plan(
     return Plan(units, tuple(z.shape), output_axis, tuple(unreached), tuple(blocks), batch_axes)
 
 
-def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None:
+def _refuse_one_piece(
+    model: nn.Module,
+    units: Units,
+    calls: list[Call],
+    passed_over: Mapping[str, tuple[int, ...]],
+    output_shape: tuple[int, ...],
+) -> None:
     """ValueError if ``model`` has several layers: with one unit that would be backpropagation."""
     layers = cuts.layers(calls)
     if len(layers) > 1:
@@ -162,9 +172,18 @@ def _refuse_one_piece(model: nn.Module, units: Units, calls: list[Call]) -> None
             for call in calls
             for leaf in tree_leaves(call.output, lambda value: isinstance(value, PackedSequence))
         )
-        cause = ", as no unit can end where a PackedSequence is handed on" if packed else ""
+        cause, remedy = "", "choose smaller units, or "
+        if packed:
+            cause = ", as no unit can end where a PackedSequence is handed on"
+        elif passed_over:
+            path, shape = next(iter(passed_over.items()))
+            cause, remedy = (
+                f", as the batch of the network's output, {output_shape}, is no axis of what "
+                f"modules return, such as {shape} of {path!r}",
+                "",
+            )
         raise ValueError(
             f"units={units!r} leaves this model of {len(layers)} layers, {blocks} blocks, in one "
-            f"piece, to be trained by backpropagation{cause}; choose smaller units, or "
-            "horizon=None if that is wanted"
+            f"piece, to be trained by backpropagation{cause}; {remedy}horizon=None if that is "
+            "wanted"
         )

@@ -22,11 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
 from .._operations import saving_as_usual
+from .._structures import leaves, taken_apart
 from .._tracing import temporary
 from .forward import forward
 from .units import Plan, Unit
@@ -113,11 +113,11 @@ class _Stream:
         """Detach ``output``. Returns what the next unit reads in its place, the tensors of
         ``output`` that require grad, and the edges where their gradients will arrive (none at
         horizon 0)."""
-        values, structure = tree_flatten(output)
+        values, again = taken_apart(output)
         outputs, edges = [], []
         for i, value in enumerate(values):
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                continue
+            if not (isinstance(value, Tensor) and value.grad_fn is not None):
+                continue  # a parameter that is handed on belongs to who reads it
             outputs.append(value)
             values[i] = value.detach()
             if self.horizon > 0:
@@ -125,7 +125,7 @@ class _Stream:
                 edges.append(get_gradient_edge(values[i]))
                 if path in self.inplace:
                     values[i] = values[i].clone()
-        return tree_unflatten(values, structure), outputs, edges
+        return again(values), outputs, edges
 
     def exit(self, path: str, output: Any) -> Any:
         call = self.calls.get(path, 0)
@@ -138,13 +138,13 @@ class _Stream:
                 "around it, for example units=callable naming the enclosing module"
             )
         handed_on, outputs, edges = self.cut(path, output)
-        if not outputs:  # frozen, as is everything before it
-            self.advance(index)
-            return output
-        leaves = tree_leaves(output)
+        values = leaves(output)
         at = {id(tensor): place for place, tensor in enumerate(outputs)}
-        taught = [id(leaves[feature.index]) for feature in self.plan.units[index].features]
+        taught = [id(values[feature.index]) for feature in self.plan.units[index].features]
         features = {i: at[tensor] for i, tensor in enumerate(taught) if tensor in at}
+        if not features:  # frozen, as is everything before it, or nothing reads it
+            self.advance(index)
+            return handed_on
         self.learn(index, outputs, edges, features)
         return handed_on
 
@@ -161,9 +161,9 @@ class _Stream:
         with saving_as_usual():  # a checkpoint around the unit is for the model's own graph
             segment = _Segment(unit, outputs, edges, planned)
             segment.learn(self.unit_loss, features)
-        self.window.append(segment)
-        if len(self.window) > self.horizon:
-            self.pop()
+            self.window.append(segment)
+            if len(self.window) > self.horizon:
+                self.pop()
         self.active = True
 
     def pop(self) -> None:

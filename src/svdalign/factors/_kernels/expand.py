@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from ..._autocast import present_autocast
 from ..._lazy import read, reads_by_parts
-from ..._operations import saving_as_usual
 from ..._parts import by_parts, parts_of
 from ..layers import SVDConv2d
 from ._gradients import gradients_by_parts, wanted_gradients
@@ -74,9 +73,7 @@ class _Expand(torch.autograd.Function):
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
-            # A unit's backward may run within a checkpointed block's forward, which would count
-            # what is saved here as its own.
-            with torch.enable_grad(), ctx.autocast(), saving_as_usual():
+            with torch.enable_grad(), ctx.autocast():
                 out = ctx.tail(ctx.layer.expand(part, second, bias))
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
             return (next(found) if want else None for want in wanted)
