@@ -9,8 +9,6 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["leaves", "taken_apart"]
-
 
 def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves of ``value``, and a function that makes the like of ``value`` from other leaves.
@@ -27,9 +25,7 @@ def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     def again(new: Sequence[Any]) -> Any:
         left = iter(new)
         rebuilt = [
-            next(left)
-            if parts is None
-            else _with(node, parts[1]([next(left) for _ in parts[0]]))
+            next(left) if parts is None else _with(node, parts[1]([next(left) for _ in parts[0]]))
             for node, parts in zip(nodes, inside, strict=True)
         ]
         return tree_unflatten(rebuilt, structure)

@@ -71,12 +71,15 @@ def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str
     count."""
     batch = {len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim}
     called, held = list[str](), [0]
-    seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    own = (t for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided)
+    seen = {t.untyped_storage()._cdata for t in own}
     alive: list[Tensor] = []  # while a storage lives, no other has its address
 
     def note(t: Tensor) -> None:
+        if t.layout != torch.strided or not t.ndim or len(t) not in batch:
+            return
         storage = t.untyped_storage()
-        if t.ndim and len(t) in batch and storage._cdata not in seen:
+        if storage._cdata not in seen:
             seen.add(storage._cdata)
             alive.append(t.detach())
             held[-1] += min(t.nbytes, storage.nbytes())  # a part of a batch is a view of it

@@ -119,6 +119,14 @@ def check_early_updates(plan: Plan, horizon: int | None, optimizer: torch.optim.
         )
 
 
+def refuse_again(path: str, module: nn.Module, args: Any) -> None:
+    """A hook for the module ``path``, which ends a unit that has been updated in this step."""
+    raise ValueError(
+        f"update_early has updated the unit that ends at {path!r}, which runs again for the "
+        "gradient of a later one, as in a checkpointed block: end units at such blocks, not inside"
+    )
+
+
 def check_batch(
     x: Any, y: Any, plan: Plan, loss: Loss, kind: Kind | None, task: Task | None
 ) -> Task:

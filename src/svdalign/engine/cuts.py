@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._structures import leaves
 from .._tracing import temporary
-from .forward import first_tensor, forward, preserved
+from .forward import forward, preserved
 
 Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -94,7 +95,10 @@ def exits(model: nn.Module, units: Units, calls: list[Call]) -> frozenset[str]:
     ends = [_chain_end(p, calls) if p in found else _last_call(p, calls) for p in bases]
     if units == "stage":
         # The shape before what follows the layer: pooling that ends a stage belongs to the stage.
-        shapes = [tuple(first_tensor(_last_call(p, calls).output).shape) for p in bases]
+        shapes = [
+            [t.shape for t in leaves(_last_call(p, calls).output) if isinstance(t, Tensor)][:1]
+            for p in bases
+        ]
         ends = [e for i, e in enumerate(ends) if i + 1 == len(ends) or shapes[i] != shapes[i + 1]]
     return frozenset(end.path for end in ends)
 

@@ -70,22 +70,42 @@ def preserved(model: nn.Module) -> Iterator[None]:
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """:func:`preserved` for buffers alone. Autograd graphs that saved a buffer stay usable if the
     run does not change it."""
-    buffers = [
-        (module, name, buffer, _copy(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
+    buffers = BuffersBefore(model)
     try:
         yield
     finally:
-        for module, name, buffer, saved in buffers:
+        buffers.put_back()
+        # Autocast caches low-precision copies of weights. Copies made under no_grad have no graph.
+        torch.clear_autocast_cache()
+
+
+class BuffersBefore:
+    """The buffers of ``model`` as they are when this is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [
+            (module, name, buffer, None if buffer is None else buffer._version, _copy(buffer))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    def forget_unchanged(self) -> None:
+        """Keep copies only of buffers that have changed since."""
+        self._saved = [
+            (module, name, buffer, version, copy)
+            for module, name, buffer, version, copy in self._saved
+            if module._buffers.get(name) is not buffer
+            or (buffer is not None and buffer._version != version)
+        ]
+
+    def put_back(self) -> None:
+        """Give the model these buffers, with the values that they had."""
+        for module, name, buffer, _, saved in self._saved:
             module._buffers[name] = buffer  # the model may have put another one there
             if buffer is not None and saved is not None:
                 # Through `data`, which leaves the version counter as it is: autograd refuses to use
                 # a saved tensor whose counter has changed.
                 buffer.data.copy_(saved)
-        # Autocast caches low-precision copies of weights. Copies made under no_grad have no graph.
-        torch.clear_autocast_cache()
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:

@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import rules
 from .._autocast import outside_autocast
 from .._table import as_html, as_text
+from .._tracing import temporary
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import Kind, Loss, Task, find_class_axis
 from .checks import (
@@ -26,6 +29,7 @@ from .checks import (
     check_model,
     check_settings,
     needs_closure,
+    refuse_again,
 )
 from .cuts import Units
 from .forward import forward, preserved
@@ -90,7 +94,8 @@ class Learner:
             ``step`` is called once for each unit. The update is the same if the optimizer treats
             every parameter by itself, as SGD and Adam do; one that looks at all gradients at once,
             for example to clip their joint norm, sees those of one unit. If a loss fails, the units
-            before it stay updated.
+            before it stay updated; so do they where a checkpointed block holds several units,
+            which is refused when it runs again.
         seed: of the feedback's random matrices.
 
     Raises:
@@ -229,15 +234,21 @@ class Learner:
     def _step_early(self, x: Any, y: Tensor) -> StepReport:
         retired = self._retired
 
+        updated: list[RemovableHandle] = []
+
         def update(unit: Unit, parameters: list[Tensor]) -> None:
             retired(unit, parameters)
             self.optimizer.step()  # of what has a gradient
             self.optimizer.zero_grad(set_to_none=True)
+            if unit.exit:
+                end = self.model.get_submodule(unit.exit)
+                updated.append(end.register_forward_pre_hook(partial(refuse_again, unit.exit)))
 
         self.optimizer.zero_grad(set_to_none=True)
         self._retired = update
         try:
-            report = self.backward(x, y)
+            with temporary(updated):
+                report = self.backward(x, y)
         finally:
             self._retired = retired
         self.after_update()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -11,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
+from .._structures import leaves
 from . import cuts
 from .balance import balanced_ends, pieces_of
 from .cuts import Call, Units
@@ -107,14 +108,28 @@ def _named(model: nn.Module, names: Sequence[str]) -> Callable[[str, nn.Module],
 
 
 def _run(model: nn.Module, example: Any) -> tuple[Any, list[Call]]:
-    """The first two samples of ``example``, and the calls of a run over them; all of it where the
-    model does not run on two, or calls other modules for three (it may loop over that axis)."""
+    """The first samples of ``example``, two if that will do, and the calls of a run over them.
+
+    It is all of the example where the model does not run on so few, or calls other modules for one
+    more (it may loop over that axis). An axis of another meaning, tokens or layers, must not be
+    taken for the batch: so many samples are taken that no first axis of three is that long by
+    itself.
+    """
     if isinstance(example, Tensor) and len(example) > 3:
         with contextlib.suppress(Exception):  # the model's own, of whatever kind
             two, three = (cuts.trace(model, example[:n]) for n in (2, 3))
             if [call.path for call in two] == [call.path for call in three]:
-                return example[:2], two
+                fixed = _first_axes(two) & _first_axes(three)
+                n = next(n for n in itertools.count(2) if n not in fixed)
+                if n == 2:
+                    return example[:2], two
+                return example[:n], cuts.trace(model, example[:n])
     return example, cuts.trace(model, example)
+
+
+def _first_axes(calls: Sequence[Call]) -> set[int]:
+    tensors = (value for call in calls for value in leaves(call.output))
+    return {len(t) for t in tensors if isinstance(t, Tensor) and t.ndim == 3}
 
 
 def _mode_that_runs_all(
@@ -168,9 +183,9 @@ def _refuse_one_piece(
     if len(layers) > 1:
         blocks = len(cuts.in_order(calls, cuts.blocks(model, layers)))
         packed = any(
-            isinstance(leaf, PackedSequence)
+            isinstance(value, PackedSequence)
             for call in calls
-            for leaf in tree_leaves(call.output, lambda value: isinstance(value, PackedSequence))
+            for value in (call.output if isinstance(call.output, tuple) else ())
         )
         cause, remedy = "", "choose smaller units, or "
         if packed:
