@@ -146,14 +146,12 @@ def step_memory(
         return [t for t in tree_iter(dict(optimizer.state)) if isinstance(t, Tensor) and t.dim()]
 
     cuda = bool(owned) and owned[0].is_cuda
-
+    parameters, optimizer_state = storage_bytes(owned), storage_bytes(state())
     split = Memory(0, 0, 0, 0)
 
     def note(peak: int) -> None:
         nonlocal split
-        split = Memory(
-            peak, storage_bytes(owned), storage_bytes(gradients()), storage_bytes(state())
-        )
+        split = Memory(peak, parameters, storage_bytes(gradients()), optimizer_state)
 
     before = [*owned, *gradients(), *state(), *batch]
     tracker = LiveTensors(before, note)

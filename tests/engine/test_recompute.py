@@ -138,3 +138,45 @@ def test_blocks_are_found_whatever_the_units_are() -> None:
         stages = [f"stage{i}.{j}" for i in (1, 2, 3) for j in range(3)]
         # The stem's norm and activation belong to its one layer; the last goes backward at once.
         assert L.plan.blocks == ("stem", *stages)
+
+
+def small(net: nn.Module, **options) -> sva.Learner:
+    options = {"units": "layer", "horizon": 1, "recompute": True, **options}
+    return sva.Learner(
+        net, "ssa", optimizer=lambda p: torch.optim.SGD(p, 0.05), example=torch.randn(4, 6),
+        **options,
+    )  # fmt: skip
+
+
+def test_parameters_that_are_others_when_a_block_runs_again_are_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            twice = {name: 2 * p for name, p in self.body.named_parameters()}
+            return self.last(torch.func.functional_call(self.body, twice, (x,)))
+
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    with pytest.raises(ValueError, match=r"recompute must be False, .* runs again with other"):
+        small(Scaled()).backward(x, y)
+    small(Scaled(), recompute=False).backward(x, y)
+
+
+def test_early_updates_refuse_units_within_a_block_that_runs_again() -> None:
+    """The second unit's gradient would be taken at weights that the first one's has changed."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(self.a(x).relu())
+
+    learner = small(nn.Sequential(Block(), nn.Linear(6, 3)), update_early=True)
+    with pytest.raises(ValueError, match=r"update_early .* ends at '0\.a', which runs again"):
+        learner.step(torch.randn(4, 6), torch.randint(3, (4,)))
+    assert not any(m._forward_pre_hooks for m in learner.model.modules())

@@ -110,3 +110,11 @@ def test_a_file_whose_indices_are_out_of_range_is_refused(layout, tmp_path: Path
     safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", header)
     with pytest.raises(ValueError, match="damaged"):
         storage.read(tmp_path / "b.safetensors")
+
+
+def test_units_are_balanced_though_a_buffer_is_sparse() -> None:
+    net, x = GCN(adjacency(torch.sparse_coo)).double(), torch.randn(10, 6).double()
+    local = sva.Learner(
+        net, units="balanced", optimizer=lambda p: torch.optim.SGD(p, 0.1), example=x
+    )
+    assert len(local.units) == 2
