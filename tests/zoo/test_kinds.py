@@ -26,6 +26,9 @@ from svdalign._copying import copied
 from svdalign.engine.forward import forward
 from svdalign.rules import Rule
 
+QUIET = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 LIBRARY = Path(sva.__file__).parent
 B, C, N = 6, 4, 5  # samples, classes, places along an axis
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -366,7 +369,7 @@ def autograd(model: nn.Module, x: Any, y: Tensor, loss: Any) -> tuple[Tensor, di
     return value.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@QUIET
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), rule=st.sampled_from(sva.rules.available()), rank=st.booleans())
 def test_right_or_refused(data: st.DataObject, rule: str, rank: bool) -> None:
@@ -441,7 +444,6 @@ def learner_of(model: nn.Module, x: Any, rule: Any, **options: Any) -> sva.Learn
 
 
 JOBS = pytest.mark.parametrize("name", [name for name in MODELS if name != "scripted part"])
-QUIET = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 @JOBS

@@ -151,6 +151,8 @@ def check_batch(
                 f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
                 f"{tuple(y.shape)}"
             )
+    if first:
+        task.check_dtype(y, loss)
     if first or y.device.type == "cpu":
         task.check(y, loss)
     for value in inputs if first else ():
@@ -174,13 +176,13 @@ def check_input(name: str, x: Any) -> None:
         )
 
 
-def check_scalar(what: str, loss: Any) -> Tensor:
-    """``loss``, 0-dim, if it is a number that has a gradient."""
+def check_scalar(what: str, loss: Any, *, gradient: bool = True) -> Tensor:
+    """``loss``, 0-dim, if it is a number that has a gradient (or needs none)."""
     if not isinstance(loss, Tensor):
         found = "None" if loss is None else type(loss).__name__
     elif loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}"
-    elif not loss.requires_grad:
+    elif gradient and not loss.requires_grad:
         found = "one that is detached"
     else:
         return loss.reshape(())

@@ -39,9 +39,8 @@ class TaskLoss:
                 f"loss cannot take an output of shape {tuple(z.shape)} with y of shape "
                 f"{tuple(y.shape)}, {y.dtype}: {error}" + f"; {FOR_TOKENS}" * (z.ndim == 3)
             ) from error
-        if not z.requires_grad:
-            return loss
-        return check_scalar("loss must be 0-dim and depend on the output", loss)
+        must = "loss must be 0-dim and depend on the output"
+        return check_scalar(must, loss, gradient=z.requires_grad)
 
     def teach(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of an output ``z`` in the network's graph."""

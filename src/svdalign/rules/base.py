@@ -252,7 +252,13 @@ def task_loss(
         e = supervision.error
     else:
         e = -supervision.target_matrix() / len(supervision.targets)
-    return (supervision.like_output(z) * e).sum()
+    answers = supervision.like_output(z)
+    if answers.shape != e.shape:
+        raise ValueError(
+            f"y must hold a target for every answer, of shape {tuple(answers.shape)}, got "
+            f"{tuple(e.shape)}"
+        )
+    return (answers * e).sum()
 
 
 def add_missed_share(
