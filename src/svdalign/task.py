@@ -127,14 +127,15 @@ class Task:
             counted = counted & (y != index)
         return counted
 
-    def check_dtype(self, y: Tensor, loss: Loss) -> None:
-        """ValueError for targets that are no floats where ``loss`` has a gradient only if they
-        are."""
-        if self.kind == "classes" or not _whole(y) or y.ndim == 0:
+    def check_dtype(self, y: Tensor, loss: Loss, dtype: torch.dtype) -> None:
+        """ValueError for targets of another dtype than the output's ``dtype`` where ``loss`` has a
+        gradient only for that."""
+        if self.kind == "classes" or y.dtype == dtype or y.ndim == 0:
             return
-        z, loss = torch.zeros(len(y), *self.output_shape[1:], device="cpu"), _on_cpu(loss)
-        if not _takes(loss, z, y) and _takes(loss, z, y.float()):
-            raise ValueError(f"y must be floats for this loss, got {y.dtype}: give y.float()")
+        z = torch.zeros(len(y), *self.output_shape[1:], dtype=dtype, device="cpu")
+        loss = _on_cpu(loss)
+        if not _takes(loss, z, y) and _takes(loss, z, y.to(dtype)):
+            raise ValueError(f"y must be of {dtype} for this loss, got {y.dtype}: convert y to it")
 
     def check(self, y: Tensor, loss: Loss) -> None:
         """ValueError for targets ``y`` that ``loss`` does not accept. Reads their values."""

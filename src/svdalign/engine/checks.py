@@ -128,11 +128,17 @@ def refuse_again(path: str, module: nn.Module, args: Any) -> None:
 
 
 def check_batch(
-    x: Any, y: Any, plan: Plan, loss: Loss, kind: Kind | None, task: Task | None
+    x: Any,
+    y: Any,
+    plan: Plan,
+    loss: Loss,
+    kind: Kind | None,
+    task: Task | None,
+    dtype: torch.dtype,
 ) -> Task:
     """Refuse a batch that cannot be learned from; returns its task, which is ``task`` unless that
-    is None, as for the first batch. On devices other than the CPU reading values costs a host sync:
-    there it is done for the first batch only."""
+    is None, as for the first batch. ``dtype``: that of the weights. On devices other than the CPU
+    reading values costs a host sync: there it is done for the first batch only."""
     if torch.is_inference_mode_enabled():
         raise ValueError("learning needs gradients, which torch.inference_mode does not record")
     check_input("x", x)
@@ -152,7 +158,7 @@ def check_batch(
                 f"{tuple(y.shape)}"
             )
     if first:
-        task.check_dtype(y, loss)
+        task.check_dtype(y, loss, dtype)
     if first or y.device.type == "cpu":
         task.check(y, loss)
     for value in inputs if first else ():

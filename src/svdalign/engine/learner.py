@@ -292,7 +292,9 @@ class Learner:
         ``lambda loss: loss / 4`` to accumulate four batches, or ``GradScaler.scale``; what is
         reported is not scaled.
         """
-        self.task = check_batch(x, y, self.plan, self.loss, self._kind, self.task)
+        self.task = check_batch(
+            x, y, self.plan, self.loss, self._kind, self.task, self._local.dtype
+        )
         scale = (lambda loss: loss) if scale is None else scale
         if self.horizon is None:
             return self._backpropagate(x, y, scale)
