@@ -132,7 +132,7 @@ def test_an_epoch_is_so_many_steps(tmp_path: Path) -> None:
     Console(file=console, width=80).print(epoch_table(slow))
     shown = " ".join(console.getvalue().split())
     assert "8 devices" in shown
-    assert "an epoch of 1,000 images, predicted: 1e+18 FLOP/s × 50%" in shown
+    assert "an epoch of 1,000 images, predicted: 1e+18 FLOP/s × 35%" in shown
 
 
 def test_no_factored_method_no_break_even(tmp_path: Path) -> None:
