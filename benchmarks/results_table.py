@@ -663,6 +663,24 @@ def streaming(results: Results) -> str:
     )
 
 
+def streaming_readers(results: Results) -> str:
+    """What one process that reads Parquet files holds, by the number of images."""
+    content = results["streaming_readers"]
+    rows = [
+        [
+            f"{row['files']:,}",
+            *(f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "arrow_peak_bytes")),
+        ]
+        for row in content["rows"]
+        if row["width"] == content["rows"][0]["width"]
+    ]
+    return (
+        f"{markdown(['images', 'MiB', 'MiB held by the readers at most'], rows)}\n\n"
+        "Parquet, 160 pixels, no worker processes: 32 readers in one process; peak resident "
+        f"memory, libraries included. {source(content)}"
+    )
+
+
 def epochs(results: Results) -> str:
     """Predicted epochs of the configs for ImageNet."""
     names = ("resnet18", "resnet50", "mobilenet_v1", "vit_s16")
@@ -693,6 +711,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "parallel": parallel,
     "stages": stages,
     "streaming": streaming,
+    "streaming_readers": streaming_readers,
     "epochs": epochs,
     "step": step,
     "comparison": comparison,

@@ -46,7 +46,7 @@ CLASSES, SHARD, TEST = 10, 500, 100  # SHARD: images a file
 BATCH = 64
 
 # Number of images, their width in pixels, and the size of the windows.
-JOBS = [(1000, 160, 64), (20000, 160, 64), (1000, 500, 224)]
+JOBS = [(1000, 160, 64), (5000, 160, 64), (20000, 160, 64), (1000, 500, 224)]
 
 
 def jpeg(number: int, width: int) -> bytes:
@@ -129,6 +129,7 @@ def measure(kind: str, folder: str, size: int, workers: int) -> dict[str, Any]:
         "images": seen,
         "peak_bytes": peak("self"),
         "peak_bytes_of_a_worker": children,
+        "arrow_peak_bytes": pyarrow.default_memory_pool().max_memory(),  # this process's
         "images_per_second": seen / (time.perf_counter() - started),
         "images_per_cpu_second": seen / (cpu_seconds() - busy),
     }

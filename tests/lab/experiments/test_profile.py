@@ -131,6 +131,7 @@ def test_an_epoch_is_so_many_steps(tmp_path: Path) -> None:
     console = io.StringIO()
     Console(file=console, width=80).print(epoch_table(slow))
     assert "8 devices" in console.getvalue()
+    assert "an epoch of 1,000 images, predicted: 1e+18 FLOP/s × 50%" in console.getvalue()
 
 
 def test_no_factored_method_no_break_even(tmp_path: Path) -> None:

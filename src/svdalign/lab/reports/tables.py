@@ -96,7 +96,17 @@ def profile_rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def epoch_table(results: Mapping[str, Any]) -> Table:
     """Predicted times of an epoch for the terminal."""
-    return terminal_table(*_epoch_rows(results), title="an epoch, predicted")
+    config = results["config"]
+    flops = config["device_flops"]
+    speed = (
+        f"{flops:.3g} FLOP/s × {config['utilisation']:.0%}"
+        if flops is not None
+        else "steps as long as here"
+    )
+    return terminal_table(
+        *_epoch_rows(results),
+        title=f"an epoch of {config['epoch_images']:,} images, predicted: {speed}",
+    )
 
 
 def _epoch_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
