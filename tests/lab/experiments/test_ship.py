@@ -102,7 +102,7 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [layer["name"] for layer in layers] == list(rows[0]["ranks"])
     for layer in layers:
         name = layer["name"]
-        assert f"│ {name} " in out
+        assert f"\n{name} " in out
         U, s, V = (state[f"{name}.{factor}"].double() for factor in "UsV")
         W = (U * s) @ V.mT
         values = torch.linalg.svdvals(W)[: len(s)]
