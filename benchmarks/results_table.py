@@ -428,7 +428,11 @@ LEVERS = {
 
 MUON_LEVERS = {
     "muon-bp": "SVD-BP",
+    "muon-spatial": "SVD-BP, spatial scheme",
     "muon-first": "two units: the first convolution, all that follows",
+    "muon-grid8": "the same, the map read on 8 × 8 cells in place of 4 × 4",
+    "muon-quarter": "the same, the first unit by backpropagation on a quarter of the batch",
+    "muon-both": "the same, the first unit by both",
     "muon-two": "three: the first convolution, the rest of its block, all that follows",
     "muon-late": "three: the first convolution, up to the third, all that follows",
 }
