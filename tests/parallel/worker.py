@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import os
@@ -31,6 +32,13 @@ def net(norm: bool = True) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
+@dataclasses.dataclass
+class Map:
+    """What blocks hand on: a tensor by name."""
+
+    values: Tensor
+
+
 class Residual(nn.Module):
     """A forward of its own: functional activations, a skip inside blocks, a pooled end."""
 
@@ -41,10 +49,10 @@ class Residual(nn.Module):
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.stem(x))
+        h = Map(torch.relu(self.stem(x)))
         for block in self.body:
             h = block(h)
-        return self.head(h.mean((2, 3)))
+        return self.head(h.values.mean((2, 3)))
 
 
 class Block(nn.Module):
@@ -52,8 +60,8 @@ class Block(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.norm(self.conv(x)))
+    def forward(self, x: Map) -> Map:
+        return Map(torch.relu(x.values + self.norm(self.conv(x.values))))
 
 
 def residual() -> nn.Module:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._structures import taken_apart
 from .._tracing import temporary
 from ..engine import Learner
 from ..engine.forward import forward, preserved
@@ -45,7 +45,7 @@ def refuse(learner: Learner) -> None:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """The tensors in a unit's output, detached."""
-    return [v.detach() for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
+    return [v.detach() for v in taken_apart(output)[0] if isinstance(v, Tensor)]
 
 
 def owners(learner: Learner, calls: Calls, place: Sequence[int]) -> dict[str, int | None]:
@@ -133,7 +133,7 @@ def check_borders(learner: Learner, x: Any, place: Sequence[int], first: int) ->
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         index = next(at)
-        values, structure = tree_flatten(output)
+        values, like_output = taken_apart(output)
         check([v for v in values if isinstance(v, Tensor)], index)
         if index == first - 1:
             border.extend(tensors_of(output))
@@ -143,7 +143,7 @@ def check_borders(learner: Learner, x: Any, place: Sequence[int], first: int) ->
                 leaves.append(leaf)
                 made_by[id(leaf)] = index
                 values[i] = leaf.clone()
-        return tree_unflatten(values, structure)
+        return like_output(values)
 
     ends = [unit for i, unit in enumerate(units[:-1]) if place[i] != place[i + 1]]
     if odd := [unit.exit for unit in ends if calls[unit.exit] > 1]:

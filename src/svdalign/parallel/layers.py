@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from .. import storage
 from .._files import write
+from .._structures import taken_apart
 from ..engine import Learner, Plan, StepReport
 from ..engine.balance import balanced
 from ..engine.forward import forward, preserved
@@ -219,11 +220,9 @@ class LayerParallel:
         def enter(module: nn.Module, args: Any, output: Any) -> Any:
             torch.set_grad_enabled(learn)
             self._made_for = looks
-            values, structure = tree_flatten(output)
+            values, like_output = taken_apart(output)
             news = iter(received)
-            return tree_unflatten(
-                [next(news) if isinstance(v, Tensor) else v for v in values], structure
-            )
+            return like_output([next(news) if isinstance(v, Tensor) else v for v in values])
 
         entry = self.model.get_submodule(self._entry)
         with stack:
