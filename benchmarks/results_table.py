@@ -490,8 +490,8 @@ def airbench_search(results: Results) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Mean, with the deviation over seeds where there are several."""
-    several = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{several}"
+    several = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{several}"
 
 
 def changes(content: Mapping[str, Any]) -> str:
