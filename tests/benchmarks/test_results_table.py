@@ -178,8 +178,8 @@ def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: P
         script.TABLES["airbench_levers_muon"](tables)
     )
     table = script.airbench(tables)
-    assert "| BP | 93.5 ± 0.7 | 94.5 ± 0.7 | 2 | 1.00 | sgd, 1 | 0.01 |" in table
-    assert "| SVD-BP | 92.0 | 93.0 | 1 | 0.50 | sgd, 1 | 0.01 |" in table
+    assert "| BP | 93.50 ± 0.71 | 94.50 ± 0.71 | 2 | 1.00 | sgd, 1 | 0.01 |" in table
+    assert "| SVD-BP | 92.00 | 93.00 | 1 | 0.50 | sgd, 1 | 0.01 |" in table
     assert "SSA" not in table
     write(tmp_path / "airbench", **{"search-bp-adamw": {**common, "accuracy": {"bp": AT_THE_EDGE}}})
     with pytest.raises(ValueError, match="search-bp-adamw of bp: the best rate"):
