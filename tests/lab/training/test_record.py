@@ -44,6 +44,20 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
         Record(tmp_path).check()
 
 
+@pytest.mark.parametrize(
+    "content", ["x: !!python/object/apply:os.system [touch pwned]\n", "rank: [1\n", "a: b: c\n"]
+)
+def test_a_config_that_is_no_plain_yaml_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = Record(tmp_path / "run")
+    record.start(content)
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as YAML: "):
+        record.config()
+    assert not (tmp_path / "pwned").exists()
+
+
 def test_folders_that_cannot_be_made_are_refused_at_once(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out .*run cannot be made: .*file is not a folder"):

@@ -72,9 +72,13 @@ def fields_of(kind: type[Any], config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Convert strings from the command line to the YAML scalars they spell, at any depth."""
+    """Convert strings from the command line to the YAML scalars they spell, at any depth. Those
+    that are no YAML stay strings."""
     if isinstance(value, str):
-        return yaml.safe_load(value)
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return value

@@ -158,7 +158,11 @@ class Record:
             raise ValueError(f"there is no folder {self.folder}")
         if not self._is_ours():
             raise ValueError(f"{self.folder} was not made by {self._mark[2:].strip()}")
-        content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{self.config_path} cannot be read as YAML: {why}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{self.config_path} holds no options")
         return content
