@@ -8,7 +8,6 @@ through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and a
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ DOCS = HERE.parent / "docs"
 FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
 
-#: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of ``profile_airbench.json``.
+#: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of
+#: ``profile_airbench_bf16.json``.
 BENCH = {
     "bp-dense": ("BP", "bp-dense"),
-    "bp": ("SVD-BP", "bp"),
-    "dfa": ("DFA", "dfa"),
-    "ssa-two": ("SSA, two units", "ssa-local"),
+    "bp-muon": ("SVD-BP", "bp"),
+    "ssa-first-muon": ("SSA, two units", "ssa-local"),
 }
 
 
@@ -65,20 +64,21 @@ def rank() -> list[plots.Plot]:
     a high learning rate."""
     content = read("rank_state")
     histories = {
-        row["variant"]: [r["history"] for r in content["rows"] if r["variant"] == row["variant"]]
+        row["change"]: [r["history"] for r in content["runs"] if r["method"] == row["method"]]
         for row in content["summary"]
     }
     points = {
-        variant: [[(i, 100 * row["train_accuracy"]) for i, row in enumerate(h, 1)] for h in seeds]
-        for variant, seeds in histories.items()
+        change: [[(i, 100 * row["train_accuracy"]) for i, row in enumerate(h, 1)] for h in seeds]
+        for change, seeds in histories.items()
     }
     return [plots.curves(points, "epoch", "training accuracy, %", whole=True)]
 
 
 def bench() -> list[plots.Plot]:
-    """Seed 0 of every method. Arithmetic is that of a step at the first rank; later ranks are
-    smaller. Points of checkpointed backpropagation are hollow: it computes the same."""
-    costs = {row["method"]: row for row in read("profile_airbench")["methods"]}
+    """Seed 0 of every method. Time and arithmetic are those of a step at the last ranks, measured
+    side by side, times the steps. Points of checkpointed backpropagation are hollow: it computes
+    the same."""
+    costs = {row["method"]: row for row in read("profile_airbench_bf16")["methods"]}
     over_time: dict[str, plots.Seeds] = {}
     over_macs: dict[str, plots.Seeds] = {}
     against_memory: dict[str, tuple[float, float, None]] = {}
@@ -89,15 +89,15 @@ def bench() -> list[plots.Plot]:
     for name, (label, method) in BENCH.items():
         run = read(f"airbench/{name}-0")
         reached = [100 * row["test_accuracy"] for row in run["history"]]
-        minutes = itertools.accumulate(row["seconds"] / 60 for row in run["history"])
-        macs = costs[method]["step_macs"] * (50_000 // run["config"]["batch_size"]) / 1e15
-        over_time[label] = [list(zip(minutes, reached, strict=True))]
-        over_macs[label] = [[(macs * epoch, score) for epoch, score in enumerate(reached, 1)]]
+        steps = 50_000 // run["config"]["batch_size"]
+        minutes, macs = (costs[method][key] * steps for key in ("step_seconds", "step_macs"))
+        epochs = list(enumerate(reached, 1))
+        over_time[label] = [[(minutes * epoch / 60, score) for epoch, score in epochs]]
+        over_macs[label] = [[(macs * epoch / 1e15, score) for epoch, score in epochs]]
         against_memory[label] = (peak(method), reached[-1], None)
-    for name in ("bp-dense", "bp"):
-        label = BENCH[name][0]
+    for label, method in (BENCH["bp-dense"], BENCH["bp-muon"]):
         against_memory[f"{label}, checkpointed"] = (
-            peak(f"{name}-checkpointed"),
+            peak(f"{method}-checkpointed"),
             against_memory[label][1],
             None,
         )

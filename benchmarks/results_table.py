@@ -264,6 +264,8 @@ LABELS = {
     "bp": "SVD-BP",
     "bp-checkpointed": "SVD-BP, checkpointed",
     "ssa-0": "SSA, horizon 0",
+    "ssa-unaligned-0": "SSA, horizon 0, no similarity",
+    "ssa-balanced-unaligned-0": "SSA, two units, no similarity",
     "ssa-2": "SSA, horizon 2",
 }  #: of methods in step.json
 
