@@ -79,6 +79,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ),
         ("train --options.alhpa 1", "rule 'ssa' has no option alhpa; it has"),
         ("train --options.alpha abc", "alpha must be a number of at least 0, got 'abc'"),
+        (
+            "train --rule.alpha 3",
+            "unrecognized arguments: --rule.alpha; did you mean --options.alpha?",
+        ),
         ("train --options.alpha [1", "alpha must be a number of at least 0, got '[1'"),
         ("train --options.learn maybe", "learn must be true or false, got 'maybe'"),
         ("train --rule bp --error local", "error must be 'output' for rule 'bp'"),

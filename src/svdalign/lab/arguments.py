@@ -113,6 +113,9 @@ class Parser(ArgumentParser):
             return f"{message}{did_you_mean(unknown[1], known)}"
         found = re.search(r'key "(?:\w+\.)?(\w+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if found is not None and found[1] in self.types:
+            if part := re.match(r"NestedArg\(key='([\w.]+)'", found[2]):
+                hint = f"; did you mean --options.{part[1]}?" if found[1] == "rule" else ""
+                return f"unrecognized arguments: {_flag(found[1])}.{part[1]}{hint}"
             close = did_you_mean(found[2], _kinds(self.types[found[1]]))
             return f"{_flag(found[1])} takes {self._allowed(found[1])}; got {found[2]}{close}"
         return self._with_flags(message)
