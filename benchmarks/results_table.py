@@ -207,14 +207,18 @@ def make_compare(results: Results) -> str:
 
 
 def front(results: Results) -> str:
-    """Units and horizons: accuracy, and what a step costs."""
-    content, search = results["front_vgg8"], results["tune_front_vgg8"]
-    config, data = content["config"], content["data"]
+    """Units and horizons: what each reaches at the best rate of its search."""
+    search = results["tune_front_vgg8"]
+    job = search["job"]
+    rows = []
+    for method, found in search["accuracy"].items():
+        rate = searched(results, "tune_front_vgg8", method)
+        rows.append([search["labels"][method], f"{100 * found[f'{rate:g}']:.1f}", f"{rate:g}"])
     return (
-        f"{against_cost(results, 'front_vgg8', 'tune_front_vgg8')}\n\n"
-        f"VGG-8, a quarter as wide, at rank {config['rank']:g}, {data['train']:,} images of "
-        f"CIFAR-10 at 16×16, {config['epochs']} epochs, {seeds(content)}. {COSTS} "
-        f"{source(content, search)}"
+        f"{markdown(['method', 'held-out accuracy, %', 'best rate'], rows)}\n\n"
+        f"VGG-8, a quarter as wide, at rank {job['rank']:g}, {job['train_limit']:,} images of "
+        f"CIFAR-10 at 16×16 less {job['validation']:,} that are held out, {job['epochs']} epochs, "
+        f"one seed; {len(found)} rates each. {source(search)}"
     )
 
 
