@@ -201,37 +201,11 @@ def make_compare(results: Results) -> str:
     return (
         f"{against_cost(results, 'compare', 'tune_compare')}\n\n"
         f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
-        f"{config['epochs']} epochs, {data['test']:,} test images, {seeds(content)}. {COSTS} "
+        f"{config['epochs']} epochs: mean ± standard deviation over {config['seeds']} seeds on "
+        f"{data['test']:,} test images. Peak memory and time of a training step, on CPU. Every "
+        "method runs at the learning rate that one search chose for it on held-out images. "
         f"{source(content, search)}"
     )
-
-
-def front(results: Results) -> str:
-    """Units and horizons: what each reaches at the best rate of its search."""
-    search = results["tune_front_vgg8"]
-    job = search["job"]
-    rows = []
-    for method, found in search["accuracy"].items():
-        rate = searched(results, "tune_front_vgg8", method)
-        rows.append([search["labels"][method], f"{100 * found[f'{rate:g}']:.1f}", f"{rate:g}"])
-    return (
-        f"{markdown(['method', 'held-out accuracy, %', 'best rate'], rows)}\n\n"
-        f"VGG-8, a quarter as wide, at rank {job['rank']:g}, {job['train_limit']:,} images of "
-        f"CIFAR-10 at 16×16 less {job['validation']:,} that are held out, {job['epochs']} epochs, "
-        f"one seed; {len(found)} rates each. {source(search)}"
-    )
-
-
-COSTS = (
-    "Peak memory and time of a training step, on CPU. Every method runs at the learning rate that "
-    "one search chose for it on held-out images."
-)
-
-
-def seeds(content: Mapping[str, Any]) -> str:
-    """How many seeds a comparison ran with."""
-    number = content["config"]["seeds"]
-    return "one seed" if number == 1 else f"mean ± standard deviation over {number} seeds"
 
 
 def against_cost(results: Results, name: str, search: str) -> str:
@@ -726,7 +700,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step": step,
     "comparison": comparison,
     "make_compare": make_compare,
-    "front": front,
     "reproduce/table1": methods_on_smallconv,
     "memory": memory,
     "bp_floor": bp_floor,
