@@ -252,11 +252,11 @@ class ByAPart:
             return step(x, y)
 
         def backpropagate(*_: object) -> None:
-            parameters = [learner.model.get_parameter(name) for name in names]
+            parameters = [p for p in map(learner.model.get_parameter, names) if p.requires_grad]
             with torch.enable_grad(), preserved_buffers(learner.model):
                 loss = learner.loss(learner.model(batch[0]), batch[1])
-                grads = torch.autograd.grad(loss, [p for p in parameters if p.requires_grad])
-            for p, grad in zip((p for p in parameters if p.requires_grad), grads, strict=True):
+                grads = torch.autograd.grad(loss, parameters)
+            for p, grad in zip(parameters, grads, strict=True):
                 p.grad = grad + p.grad if self.both and p.grad is not None else grad
 
         learner.step = stepped  # type: ignore[method-assign]

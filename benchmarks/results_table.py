@@ -197,34 +197,20 @@ def check_rate(results: Results, method: str, rate: float) -> None:
 def make_compare(results: Results) -> str:
     """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
     content, search = results["compare"], results["tune_compare"]
-    config, data = content["config"], content["data"]
-    return (
-        f"{against_cost(results, 'compare', 'tune_compare')}\n\n"
-        f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
-        f"{config['epochs']} epochs: mean ± standard deviation over {config['seeds']} seeds on "
-        f"{data['test']:,} test images. Peak memory and time of a training step, on CPU. Every "
-        "method runs at the learning rate that one search chose for it on held-out images. "
-        f"{source(content, search)}"
-    )
-
-
-def against_cost(results: Results, name: str, search: str) -> str:
-    """A row for each entry of the comparison ``name``, which ran at the rates of ``search``."""
-    content = results[name]
-    summary = content["summary"]
-    (factored,) = (row for row in summary if row["method"].split(",")[0] == "bp")
+    config, data, summary = content["config"], content["data"], content["summary"]
+    (factored,) = (row for row in summary if row["method"] == "bp")
     rows = []
     for row in summary:
         method = row["method"]
         # A checkpointed network learns as the same one does without.
-        rate = searched(results, search, method.replace("-checkpointed", ""))
+        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
         used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
         if used != {rate}:
-            raise ValueError(f"{name} runs {method} at {used}, its search chose {rate:g}")
+            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
         peak = row["memory"]["peak"]
         rows.append(
             [
-                row["label"] + own_settings(content["config"], method),
+                row["label"] + own_settings(config, method),
                 accuracy(row),
                 f"{peak / 2**20:.1f} MiB",
                 f"{peak / factored['memory']['peak']:.2f} ×",
@@ -234,7 +220,14 @@ def against_cost(results: Results, name: str, search: str) -> str:
             ]
         )
     headings = ["method", "test accuracy, %", "peak memory", "of SVD-BP", "time, of SVD-BP"]
-    return markdown([*headings, "parameters", "rate"], rows)
+    return (
+        f"{markdown([*headings, 'parameters', 'rate'], rows)}\n\n"
+        f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
+        f"{config['epochs']} epochs: mean ± standard deviation over {config['seeds']} seeds on "
+        f"{data['test']:,} test images. Peak memory and time of a training step, on CPU. Every "
+        "method runs at the learning rate that one search chose for it on held-out images. "
+        f"{source(content, search)}"
+    )
 
 
 LABELS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.oracles import keep_everything as oracle
-from tests.oracles.nets import TOYS, LongSkips, Toy
+from tests.oracles.nets import TOYS, LongSkips, RunningMean, Toy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -268,22 +268,9 @@ def test_both_passes_drop_the_same_activations() -> None:
     assert_same(found, expected)
 
 
-class Ema(nn.Module):
-    """A statistic that is replaced, not updated in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
-
-
 def test_a_buffer_that_is_reassigned_counts_once_too() -> None:
     toy = Toy(
-        lambda: nn.Sequential(nn.Linear(6, 8), Ema(), nn.Tanh(), nn.Linear(8, 3)),
+        lambda: nn.Sequential(nn.Linear(6, 8), RunningMean(8), nn.Tanh(), nn.Linear(8, 3)),
         ("2",),
         (("0", "1"), ("3",)),
         (6,),

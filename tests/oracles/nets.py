@@ -16,6 +16,21 @@ from torch import Tensor, nn
 from svdalign.factors import factorize
 
 
+class RunningMean(nn.Module):
+    """Subtracts a mean over the batches so far: a buffer that is replaced, not updated in place."""
+
+    mean: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
 @dataclass(frozen=True)
 class Toy:
     """``exits``: modules that end a unit, in order; the output's own unit follows. ``owners``: the

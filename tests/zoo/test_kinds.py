@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.oracles.nets import RunningMean
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -99,19 +100,6 @@ def recurrent(kind: type[nn.RNNBase], run: Callable[[Any, Any], Any], **options:
         rnn=kind(10, 12, batch_first=True, **options),
         last=nn.Linear(24 if options.get("bidirectional") else 12, C),
     )  # fmt: skip
-
-
-class Running(nn.Module):
-    """Subtracts a mean over the batches so far, in a buffer that is replaced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +224,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
         partial(torch.randn, 3, B, 8), "sample",
     ),
     "statistics of its own": (
-        lambda: nn.Sequential(nn.Linear(8, 12), Running(), nn.ReLU(), block(), nn.Linear(12, C)),
+        lambda: nn.Sequential(
+            nn.Linear(8, 12), RunningMean(12), nn.ReLU(), block(), nn.Linear(12, C)
+        ),
         vectors, "sample",
     ),
     "dataclasses": (
