@@ -1,14 +1,15 @@
 """What one training step costs: local learning against backpropagation on the same factors.
 
     python benchmarks/step.py [--nets ...] [--methods ...] [--threads 1 2] [--precision fp32 bf16]
-        [--batch 128] [--minutes 8] [--out benchmarks/results/step.json]
+        [--batch 128] [--minutes 8] [--device cpu] [--out benchmarks/results/step.json]
     python benchmarks/step.py --show benchmarks/results/step.json
 
 For each network all methods take their steps in turns on one batch, so that other load on the
 machine hits all alike. Reported are medians over the rounds: seconds of a step, CPU seconds of the
 process, and their ratios to dense backpropagation and to backpropagation on the same factors; and
 the bytes that are alive at the peak of a step, which do not depend on the load. The time is shared
-out among the combinations, at least two rounds each; the file is written after each of them.
+out among the combinations, at least two rounds each; the file is written after each of them. With
+``--device cuda`` it is waited for before and after each step.
 ``--show`` prints a file as Markdown.
 
 Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
@@ -85,8 +86,10 @@ class Step:
     precision: str
 
     def __call__(self) -> None:
-        with autocast(self.precision):
+        with autocast(self.precision, self.x.device.type):
             self.learner.step(self.x, self.y)
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
 
     def peak_bytes(self) -> int:
         """Bytes alive at the peak of a step that is not the first."""
@@ -96,24 +99,26 @@ class Step:
         return step_memory(self, modules, learner.optimizer, [self.x, self.y]).peak
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
     """What steps of this precision run in."""
     half = precision == "bf16"
-    return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
 
 
-def make_step(net: Net, method: str, precision: str, batch: int) -> Step:
+def make_step(net: Net, method: str, precision: str, batch: int, device: str = "cpu") -> Step:
     """The step of ``method`` on ``net``, from the same initial weights for all."""
     torch.manual_seed(0)
     x = torch.randn(batch, 3, net.size, net.size).to(memory_format=torch.channels_last)
-    y = torch.arange(batch) % 10
+    x, y = x.to(device), (torch.arange(batch) % 10).to(device)
     name, *kinds = method.split("-")
     model: nn.Module = models.build(
         net.model, num_classes=10, image_size=net.size, width=net.width
     ).to(memory_format=torch.channels_last)
     if "dense" not in kinds:
         model = sva.factorize(model, net.rank, "channel").to(memory_format=torch.channels_last)
-        with autocast(precision):
+    model = model.to(device)
+    if "dense" not in kinds:
+        with autocast(precision, device):
             model = sva.fuse(model, x if "measured" in kinds else None)
     if "checkpointed" in kinds:
         model = checkpointed(model, segment_sizes(model)[-1])
@@ -165,11 +170,11 @@ def alternate(
 
 
 def measure(
-    net: Net, methods: list[str], precision: str, batch: int, seconds: float
+    net: Net, methods: list[str], precision: str, batch: int, seconds: float, device: str
 ) -> dict[str, dict[str, float]]:
     """Costs of a step by method."""
     start = time.perf_counter()
-    steps = {method: make_step(net, method, precision, batch) for method in methods}
+    steps = {method: make_step(net, method, precision, batch, device) for method in methods}
     peaks = {method: step.peak_bytes() for method, step in steps.items()}
     left = seconds - (time.perf_counter() - start)
     found = alternate(steps, left)
@@ -178,8 +183,9 @@ def measure(
 
 def table(result: Mapping[str, Any]) -> str:
     """Costs of the methods on one network, in Markdown; times of one thread are CPU seconds."""
-    kind = "cpu_seconds" if result["threads"] == 1 else "seconds"
-    title = f"{result['net']}, {result['precision']}, {result['threads']} thread(s)"
+    where = result.get("device", f"{result['threads']} thread(s)")
+    kind = "cpu_seconds" if where == "1 thread(s)" else "seconds"
+    title = f"{result['net']}, {result['precision']}, {where}"
     lines = [
         f"| {title} | peak, MiB | ms | of BP | of SVD-BP |",
         "|---|---:|---:|---:|---:|",
@@ -203,21 +209,23 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--minutes", type=float, default=8.0, help="shared out among all")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--show", type=Path, default=None, help="print this file and end")
     args = parser.parse_args()
     if args.show is not None:
         print("\n".join(map(table, json.loads(args.show.read_text())["results"])))
         return
-    prepare_machine(JobConfig())
+    prepare_machine(JobConfig(device=args.device))
     end = time.perf_counter() + 60 * args.minutes
-    document = {**provenance("cpu"), "batch": args.batch, "results": list[Any]()}
+    document = {**provenance(args.device), "batch": args.batch, "results": list[Any]()}
     todo = list(itertools.product(args.threads, args.precision, args.nets))
     for i, (threads, precision, name) in enumerate(todo):
         torch.set_num_threads(threads)
         share = (end - time.perf_counter()) / (len(todo) - i)
-        costs = measure(NETS[name], args.methods, precision, args.batch, share)
+        costs = measure(NETS[name], args.methods, precision, args.batch, share, args.device)
         result = {"net": name, "precision": precision, "threads": threads, "costs": costs}
+        result |= {} if args.device == "cpu" else {"device": args.device}
         print(table(result), flush=True)
         document["results"].append(result)
         if args.out is not None:
