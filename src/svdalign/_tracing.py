@@ -7,11 +7,15 @@ import contextlib
 import dis
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
 #: The attributes in which a module keeps the hooks that users register.
 _HOOKS = (
@@ -149,6 +153,20 @@ def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def watching(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """:func:`temporary` for a run that is only looked at: compiled modules run as they are written.
+    Compiled anew with the hooks in them, they would take long and be of no use afterwards."""
+    with temporary(handles), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def untraced(hook: _Hook) -> _Hook:
+    """``hook`` for a module that may be compiled: torch.compile calls it as it is, and makes it no
+    part of the module's own graph."""
+    return cast(_Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
 
 def substitute(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._structures import leaves
-from ._tracing import temporary
+from ._tracing import watching
 from .engine import Learner, Unit
 from .engine.forward import evaluating, forward, preserved
 from .factors import FactoredLayer, factored_layers
@@ -160,7 +160,7 @@ def _units(learner: Learner, x: Any) -> list[UnitAlignment]:
     model = learner.model
     hooks = [model.get_submodule(p).register_forward_hook(keep(p)) for p in learner.plan.exits]
     with preserved(model), torch.enable_grad():
-        with temporary(hooks), evaluating(model):
+        with watching(hooks), evaluating(model):
             z = forward(model, x)
         if z.ndim != 2:
             return []  # only with one answer a sample is the Jacobian one matrix a sample

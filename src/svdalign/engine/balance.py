@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._operations import saving_as_usual
-from .._tracing import temporary
+from .._tracing import watching
 from .forward import forward, preserved
 
 
@@ -89,7 +89,7 @@ def _held(model: nn.Module, example: Any, ends: Sequence[str]) -> tuple[list[str
         held.append(0)
 
     handles = [model.get_submodule(path).register_forward_hook(partial(end, path)) for path in ends]
-    with temporary(handles), preserved(model), torch.enable_grad(), saving_as_usual(note):
+    with watching(handles), preserved(model), torch.enable_grad(), saving_as_usual(note):
         forward(model, example)
     while called and held[-1] == 0:  # nothing learns after the last end
         called.pop()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._structures import leaves
-from .._tracing import temporary
+from .._tracing import watching
 from .forward import forward, preserved
 
 Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -53,7 +53,7 @@ def trace(model: nn.Module, example: Any) -> list[Call]:
         return hook
 
     hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
-    with temporary(hooks), preserved(model), torch.no_grad():
+    with watching(hooks), preserved(model), torch.no_grad():
         forward(model, example)
     return calls
 

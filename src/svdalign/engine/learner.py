@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import rules
 from .._autocast import outside_autocast
 from .._table import as_html, as_text
-from .._tracing import temporary
+from .._tracing import temporary, untraced
 from ..rules import Rule, Supervision, UnitSpec
 from ..task import Kind, Loss, Task, find_class_axis
 from .checks import (
@@ -242,7 +242,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             if unit.exit:
                 end = self.model.get_submodule(unit.exit)
-                updated.append(end.register_forward_pre_hook(partial(refuse_again, unit.exit)))
+                refuse = untraced(partial(refuse_again, unit.exit))
+                updated.append(end.register_forward_pre_hook(refuse))
 
         self.optimizer.zero_grad(set_to_none=True)
         self._retired = update

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .._structures import taken_apart
-from .._tracing import temporary
+from .._tracing import watching
 from .cuts import hooked
 from .forward import forward, preserved
 from .layout import Layout
@@ -75,7 +75,7 @@ class Trial:
         hooks = [
             m.register_forward_hook(self._hook(path)) for path, m in hooked(self.model).items()
         ]
-        with temporary(hooks), preserved(self.model), _unfrozen(self.model), torch.enable_grad():
+        with watching(hooks), preserved(self.model), _unfrozen(self.model), torch.enable_grad():
             z = forward(self.model, example)
             if not z.requires_grad:
                 raise ValueError(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from .._autocast import outside_autocast
 from .._lazy import LazyTensor, reads_by_parts
 from .._operations import saving_as_usual
 from .._structures import leaves, taken_apart
-from .._tracing import temporary
+from .._tracing import temporary, untraced
 from .forward import forward
 from .units import Plan, Unit
 
@@ -106,8 +106,7 @@ class _Stream:
                 raise Left
             return handed_on
 
-        # torch.compile would otherwise make the hook a part of the module's own graph.
-        return cast(Callable[..., Any], torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+        return untraced(hook)
 
     def cut(self, path: str, output: Any) -> tuple[Any, list[Tensor], list[GradientEdge]]:
         """Detach ``output``. Returns what the next unit reads in its place, the tensors of

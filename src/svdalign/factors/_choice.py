@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._operations import saving_as_usual
 from .._parts import memory_format
-from .._tracing import temporary
+from .._tracing import watching
 from .fused import KERNELS, FusedConv2d, Kernel
 
 _GAIN = 0.05  #: another kernel is taken if it is faster by this share: less is noise
@@ -82,7 +82,7 @@ def _inputs(model: nn.Module, run: Callable[[], object]) -> dict[FusedConv2d, Te
         )
 
     hooks = [layer.register_forward_pre_hook(note) for _, layer in _fused(model)]
-    with temporary(hooks), torch.no_grad():
+    with watching(hooks), torch.no_grad():
         run()
     return found
 

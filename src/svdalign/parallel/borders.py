@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._structures import taken_apart
-from .._tracing import temporary
+from .._tracing import watching
 from ..engine import Learner
 from ..engine.forward import forward, preserved
 from ..engine.ownership import reached
@@ -105,7 +105,7 @@ def at_work(learner: Learner, x: Any) -> Calls:
             module.register_forward_pre_hook(begin(path)),
             module.register_forward_hook(end(path)),
         ]
-    with temporary(handles), preserved(learner.model), torch.no_grad():
+    with watching(handles), preserved(learner.model), torch.no_grad():
         forward(learner.model, x)
     return found
 
@@ -153,7 +153,7 @@ def check_borders(learner: Learner, x: Any, place: Sequence[int], first: int) ->
         )
     paths = dict.fromkeys(unit.exit for unit in units[:-1])
     handles = [learner.model.get_submodule(p).register_forward_hook(hook) for p in paths]
-    with temporary(handles), preserved(learner.model), torch.enable_grad():
+    with watching(handles), preserved(learner.model), torch.enable_grad():
         z = forward(learner.model, x)
     check([z], len(units) - 1)
     return border

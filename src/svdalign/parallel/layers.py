@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from .. import storage
 from .._files import write
 from .._structures import taken_apart
+from .._tracing import untraced
 from ..engine import Learner, Plan, StepReport
 from ..engine.balance import balanced
 from ..engine.forward import forward, preserved
@@ -228,7 +229,7 @@ class LayerParallel:
         with stack:
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             stack.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            stack.callback(entry.register_forward_hook(enter).remove)
+            stack.callback(entry.register_forward_hook(untraced(enter)).remove)
             yield
 
     def _skip(self, looks: str, stack: contextlib.ExitStack) -> None:
@@ -245,7 +246,7 @@ class LayerParallel:
 
         for module, outputs in self._made.items():
             outputs.clear()
-            stack.callback(module.register_forward_hook(note, prepend=True).remove)
+            stack.callback(module.register_forward_hook(untraced(note), prepend=True).remove)
 
     @torch.no_grad()
     def _run(
@@ -260,7 +261,7 @@ class LayerParallel:
         with contextlib.ExitStack() as stack:
             if not self._last:
                 end = self.model.get_submodule(self.units[-1].exit)
-                stack.callback(end.register_forward_hook(hook).remove)
+                stack.callback(end.register_forward_hook(untraced(hook)).remove)
             stack.enter_context(self._entering(received, learn=False))
             stack.enter_context(contextlib.suppress(Left))
             return forward(self.model, x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._copying import with_own_weight
-from .._tracing import temporary
+from .._tracing import temporary, untraced
 from ..factors.registry import kind_of, own_matrices
 from ..factors.stiefel import qr_retract
 from ._registry import register
@@ -71,8 +71,9 @@ class FA(BP):
     def transporting(self, model: nn.Module, transport: nn.Module) -> Iterator[None]:
         hooks = []
         for layer, mirror in mirrored(model, transport):
-            hooks.append(layer.register_forward_pre_hook(_detach_input, with_kwargs=True))
-            hooks.append(layer.register_forward_hook(_Bridge(mirror), with_kwargs=True))
+            detach, bridge = untraced(_detach_input), untraced(_Bridge(mirror))
+            hooks.append(layer.register_forward_pre_hook(detach, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(bridge, with_kwargs=True))
         with temporary(hooks):
             yield
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..._tracing import temporary
+from ..._tracing import watching
 from ...factors import FactoredLayer, factored_layers
 from ...factors.layers import absolute_rank
 from .latency import alternate
@@ -42,7 +42,7 @@ def factored_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
         module.register_forward_hook(partial(note, name))
         for name, module in factored_layers(model).items()
     ]
-    with temporary(handles):
+    with watching(handles):
         model(x)
     return calls
 
