@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from svdalign import compact, export, factorize
 from svdalign.factors import SVDConv2d, SVDLinear
@@ -414,6 +415,77 @@ def test_a_module_of_two_names_is_written(rank: int, tmp_path: Path) -> None:
     x = torch.randn(2, 20)
     loaded = export.write_safetensors(small, x, tmp_path / "model.safetensors")
     torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
+class ByLength(nn.Module):
+    """Asks for the size of its batch as ``len(x)``, which a trace takes for a fixed number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.view(len(x), -1))
+
+
+FILES = [
+    "pt2",
+    pytest.param(
+        "onnx",
+        marks=pytest.mark.skipif(not all(map(find_spec, ("onnxruntime", "onnxscript"))), reason=""),
+    ),
+]
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_programs_take_batches_of_any_size(suffix: str, tmp_path: Path) -> None:
+    small = compact(factorize(nn.Sequential(nn.Linear(8, 8), ByLength()), {"0": 2}))
+    x = torch.randn(5, 8)
+    run = export.FORMATS[suffix](small, x[:4], tmp_path / "model")
+    for batch in (x[:1], x[:3], x):
+        torch.testing.assert_close(run(batch), small(batch), **EQUAL)
+
+
+class Loop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([row.sum() for row in x])
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("suffix", FILES)
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Loop, "works only for batches of 4"),
+        (Branch, "module '0.1': "),
+        (lambda: torch.jit.script(nn.Linear(8, 8)), "module '0.1' was compiled by torch.jit"),
+    ],
+)
+def test_what_cannot_be_a_program_is_refused(
+    suffix: str, module: Callable[[], nn.Module], message: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Sequential(nn.ReLU(), module())).eval()
+    with pytest.raises(ValueError, match=message):
+        export.FORMATS[suffix](model, torch.randn(4, 8), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("example", [torch.randn(1, 8), (torch.randn(4, 8),), None])
+def test_an_example_is_a_batch(example: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="example must be a tensor, the model's one input"):
+        export.write_pt2(nn.Linear(8, 8), example, tmp_path / "model.pt2")
+
+
+def test_an_operation_that_onnx_lacks_is_named_with_its_module(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 6))).eval()
+    with pytest.raises(ValueError, match=r"module '0.*householder_product"):
+        export.write_onnx(model, torch.randn(4, 8), tmp_path / "model.onnx")
 
 
 CHECK = """

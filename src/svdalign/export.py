@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -113,12 +114,13 @@ def write_safetensors(model: nn.Module, example: Tensor, path: str | Path) -> Ru
 def write_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     """Write ``model`` as a program that torch alone loads (``torch.export.load``) and runs.
 
-    ``example``: a batch of two or more; the program takes any size.
+    ``example``: a batch of two or more; the program takes any size. Raises ValueError, with the
+    layer and the cause, for a model that torch cannot write so, such as one that loops over its
+    batch.
     """
     with _quiet():
-        program = torch.export.export(model, (example,), dynamic_shapes=_any_batch())
         content = io.BytesIO()
-        torch.export.save(program, content)
+        torch.export.save(_program(model, example), content)
         replace_file(path, lambda part: part.write_bytes(content.getvalue()))
         return torch.export.load(path).module()
 
@@ -126,24 +128,23 @@ def write_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
 def write_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Runner:
     """Write ``model`` as ONNX, with input ``x`` and output ``y``.
 
-    ``example``: a batch of two or more; the graph takes any size. Raises ImportError without the
-    extra ``onnx``.
+    ``example`` and errors are those of :func:`write_pt2`; ImportError too, without the extra
+    ``onnx``.
     """
     check_imports("onnx")
     import onnxruntime
 
     with _quiet():
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=_any_batch(),
-            input_names=["x"],
-            output_names=["y"],
-            verbose=False,
-        )
-    assert program is not None
-    content = program.model_proto.SerializeToString()
+        program = _program(model, example)
+        try:
+            graph = torch.onnx.export(
+                program, dynamo=True, input_names=["x"], output_names=["y"], verbose=False
+            )
+        except Exception as error:  # torch raises errors of private types here
+            cause = _untranslated(program, error)
+            raise ValueError(f"model cannot be written as ONNX: {cause}") from error
+    assert graph is not None
+    content = graph.model_proto.SerializeToString()
     replace_file(path, lambda part: part.write_bytes(content))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -170,17 +171,63 @@ def check_imports(name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's exporters, which print progress and warn that torchvision is missing."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence torch's exporters, which print progress, warn that torchvision is missing and log
+    what they try."""
+    logged = logging.root.manager.disable
+    logging.disable()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logged)
 
 
-def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
-    return ({0: torch.export.Dim("batch")},)
+def _program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """``model`` as a graph for batches of any size."""
+    if not isinstance(example, Tensor) or len(example) < 2:
+        found = f"one of {len(example)}" if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(
+            f"example must be a tensor, the model's one input: a batch of two or more, got {found}"
+        )
+    batch = ({0: torch.export.Dim("batch")},)
+    errors: list[Exception] = []
+    for strict in (False, True):  # the second is slower, but takes len(x) for no fixed number
+        try:
+            return torch.export.export(model, (example,), dynamic_shapes=batch, strict=strict)
+        except Exception as error:  # torch runs the model's own code, which can fail in any way
+            errors.append(error)
+    compiled = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    fixed = ["specialized it to be a constant" in str(error) for error in errors]
+    if compiled:
+        cause = f"module {compiled[0]!r} was compiled by torch.jit"
+    elif all(fixed):
+        cause = f"its code works only for batches of {len(example)}, as a loop over a batch does"
+    else:
+        cause = _cause(model, errors[fixed.index(False)])
+    raise ValueError(f"model cannot be written for batches of any size: {cause}") from errors[0]
+
+
+def _cause(model: nn.Module, error: Exception) -> str:
+    """The first line of ``error``, which was raised in running ``model``, and the module."""
+    paths = {id(module): path for path, module in model.named_modules() if path}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    running = [paths.get(id(frame.f_locals.get("self"))) for frame in frames]
+    where = [f"module {path!r}: " for path in running if path]
+    return (where or [""])[-1] + str(error).partition("\n")[0]
+
+
+def _untranslated(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Which operation of ``program`` has no counterpart, and the module that calls it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).partition("\n")[0]
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target).rpartition(".")[0] in text:
+            path = [*node.meta.get("nn_module_stack", {"": ("",)}).values()][-1][0]
+            return f"module {path!r}: {text}"
+    return text

@@ -9,6 +9,7 @@ import math
 import warnings
 
 import pytest
+import schedulefree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -238,6 +239,13 @@ def test_pending_gradients_are_those_of_the_cut_factors():
 
 # --- optimizer state ----------------------------------------------------------------------------
 
+
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A schedule-free optimizer as it is in training."""
+    optimizer.train()
+    return optimizer
+
+
 ELEMENTWISE = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05),
     "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
@@ -250,6 +258,12 @@ ELEMENTWISE = {
     "radam": lambda p: torch.optim.RAdam(p, 0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "schedule-free": lambda p: stepping(schedulefree.AdamWScheduleFree(p, 0.01)),
+    "schedule-free, the mean kept": lambda p: stepping(
+        schedulefree.SGDScheduleFreeReference(p, 0.1)
+    ),
 }
 
 
@@ -376,8 +390,6 @@ def test_state_is_cut_with_the_factors_and_steps_go_on(make, factors):
 
 
 OTHERS = {
-    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
-    "adadelta": lambda p: torch.optim.Adadelta(p),
     "asgd": lambda p: torch.optim.ASGD(p, 0.01),
     "rprop": lambda p: torch.optim.Rprop(p, 0.01),
     "lbfgs": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),

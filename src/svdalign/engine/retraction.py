@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._autocast import outside_autocast
+from ..factors._cut import is_schedule_free
 from ..factors.stiefel import RETRACTIONS
 
 
@@ -32,7 +33,7 @@ def retract(modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, how:
     A schedule-free optimizer keeps two copies of each weight, and both are retracted; see below.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    schedule_free = "ScheduleFree" in type(optimizer).__name__
+    schedule_free = is_schedule_free(optimizer)
     retraction, factors = RETRACTIONS[how], list[nn.Parameter]()
     with torch.no_grad(), outside_autocast():
         for X in (X for module in modules for X in (module.U, module.V)):

@@ -13,18 +13,29 @@ from .layers import FactoredLayer
 from .muon import Muon
 from .rediagonalize import Rediagonalized
 
-# State that is linear in past gradients, and state that sums their squares.
-_LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
-_SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+# An optimizer's state, by what it holds: sums of past gradients; sizes of gradients, such as sums
+# of squares; copies of the weight.
+_GRADIENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+_SIZES = frozenset({
+    "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf",
+})  # fmt: skip
+_COPIES = frozenset({"x", "y", "z"})
 _CARRIED: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
     torch.optim.Adam,  # AdamW is one
     torch.optim.NAdam,
     torch.optim.RAdam,
+    torch.optim.Adamax,
     torch.optim.RMSprop,
     torch.optim.Adagrad,
+    torch.optim.Adadelta,
     Muon,
 )
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` is of the package schedulefree, which need not be installed."""
+    return "ScheduleFree" in type(optimizer).__name__
 
 
 def cut_layer(
@@ -47,10 +58,14 @@ def cut_layer(
     U, s, V = (_columns(X, keep).to(layer.U.dtype) for X in factors)
     layer.set_factors(U, s, V)
 
-    def carried(value: Tensor, p: Tensor, squared: bool = False) -> Tensor:
+    def carried(value: Tensor, p: Tensor, key: str = "") -> Tensor:
         if maps is None:
             return _columns(value, keep)
-        C = maps[p].square() if squared else maps[p]
+        C = maps[p]
+        if key in _SIZES:
+            C = C.square()
+        elif key in _COPIES and p is not layer.s:
+            C = torch.linalg.pinv(C).mT
         return _columns(value.double() @ C, keep).to(value.dtype)
 
     for p, gradient in gradients.items():
@@ -65,10 +80,11 @@ def cut_layer(
             if not state:
                 continue
             tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
-            known = isinstance(optimizer, _CARRIED) and tensors.keys() <= _LINEAR | _SQUARED
+            known = isinstance(optimizer, _CARRIED) or is_schedule_free(optimizer)
+            known = known and tensors.keys() <= _GRADIENTS | _SIZES | _COPIES
             if known and all(v.shape == shape for v in tensors.values()):
                 for key, value in tensors.items():
-                    state[key] = carried(value, p, squared=key in _SQUARED)
+                    state[key] = carried(value, p, key)
             else:
                 del optimizer.state[p]
                 _say_reset(optimizer)

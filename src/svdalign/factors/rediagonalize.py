@@ -24,6 +24,8 @@ that.
 true second moment of ``g P`` lies between 0 and ``r`` times this (Cauchy-Schwarz), and is this
 where the columns of ``g`` are uncorrelated. For orthonormal ``P`` each row keeps its sum.
 
+**Copies of the weights**, as schedule-free optimizers keep them, are turned like the weights:
+``U' = U P^-T``, ``V' = V Q^-T``, ``s' = (P o Q)^T s``. So means of copies stay their means.
 """
 
 from __future__ import annotations
