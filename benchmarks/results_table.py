@@ -33,13 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- table:(\S+) begin -->\n).*?(<!-- table:\2 end -->)", re.DOTALL)
 
 
+_LINKED = 4  #: files that are linked one by one
 WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Results:
     """The JSON files of a folder by name; KeyError for one that is not there.
 
-    Each comes with its ``source``: a link to it from a page in the folder ``page``.
+    Each comes with its ``source``: where it lies, seen from a page in the folder ``page``.
     """
 
     def __init__(self, folder: Path, page: Path) -> None:
@@ -50,8 +51,7 @@ class Results:
             raise KeyError(name)
         path = self.folder / f"{name}.json"
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        link = Path(os.path.relpath(path, self.page)).as_posix()
-        return {**content, "source": f"[{path.name}]({link})"}
+        return {**content, "source": Path(os.path.relpath(path, self.page)).as_posix()}
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -88,8 +88,13 @@ def wrapped(table: str) -> str:
 
 
 def source(*contents: Mapping[str, Any]) -> str:
-    """The files a table is made from: command, config, seeds, commit and machine stand there."""
-    return f"Source: {', '.join(content['source'] for content in contents)}."
+    """The files a table is made from: command, config, seeds, commit and machine stand there. Of
+    many the folder is linked."""
+    paths = [Path(content["source"]) for content in contents]
+    if len(paths) <= _LINKED:
+        return f"Source: {', '.join(f'[{path.name}]({path.as_posix()})' for path in paths)}."
+    (folder,) = {path.parent for path in paths}
+    return f"Source: [{folder.name}]({folder.as_posix()}): {', '.join(p.stem for p in paths)}."
 
 
 def accuracy(row: Mapping[str, Any] | None) -> str:
