@@ -12,24 +12,30 @@ hit a write too. Prints and writes what happened as JSON; exit code 1 if the two
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
+import os
 import random
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from svdalign import storage
+from svdalign.lab.cli import main as svdalign
 from svdalign.lab.training.provenance import provenance
 from svdalign.lab.training.record import Record, write_json
 
-MOMENTS = ("any", "write", "any", "cut")  # dealt out in turns
+MOMENTS = ("write", "cut", "any", "any")  # dealt out in turns
+#: Processes that start without importing torch anew.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["__main__", "torch._dynamo"])
 CLOCKS = {"seconds", "epoch_seconds", "images_per_second"}
 
 
@@ -43,23 +49,24 @@ def command(epochs: int) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
-def start(*words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "svdalign", "train", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def _train(words: tuple[str, ...]) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        sys.exit(svdalign(["train", *words, "--json"]))
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, err = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"training failed: {err.decode()}")
+def start(*words: str) -> BaseProcess:
+    process = CONTEXT.Process(target=_train, args=(words,))
+    process.start()
+    return process
 
 
-def kill(
-    process: subprocess.Popen[bytes], record: Record, moment: str, delay: float
-) -> dict[str, Any] | None:
+def finish(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"training failed with exit code {process.exitcode}")
+
+
+def kill(process: BaseProcess, record: Record, moment: str, delay: float) -> dict[str, Any] | None:
     """Wait ``delay`` seconds from the first checkpoint on, then for the moment, then kill; what was
     found then, or None if the run was over first."""
     part = record.folder / f".{record.checkpoint_path.name}.part"
@@ -78,8 +85,8 @@ def kill(
         hit = True
     if not hit or record.results_path.exists():
         return None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     state = storage.read(record.checkpoint_path)  # whole, or this raises
     trainer = state["extra"]["trainer"]
     return {
@@ -105,10 +112,11 @@ def _rows(record: Record) -> int:
         return 0
 
 
-def _wait(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
+def _wait(process: BaseProcess, condition: Callable[[], bool]) -> bool:
     while not condition():
-        if process.poll() is not None:
+        if not process.is_alive():
             return False
+        time.sleep(1e-4)
     return True
 
 

@@ -69,10 +69,12 @@ def killed_at(step: int, trainer: Trainer) -> Callable[[], bool]:
     return stop
 
 
-@pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "ssa"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [*itertools.product(["adamw"], ["bp", "fa", "dfa", "ssa"]), ("sgd", "ssa"), ("muon", "ssa")],
+)
 def test_killed_and_resumed_is_the_run_that_was_not(
-    stripes: ImageData, tmp_path: Path, rule: str, optimizer: str
+    stripes: ImageData, tmp_path: Path, optimizer: str, rule: str
 ) -> None:
     """Killed in the first epoch, at its last step, and after a cut; every time in a new trainer."""
     options = {"rule": rule, "optimizer": optimizer}
@@ -291,11 +293,11 @@ def test_sigkill(tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "benchmarks" / "kill_resume.py"
     out = tmp_path / "result.json"
     subprocess.run(
-        [sys.executable, script, "--kills", "3", "--epochs", "12", "--out", out],
+        [sys.executable, script, "--kills", "2", "--epochs", "8", "--out", out],
         check=True,
         capture_output=True,
         timeout=300,
     )
     result = json.loads(out.read_text())
-    assert len(result["kills"]) == 3
+    assert [kill["moment"] for kill in result["kills"]] == ["write", "cut"]
     assert result["identical"] is True
