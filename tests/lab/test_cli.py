@@ -168,10 +168,11 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("words", [["bp", "dfa"], ["bp,dfa"], ["bp,", "dfa"], ["[bp,dfa]"]])
 def test_lists_can_be_written_in_several_ways(words: list[str]) -> None:
-    assert main(["compare", *TINY, "--rules", *words, "--seeds", "1,4", "--out", "run"]) == 0
+    tiny = ["--estimate", "--model", "mlp", "--width", "0.1", "--batch-size", "8", "--out", "run"]
+    assert main(["profile", *tiny, "--methods", *words, "--devices", "1,4"]) == 0
     config = json.loads(Path("run/results.json").read_text())["config"]
-    assert config["rules"] == ["bp", "dfa"]
-    assert config["seeds"] == [1, 4]
+    assert config["methods"] == ["bp", "dfa"]
+    assert config["devices"] == [1, 4]
 
 
 def test_data(capsys: pytest.CaptureFixture[str]) -> None:

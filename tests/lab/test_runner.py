@@ -68,7 +68,7 @@ def dying(asked: int) -> Callable[[], bool]:
     return stop
 
 
-def end(folder: str) -> Any:
+def end(folder: str | Path) -> Any:
     return timeless(storage.read(Path(folder, "checkpoint.safetensors")))
 
 
@@ -85,10 +85,19 @@ def kill_train(words: list[str], steps: int, monkeypatch: pytest.MonkeyPatch) ->
 # --- sweeps -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [0, 3, 7, 9, 10, 14])
-def test_killed_anywhere_a_sweep_goes_on_and_ends_as_the_one_that_was_not(asked: int) -> None:
-    """8 steps a run: at the start, within the first run, in the second, between them."""
-    sweep("whole", runs()).run()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    sweep(str(folder), runs()).run()
+    return folder
+
+
+@pytest.mark.parametrize("asked", [0, 3, 9, 14])
+def test_killed_anywhere_a_sweep_goes_on_and_ends_as_the_one_that_was_not(
+    asked: int, whole: Path
+) -> None:
+    """8 steps a run: at the start, within the first run, between them, after the second's cut."""
     with pytest.raises(Kill):
         sweep("killed", runs()).run(stop=dying(asked))
     begun = sum(Path("killed", run.name, "results.json").exists() for run in runs())
@@ -97,7 +106,7 @@ def test_killed_anywhere_a_sweep_goes_on_and_ends_as_the_one_that_was_not(asked:
     results = again.run()
     assert [result["status"] for result in results.values()] == ["finished", "finished"]
     for run in runs():
-        assert same(end(f"killed/{run.name}"), end(f"whole/{run.name}"))
+        assert same(end(f"killed/{run.name}"), end(whole / run.name))
         rows = Path("killed", run.name, "metrics.jsonl").read_text().splitlines()
         assert len(rows) == TINY["epochs"]
     assert sweep("killed", runs()).pending == 0

@@ -84,11 +84,11 @@ TINY = {
         "A title", "what it shows", "costs",
         costs={scale: {
             "small": ProfileConfig(
-                model="mlp", width=0.05, batch_size=4, image_size=8, seconds=0.1,
+                model="mlp", width=0.05, batch_size=4, image_size=8, seconds=0.02,
                 methods=["bp-dense", "ssa"],
             ),
             "large": ProfileConfig(
-                model="vit_b16", image_size=32, batch_size=4, estimate=True, methods=["bp-dense"],
+                model="smallconv", image_size=32, batch_size=4, estimate=True, methods=["bp-dense"],
             ),
         } for scale in SCALES},
     ),

@@ -14,8 +14,8 @@ from svdalign.lab.reports import break_even_table, epoch_table, profile_table
 from svdalign.lab.reports.tables import profile_rows
 
 TINY: dict[str, Any] = {
-    "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25, "seconds": 0.1,
-    "fuse": False,
+    "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25,
+    "seconds": 0.02, "fuse": False,
 }  # fmt: skip
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 
@@ -61,7 +61,7 @@ def test_fused_convolutions_hold_less_and_the_estimate_knows(tmp_path: Path) -> 
     methods = ["bp-dense", "bp", "ssa"]
     rows = {}
     for fuse in (False, True):
-        size = {"width": 0.25, "batch_size": 64, "fuse": fuse}
+        size = {"width": 0.25, "batch_size": 32, "fuse": fuse}
         config = ProfileConfig(**{**TINY, **size}, methods=methods)
         rows[fuse] = Profile(config, tmp_path / str(fuse)).run()["methods"]
     for plain, fused in zip(rows[False][1:], rows[True][1:], strict=True):
@@ -75,7 +75,7 @@ def test_half_precision_holds_little_more_than_half(tmp_path: Path) -> None:
     held = {}
     for precision in ("fp32", "bf16"):
         config = ProfileConfig(
-            **{**TINY, "width": 0.5, "batch_size": 128}, methods=["ssa"], precision=precision
+            **{**TINY, "width": 0.25, "batch_size": 64}, methods=["ssa"], precision=precision
         )
         (row,) = Profile(config, tmp_path / precision).run()["methods"]
         held[precision] = row["memory"]["activations"]

@@ -19,6 +19,11 @@ from svdalign.lab.training import RunConfig, load_run
 from svdalign.lab.training.build import build_model, example_batch
 
 
+@pytest.fixture(autouse=True)
+def _blank_figures() -> None:
+    """Here figures are drawn."""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -293,7 +293,7 @@ def test_sigkill(tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "benchmarks" / "kill_resume.py"
     out = tmp_path / "result.json"
     subprocess.run(
-        [sys.executable, script, "--kills", "2", "--epochs", "8", "--out", out],
+        [sys.executable, script, "--kills", "2", "--epochs", "6", "--out", out],
         check=True,
         capture_output=True,
         timeout=300,
