@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import prune
 
 import svdalign as sva
 from svdalign.rules import ErrorSource, Rule
@@ -34,6 +36,45 @@ X, Y = torch.randn(9, 6), torch.arange(9) % 3
 def learner_of(model: nn.Module | None = None, rule="ssa", **options) -> sva.Learner:
     given = {"optimizer": sgd, "example": X} | options
     return sva.Learner(net() if model is None else model, rule, **given)
+
+
+# --- models that are changed after their learner was made ---------------------------------------
+
+
+def replace_a_layer(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(8, 8)
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("rule", ["bp", "ssa"])
+@pytest.mark.parametrize("change", [replace_a_layer, assign])
+def test_parameters_that_the_optimizer_does_not_know_are_refused(rule: str, change) -> None:
+    learner = learner_of(rule=rule)
+    learner.step(X, Y)
+    change(learner.model)
+    with pytest.raises(RuntimeError, match=r"2\.weight.*replaced after its learner was made"):
+        learner.step(X, Y)
+
+
+@pytest.mark.parametrize("rule", ["bp", "ssa"])
+def test_a_layer_pruned_while_it_trains_goes_on(rule: str) -> None:
+    learner = learner_of(rule=rule)
+    prune.l1_unstructured(learner.model[2], "weight", 0.5)
+    before = learner.model[2].weight_orig.detach().clone()
+    learner.step(X, Y)
+    assert not torch.equal(learner.model[2].weight_orig, before)
+
+
+def test_a_learner_can_be_pickled() -> None:
+    learner = learner_of()
+    again = pickle.loads(pickle.dumps(learner))
+    for one in (learner, again):
+        one.step(X, Y)
+    for p, q in zip(learner.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 # --- models that cannot be trained in units -----------------------------------------------------
@@ -103,6 +144,34 @@ def test_models_without_weights_yet_are_refused() -> None:
 
 
 # --- inputs -------------------------------------------------------------------------------------
+
+
+def test_nested_tensors_are_refused() -> None:
+    x = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="example must hold samples of one shape"):
+        learner_of(example=x)
+
+
+class Routed(nn.Module):
+    """An expert that gets the samples with a positive first feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = x[:, 0] > 0
+        out = x.clone()
+        out[mine] = self.expert(x[mine])
+        return self.last(out)
+
+
+@pytest.mark.parametrize("rule", ["dfa", "ssa"])
+def test_a_unit_of_a_part_of_the_batch_is_refused(rule: str) -> None:
+    learner = learner_of(Routed(), rule, units=["expert"], example=X.abs())
+    learner.step(X.abs(), Y)
+    with pytest.raises(ValueError, match="unit 'expert' puts out 4 samples for a batch of 9"):
+        learner.step(X.abs() * torch.where(torch.arange(9) < 4, 1, -1)[:, None], Y)
 
 
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])

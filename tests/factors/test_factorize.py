@@ -358,3 +358,12 @@ def test_refuses_what_is_no_module() -> None:
 def test_refuses_a_net_without_a_layer_to_factor(model, reason) -> None:
     with pytest.raises(ValueError, match=f"no layer that can be factored.*{reason}"):
         factorize(model, 0.9)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_layer_without_weights_stays_dense() -> None:
+    """As the tails of ``nn.AdaptiveLogSoftmaxWithLoss`` are in small networks."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0), nn.Linear(0, 8), nn.Linear(8, 3))
+    report = {row.name: row for row in factorize(net).factorization}
+    assert [report[name].rank is None for name in "0123"] == [False, True, True, True]
+    assert report["1"].note == report["2"].note == "its weight is empty"

@@ -498,7 +498,9 @@ def test_ranks_of_a_state_dict_are_taken_over():
         ({"energy": 0.5, "parameters": 0.5}, ValueError, "either energy or rank or parameters"),
         ({"parameters": 1.5}, ValueError, "parameters must be a fraction"),
         ({"energy": 0.5, "rank": 3}, ValueError, "either energy or rank"),
-        ({"energy": 0.0}, ValueError, r"energy must be in \(0, 1\], got 0.0"),
+        ({"energy": 0.0}, ValueError, r"energy must be a number in \(0, 1\], got 0.0"),
+        ({"energy": "half"}, ValueError, "energy must be a number .*got 'half'"),
+        ({"rank": 2, "ratio": "half"}, ValueError, "ratio must be a number .*got 'half'"),
         ({"energy": math.nan}, ValueError, "energy must be"),
         ({"rank": 0}, ValueError, "rank must be a fraction"),
         ({"rank": 1.5}, ValueError, "rank must be a fraction"),
@@ -701,3 +703,18 @@ def test_optimizers_that_can_go_on_do(make, monkeypatch) -> None:
         reduce_rank(one.model, one, rank=2)
     steps(one)
     assert one.model[0].rank == 2
+
+
+def test_factors_that_are_computed_are_not_cut() -> None:
+    model = model_of(orthonormal())
+    nn.utils.parametrizations.orthogonal(layer_of(model), "U")
+    with pytest.raises(ValueError, match="computes U of layer '0'"):
+        reduce_rank(model, rank=2)
+    assert layer_of(model).rank == R
+
+
+def test_a_cut_in_inference_mode_leaves_weights_that_can_be_trained() -> None:
+    one = learner()
+    with torch.inference_mode():
+        reduce_rank(one.model, one, rank=2)
+    steps(one)

@@ -102,6 +102,18 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def check_parameters(model: nn.Module, known: Mapping[str, Tensor]) -> None:
+    """Refuse a model with other parameters than ``known``, which its learner was made with."""
+    now = dict(model.named_parameters())
+    if {id(p) for p in now.values()} != {id(p) for p in known.values()}:
+        names = sorted(n for n in now.keys() | known.keys() if now.get(n) is not known.get(n))
+        raise RuntimeError(
+            f"model's parameters {', '.join(names)} were replaced after its learner was made: its "
+            "optimizer does not train the new ones. Make a new learner; load weights without "
+            "assign=True"
+        )
+
+
 def check_early_updates(plan: Plan, horizon: int | None, optimizer: torch.optim.Optimizer) -> None:
     """Refuse to update each unit as it retires where that is another update."""
     if horizon is None:
@@ -155,7 +167,7 @@ def check_batch(
         if sizes and (y.ndim == 0 or len(y) not in sizes):
             raise ValueError(
                 f"y must hold a target for each of the {sizes[0]} samples of x, got shape "
-                f"{tuple(y.shape)}"
+                f"{tuple(y.shape)}; where the batch is no axis of y, give the learner task='other'"
             )
     if first:
         task.check_dtype(y, loss, dtype)
@@ -173,9 +185,14 @@ def _arguments(x: Any) -> Iterable[Any]:
 
 
 def check_input(name: str, x: Any) -> None:
-    """Refuse inputs that are arrays of numpy."""
-    values = _arguments(x)
-    if any(isinstance(leaf, np.ndarray) for value in values for leaf in tree_leaves(value)):
+    """Refuse inputs that are arrays of numpy or nested tensors."""
+    leaves = [leaf for value in _arguments(x) for leaf in tree_leaves(value)]
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise ValueError(
+            f"{name} must hold samples of one shape, got a nested tensor: pad it, and give the "
+            "model a mask"
+        )
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
         raise TypeError(
             f"{name} must be a tensor, or a tuple or dict of arguments of the model, got a "
             "numpy.ndarray: torch.from_numpy makes a tensor of it"

@@ -27,6 +27,7 @@ from .checks import (
     check_early_updates,
     check_input,
     check_model,
+    check_parameters,
     check_settings,
     needs_closure,
     refuse_again,
@@ -58,6 +59,10 @@ class StepReport:
     loss: Tensor
     accuracy: Tensor | None
     unit_losses: dict[str, Tensor]
+
+
+def _nothing(unit: Unit, parameters: list[Tensor]) -> None:
+    """What is done when a unit has its gradients, unless something else is asked for."""
 
 
 class _Default:
@@ -136,7 +141,7 @@ class Learner:
         self.steps = 0
         # Training on several processes (svdalign.parallel) replaces these two.
         self._one_pass: Callable[..., Tensor | None] = stream
-        self._retired: Callable[[Unit, list[Tensor]], None] = lambda unit, parameters: None
+        self._retired: Callable[[Unit, list[Tensor]], None] = _nothing
         plan = make_plan(model, units, example, whole=self.horizon is None)
         if self._kind in ("classes", None):
             axis = find_class_axis(self.loss, plan.output_shape, plan.output_axis)
@@ -154,7 +159,8 @@ class Learner:
         self.feedback = self._local.feedback
         self.transport = self.rule.transport(model, generator)
         self._on_the_manifold = orthonormal(model, self.feedback)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = dict(model.named_parameters())
+        parameters = [p for p in self._parameters.values() if p.requires_grad]
         self.optimizer = optimizer([*parameters, *self.feedback.parameters()])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -212,7 +218,8 @@ class Learner:
         Raises TypeError for a ``y`` that is no tensor and ValueError for a batch that cannot be
         learned from, before anything changes: an empty one, ``x`` not finite or ``y`` out of range
         (of the first batch), ``y`` of a wrong dtype or length; RuntimeError for a module that is
-        called more often than for the example.
+        called more often than for the example, and for a model whose parameters were replaced after
+        the learner was made.
         """
         if self.update_early:
             return self._step_early(x, y)
@@ -293,6 +300,7 @@ class Learner:
         ``lambda loss: loss / 4`` to accumulate four batches, or ``GradScaler.scale``; what is
         reported is not scaled.
         """
+        check_parameters(self.model, self._parameters)
         self.task = check_batch(
             x, y, self.plan, self.loss, self._kind, self.task, self._local.dtype
         )
@@ -378,7 +386,6 @@ class Learner:
         error = self._output_error(x, y) if self._local.need_output_error else None
         supervision = Supervision(y, self._task_loss, error, self._task)
         losses: dict[str, Tensor] = {}
-        named = dict(self.model.named_parameters())
 
         def unit_loss(unit: Unit, features: dict[int, Tensor]) -> Tensor:
             if unit is self.plan.output:
@@ -390,7 +397,7 @@ class Learner:
 
         def unit_backward(unit: Unit, heads: list[Tensor], planned: bool) -> None:
             if planned and not self.plan.unreached:
-                parameters: list[Tensor] = [named[name] for name in unit.parameters]
+                parameters: list[Tensor] = [self._parameters[n] for n in unit.parameters]
             else:
                 parameters = [*reached(heads, list(self.model.parameters()))]
             parameters += self._local.feedback_parameters(unit)

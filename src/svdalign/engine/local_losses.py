@@ -81,11 +81,13 @@ class LocalLosses:
     def _loss(self, unit: Unit, i: int, h: Tensor, supervision: Supervision) -> Tensor:
         must = f"the loss of rule {self.rule.name!r} must be 0-dim and depend on h"
         layout = unit.features[i].layout
+        shown = layout(h)
+        self._check_samples(unit, shown, supervision)
         space = layout.space(h)  # of a volume, which rules see as a map
         found = self.rule.loss(
             self.spec(unit, i),
             self.feedback_of(unit, i),
-            layout(h),
+            shown,
             supervision if len(space) < 3 else replace(supervision, space=space),
         )
         loss = check_scalar(must, found)
@@ -93,6 +95,14 @@ class LocalLosses:
             raise ValueError(f"{must}, got one that does not")
         self._checked.add(unit.name)
         return loss
+
+    def _check_samples(self, unit: Unit, h: Tensor, supervision: Supervision) -> None:
+        if supervision.task.one_class_a_sample and len(h) != len(supervision.targets):
+            raise ValueError(
+                f"unit {unit.name!r} puts out {len(h)} samples for a batch of "
+                f"{len(supervision.targets)}, as an expert does that gets a part of the batch: "
+                "end units elsewhere, with units= a list of module names"
+            )
 
     def add_weight_gradients(self, unit: Unit, scale: Callable[[Tensor], Tensor]) -> None:
         """Add to ``.grad`` the gradients of the rule's loss on the factors of ``unit``."""

@@ -74,5 +74,5 @@ def _alike(factors: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     for X in factors:
         groups[X.shape, X.dtype, X.device].append(X)
     for alike in groups.values():
-        size = max(1, _TOGETHER // alike[0].numel())
+        size = max(1, _TOGETHER // max(1, alike[0].numel()))
         yield from (alike[i : i + size] for i in range(0, len(alike), size))

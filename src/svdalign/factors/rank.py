@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 from torch import nn
@@ -75,6 +76,11 @@ def reduce_rank(
     layers = factored_layers(model)
     _check(layers, energy, rank, parameters, ratio, min_rank)
     for name, layer in layers.items():
+        if computed := [X for X in ("U", "s", "V") if X not in layer._parameters]:
+            raise ValueError(
+                f"model computes {', '.join(computed)} of layer {name!r} from other parameters, as "
+                "torch's parametrizations and prune do; remove these first"
+            )
         if not all(X.isfinite().all() for X in (layer.U, layer.s, layer.V)):
             raise ValueError(f"model has NaN or infinite factors in layer {name!r}")
     floors = {
@@ -180,8 +186,8 @@ def _check(
         raise ValueError("model has no factored layer; svdalign.factorize makes them")
     if [energy, rank, parameters].count(None) != 2:
         raise ValueError("give either energy or rank or parameters")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be in (0, 1], got {energy!r}")
+    if energy is not None and not (isinstance(energy, Real) and 0 < energy <= 1):
+        raise ValueError(f"energy must be a number in (0, 1], got {energy!r}")
     if isinstance(rank, Mapping) and (unknown := sorted(set(rank) - set(layers))):
         raise ValueError(
             f"rank names {unknown}, which are not factored layers; there are {list(layers)}"
@@ -191,6 +197,6 @@ def _check(
             check_rank("rank", value, ", or a mapping from layer names to these")
     if parameters is not None:
         check_rank("parameters", parameters)
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be in [0, 1], got {ratio!r}")
+    if not (isinstance(ratio, Real) and 0 <= ratio <= 1):
+        raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
     check_rank("min_rank", min_rank)

@@ -30,7 +30,11 @@ def put(learner: Learner, name: str, value: Tensor) -> None:
     if old is None:
         module._buffers[leaf] = value
     else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        module._parameters[leaf] = new
+        part, _, path = name.partition(".")
+        if part == "model":
+            learner._parameters[path] = new
 
 
 def _module(learner: Learner, name: str) -> tuple[nn.Module, str]:

@@ -134,6 +134,8 @@ class FactoredLayer(nn.Module):
             return "its weight is computed from other parameters"
         if REGISTERED.get(dotted(type(layer))) is not cls:
             return f"a subclass ({type(layer).__name__}) may not be what its base computes"
+        if weight.numel() == 0:
+            return "its weight is empty"
         if weight.dtype not in _DTYPES:
             return f"its weight is of dtype {weight.dtype}"
         return ""
@@ -182,6 +184,7 @@ class FactoredLayer(nn.Module):
 
     # --- factors --------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def set_factors(self, U: Tensor, s: Tensor, V: Tensor) -> None:
         """Replace the factors' values, of a new rank if ``s`` is of another length.
 
