@@ -14,7 +14,7 @@ from svdalign.lab.reports import break_even_table, epoch_table, profile_table
 from svdalign.lab.reports.tables import profile_rows
 
 TINY: dict[str, Any] = {
-    "model": "vgg8", "width": 0.1, "batch_size": 16, "image_size": 16, "rank": 0.25,
+    "model": "smallconv", "width": 0.25, "batch_size": 16, "image_size": 16, "rank": 0.25,
     "seconds": 0.02, "fuse": False,
 }  # fmt: skip
 PARTS = ("parameters", "gradients", "optimizer", "activations")
@@ -84,7 +84,7 @@ def test_half_precision_holds_little_more_than_half(tmp_path: Path) -> None:
 
 
 def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
-    big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 4096, "estimate": True}
+    big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 32768, "estimate": True}
     results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa-local"]), tmp_path).run()
     dense, local = results["methods"]
     assert dense["memory"]["peak"] > 2**39
