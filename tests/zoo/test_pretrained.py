@@ -16,7 +16,7 @@ Trained = tuple[nn.Module, Tensor, Tensor]
 @pytest.fixture(scope="module")
 def trained() -> Trained:
     """A dense network after two epochs of backpropagation, and test images with their classes."""
-    fashion = data.load("embedded", train_limit=2000, test_limit=1000)
+    fashion = data.load("embedded", train_limit=2000, test_limit=500)
     x, y = fashion.train.images.float() / 255, fashion.train.labels
     torch.manual_seed(0)
     net = models.build("smallconv", num_classes=10, in_channels=1, image_size=28, width=0.5)
