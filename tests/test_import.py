@@ -21,14 +21,14 @@ print(*[name for name in {HEAVY!r} if name in set(sys.modules) - before])
 
 
 def test_import_adds_little_to_torchs_own() -> None:
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", PROBE], check=True, capture_output=True, text=True
-        ).stdout.splitlines()
-        for _ in range(2)
-    ]
-    assert min(float(run[0]) for run in runs) < 0.3  # seconds; the first may have to compile
-    assert runs[-1][1] == ""
+    def seconds() -> float:
+        run = [sys.executable, "-c", PROBE]
+        done = subprocess.run(run, check=True, capture_output=True, text=True)
+        added, heavy = done.stdout.splitlines()
+        assert heavy == ""
+        return float(added)
+
+    assert any(seconds() < 0.3 for _ in range(2))  # the first may have to compile
 
 
 def test_public_names() -> None:

@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     comparison = Comparison(config, folder / "runs")
     size: dict[str, Any] = {"model": "mlp", "width": 0.05, "batch_size": 4, "image_size": 8}
     profiled = Profile(ProfileConfig(**size, estimate=True), folder / "profile").run()
-    timed = ProfileConfig(**size, methods=["bp-dense", "ssa"], seconds=0.1)
+    timed = ProfileConfig(**size, methods=["bp-dense", "ssa"], seconds=0.02)
     ran: dict[str, Any] = comparison.run()
     experiment = {
         "experiment": "table1", "title": "A title", "shows": "What it shows.", "drawing": "table",

@@ -214,10 +214,11 @@ class TestContract:
         layer = case.factored()
         values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
         names = [name for name, _ in layer.named_parameters()]
+        weights = torch.randn_like(layer(case.x))
 
         def function(*values: Tensor) -> Tensor:
             parameters = dict(zip(names, values, strict=True))
-            return torch.func.functional_call(layer, parameters, (case.x,))
+            return (weights * torch.func.functional_call(layer, parameters, (case.x,))).sum()
 
         assert torch.autograd.gradcheck(function, values)
 
