@@ -75,8 +75,22 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
 
     Both gradients start from the same random state. Parameters, gradients, buffers and random state
     are left as they were. The Jacobian is computed in evaluation mode, where samples do not
-    influence each other, by one backward pass for each class. Source: arXiv 2510.25594, figures 2
-    and 3.
+    influence each other, by one backward pass for each class.
+
+    Args:
+        model: the learner's model.
+        learner: the one whose rule is measured.
+        x: a batch of inputs, as for :meth:`svdalign.Learner.step`.
+        y: its targets.
+
+    Returns:
+        Angles in degrees: for each layer between the two gradients, for each unit between its
+        feedback matrix and the forward path, and the cosine over all parameters.
+
+    Raises:
+        ValueError: for a ``learner`` of another model.
+
+    Source: arXiv 2510.25594, figures 2 and 3.
     """
     if model is not learner.model:
         raise ValueError(

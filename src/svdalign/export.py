@@ -34,6 +34,14 @@ def compact(model: nn.Module) -> nn.Module:
     convolution if it is the only reader of the convolution's output; an ``nn.Identity`` takes its
     place. Where ``forward`` cannot be traced (control flow that depends on the data) batch norms
     stay. The function stays the same to rounding.
+
+    Args:
+        model: what :func:`svdalign.factorize` or :func:`svdalign.fuse` returned, trained or not, or
+            a module with such layers in it. It is left as it is.
+
+    Returns:
+        The copy, whose parameters need no gradient. Other names of a layer's parameters come with
+        its new form: ``fc.0.weight`` and ``fc.1.weight`` for ``fc.U``, ``fc.s``, ``fc.V``.
     """
     model = copied(model).eval().requires_grad_(False)
     for module in model.modules():

@@ -74,16 +74,27 @@ def plan(
     loss: Loss | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> Choices:
-    """Which settings of a learner keep a training step of ``model`` within ``memory``.
+    """Measure which settings of a learner keep a training step of ``model`` within ``memory``.
 
-    ``example``: a batch as large as in training; ``y``: its targets, class 0 for each sample by
-    default. ``memory``: bytes, or text such as ``"64MiB"`` or ``"2 GB"``; None for any. ``rule``,
-    ``loss`` and ``optimizer`` are those of :class:`svdalign.Learner`. Three steps are taken with
-    each setting on a copy of ``model``: what is alive at the peak (parameters, gradients,
-    optimizer state, batch, activations) does not depend on the machine, the time does. Where memory
-    is a GPU's it is read off torch's allocator.
+    Three steps are taken with each setting on a copy of ``model``. What is alive at the peak
+    (parameters, gradients, optimizer state, batch, activations) does not depend on the machine, the
+    time does. Where memory is a GPU's it is read off torch's allocator.
 
-    Print what is returned. Raises ValueError for text that is no amount of memory.
+    Args:
+        model: the module to train, as it will be given to the learner.
+        example: a batch of inputs as large as in training.
+        memory: the most that a step may take: bytes, or text such as ``"64MiB"`` or ``"2 GB"``;
+            None for any.
+        y: the targets of ``example``; by default class 0 for each sample.
+        rule: as for :class:`svdalign.Learner`.
+        loss: likewise.
+        optimizer: likewise.
+
+    Returns:
+        The settings with their bytes and seconds; print it to see them as a table.
+
+    Raises:
+        TypeError, ValueError: for text that is no amount of memory, and what a learner refuses.
     """
     limit = _bytes(memory)
     if y is None:

@@ -23,12 +23,19 @@ _LEARNED = ("model", "feedback", "transport", "loss")  #: the parts that are dic
 def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
     """Write to ``path`` everything that ``learner`` needs to go on, and torch's random state.
 
-    ``extra``: anything that your loop needs, made of dicts, lists, numbers, strings and tensors,
-    such as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``. A file that exists at ``path`` is
-    replaced at once: at any moment, even in a power cut, it is the old file or the new one.
+    A file that exists at ``path`` is replaced at once: at any moment, even in a power cut, it is
+    the old file or the new one.
 
-    Raises TypeError if ``learner`` is none, for a value that cannot be written, and for a module's
-    extra state that is no tensor; OSError if the file cannot be written.
+    Args:
+        learner: the one to save: model, feedback, optimizer state, number of steps.
+        path: of the file, in the safetensors format; its folder must exist.
+        extra: anything that your loop needs, made of dicts, lists, numbers, strings and tensors,
+            such as ``{"epoch": 3, "scheduler": scheduler.state_dict()}``.
+
+    Raises:
+        TypeError: if ``learner`` is none; for a value that cannot be written, and for a module's
+            extra state that is no tensor.
+        OSError: if the file cannot be written.
     """
     if not isinstance(learner, Learner):
         raise TypeError(f"learner must be a svdalign.Learner, got {type(learner).__name__}")
@@ -45,18 +52,26 @@ def save(learner: Learner, path: str | Path, *, extra: Any = None) -> None:
 
 
 def load(path: str | Path, into: Learner | nn.Module | None = None) -> dict[str, Any]:
-    """The state that :func:`save` wrote, as nested dicts of tensors on the CPU.
+    """The state that :func:`save` wrote.
 
-    ``into``: a learner built like the saved one (the same model, whose ranks may differ, the same
-    rule, the same kind of optimizer). It goes on where the saved one stopped, bit for bit; torch's
-    random state is restored as well. Or a model built like the saved one, which gets the weights
-    and needs no optimizer. Without ``into`` the file is only read; ``learner.load_state_dict``
-    takes the result. A model cannot be rebuilt from the file alone: that would mean running code
-    from it.
+    A model cannot be rebuilt from the file alone: that would mean running code from it.
 
-    Raises FileNotFoundError; ValueError for a file that is truncated, was not written by
-    :func:`save`, has a newer format or does not fit ``into``; TypeError for an ``into`` that is
-    neither. ``into`` is then left as it was.
+    Args:
+        path: of the file.
+        into: a learner built like the saved one (the same model, whose ranks may differ, the same
+            rule, the same kind of optimizer). It goes on where the saved one stopped, bit for bit;
+            torch's random state is restored as well. Or a model built like the saved one, which
+            gets the weights and needs no optimizer. With None the file is only read.
+
+    Returns:
+        Nested dicts of tensors on the CPU, which ``learner.load_state_dict`` takes; what was given
+        as ``extra`` is in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is truncated, was not written by :func:`save`, has a newer
+            format or does not fit ``into``, which is then left as it was.
+        TypeError: for an ``into`` that is neither learner nor model.
     """
     if not (into is None or isinstance(into, Learner | nn.Module)):
         raise TypeError(

@@ -80,18 +80,24 @@ class Learner:
         model: any ``nn.Module``, factored or dense. It is trained in place; its ``forward`` runs
             unchanged.
         rule: a name (:func:`svdalign.rules.available`) or a :class:`Rule`.
-        units: where units end, see :func:`make_plan`.
-        horizon: in place of the rule's own.
-        error: in place of the rule's own.
+        units: where units end: "layer", "block", "stage", "balanced", "balanced-3", ..., a number
+            of blocks, a list of module names, or a callable, see :func:`make_plan`.
+        horizon: how many units upstream a unit's gradient still travels: a whole number from 0, or
+            None for backpropagation. By default the rule's own.
+        error: where the error that teaches a unit comes from: "output" (the network's output),
+            "local" (the unit's own readout) or "target" (the targets alone). By default the rule's
+            own.
         optimizer: called with the list of parameters to train, those of learned feedback included;
             returns the optimizer.
-        example: a batch of inputs.
+        example: a batch of inputs: a tensor, or a tuple or dict of arguments of ``model``. The
+            first axis of a tensor is the batch, in most models.
         loss: ``(z, y) -> 0-dim tensor``, a mean over the batch; cross-entropy by default.
-        task: what the targets are, a kind of :class:`svdalign.task.Task`. By default it is found
-            from the first batch, by calls of ``loss`` on small outputs.
+        task: what the targets are: "classes", "binary", "labels", "numbers" or "other", see
+            :class:`svdalign.task.Task`. By default it is found from the first batch, by calls of
+            ``loss`` on small outputs.
         retraction: how the columns of ``U`` and ``V`` are made orthonormal again: "qr", "polar",
             "newton-schulz" (for small steps), or None for not at all.
-        retract_every: after how many steps each time.
+        retract_every: after how many steps, a whole number from 1, each time.
         recompute: residual or transformer blocks (layers where there are none) save only their
             inputs and run again in the backward pass, ``horizon + 1`` times.
         update_early: :meth:`step` updates a unit's weights and drops their gradients as soon as the

@@ -98,28 +98,36 @@ def factorize(
 ) -> nn.Module:
     """A copy of ``net`` whose linear and convolution layers are held as ``U diag(s) V^T``.
 
-    ``rank``: a float in (0, 1] is a fraction of each layer's full rank (rounded up), but no more
-    than its break-even rank, at which the factors still hold fewer numbers than the weight; an int
-    is an absolute rank (cut to full rank); a mapping ``{layer name: rank or None}`` decides layer
-    by layer, without that cap, and leaves the others dense. ``scheme``: how a kernel becomes a
-    matrix, see :mod:`svdalign.factors.layers.convolution`. The factors come from the SVD of the
-    layer's present weight, so that full rank keeps the function to rounding and pretrained weights
-    are kept as well as the rank allows. Forward and backward hooks of a layer go over to its
-    factored one.
+    The factors come from the SVD of the layer's present weight, so that full rank keeps the
+    function to rounding and pretrained weights are kept as well as the rank allows. Forward and
+    backward hooks of a layer go over to its factored one.
 
-    It factors ``nn.Linear``, convolutions and transposed convolutions of one to three axes, and the
-    ``Conv1D`` of Hugging Face's transformers. These stay dense: a layer whose factors would hold no
-    fewer numbers than its weight, a grouped convolution, a shared weight, one computed from other
-    parameters (as ``weight_norm`` does), and the classifier (the last layer, if it maps every
-    position by itself). ``classifier=True`` factors the classifier as well; a mapping that names a
-    layer overrides the first and the last of these reasons. Every other module with a weight matrix
-    stays dense too, such as ``nn.MultiheadAttention``, which packs its projections into one. The
-    returned module's ``factorization`` attribute (:class:`Factorization`) tells what stayed dense
-    and why.
+    Factored are ``nn.Linear``, convolutions and transposed convolutions of one to three axes, and
+    the ``Conv1D`` of Hugging Face's transformers. These stay dense: a layer whose factors would
+    hold no fewer numbers than its weight; a grouped convolution; a shared weight; one computed from
+    other parameters, as by ``weight_norm``; the classifier; and every other module with a weight
+    matrix, such as ``nn.MultiheadAttention``, which packs its projections into one. The copy's
+    attribute ``factorization`` (:class:`Factorization`) lists what stayed dense and why.
 
-    Raises TypeError or ValueError for a rank or scheme that is not allowed, a mapping that names no
-    layer, a net without any layer that can be factored, and for a layer to be factored that has no
-    weight values yet (lazy, or on the meta device) or some that are NaN or infinite.
+    Args:
+        net: any ``nn.Module``. It is left as it is.
+        rank: a float in (0, 1] is a fraction of each layer's full rank ``min(m, n)``, rounded up;
+            it is capped at the break-even rank, the largest at which ``U`` (m, r), ``s`` (r,) and
+            ``V`` (n, r) hold fewer numbers than the weight (m, n). An int is an absolute rank, at
+            most the full one. A mapping ``{layer name: rank or None}`` decides layer by layer,
+            without that cap, for the classifier as well; layers that it does not name stay dense.
+        scheme: how the kernel (N, C, H, W) of a convolution becomes a matrix: "channel",
+            (N, C H W), or "spatial", (N W, C H), which is the paper's. No matter for linear layers.
+        classifier: whether to factor the classifier too: the last layer, if it maps every position
+            by itself.
+
+    Raises:
+        TypeError: for an argument of a wrong type.
+        ValueError: for a rank or scheme that is not allowed; a mapping that names no layer; a net
+            without any layer that can be factored; a layer to be factored whose weight has no
+            values yet (lazy, or on the meta device) or some that are NaN or infinite.
+
+    Source: arXiv 2510.25594; :mod:`svdalign.factors.layers.convolution` has the two schemes.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")

@@ -39,17 +39,23 @@ def fuse(
     single layers end where they do without fusing. A unit that would end between modules that were
     taken in (a block whose pooling stands outside it) ends after them.
 
-    ``example``: a batch of inputs as it comes in training. With it each fused convolution is timed
-    on the maps that it gets, once for each shape, and then uses its fastest kernel, which computes
-    the same function: see :class:`FusedConv2d`. On small maps and at high ranks that saves time and
-    takes more memory. ``memory`` is the most bytes that all layers together may save for their
-    backward passes beyond what fused kernels save; None for any number. Which kernel is the fastest
-    depends on the machine, so for a run that can be repeated bit by bit leave ``example`` out, or
-    set each layer's ``kernel``.
-
     Call this before you make a learner or an optimizer. Where nothing can be fused the copy is like
-    ``model``, and a UserWarning says why. Raises ValueError for a model whose ``forward``
-    cannot be traced (control flow that depends on the data).
+    ``model``, and a UserWarning says why.
+
+    Args:
+        model: what :func:`factorize` returned. It is left as it is.
+        example: a batch of inputs (B, C, H, W) as it comes in training. With it each fused
+            convolution is timed on the maps that it gets, once for each shape, and then uses its
+            fastest kernel, which computes the same function. On small maps and at high ranks that
+            saves time and takes more memory. The choice depends on the machine: for a run that can
+            be repeated bit by bit leave ``example`` out, or set each layer's ``kernel``.
+        memory: the most bytes that all layers together may save for their backward passes beyond
+            what fused kernels save, a whole number; None for any number. Needs an ``example``.
+
+    Raises:
+        TypeError: for a ``memory`` that is neither.
+        ValueError: for a negative ``memory`` or one without an ``example``; for a model whose
+            ``forward`` cannot be traced (control flow that depends on the data).
     """
     fused = fuse_where_possible(model)
     if not any(isinstance(module, FusedConv2d) for module in fused.modules()):

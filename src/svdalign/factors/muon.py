@@ -36,16 +36,23 @@ class Muon(Optimizer):
     a turn of every column by about ``lr`` radians, after which it needs a retraction, as
     :class:`svdalign.Learner` makes one; its scale is ``s``, which AdamW trains. A dense weight is
     turned by the same angle as a whole, ``X <- X - lr ||X||_F / sqrt(min(m, n)) orthogonalize(M)``
-    and then scaled back to the norm it had, so that a layer needs a norm or a bias after it.
-
-    ``lr``: the angle, in radians. ``adam_lr``: AdamW's rate, a tenth of ``lr`` by default.
-    ``momentum``: Muon's, in [0, 1). ``betas``: AdamW's. ``weight_decay``: AdamW's, decoupled.
-
-    ``params`` may be any of the model's parameters and others, such as a learner hands out::
+    and then scaled back to the norm it had, so that a layer needs a norm or a bias after it::
 
         Learner(model, optimizer=lambda params: sva.Muon(params, model, lr=0.05), ...)
 
-    Raises TypeError or ValueError that name the argument.
+    Args:
+        params: any of the model's parameters and others, such as a learner hands out.
+        model: tells which of them are hidden weights.
+        lr: the angle of a step, in radians, at least 0.
+        adam_lr: AdamW's learning rate; by default a tenth of ``lr``.
+        momentum: Muon's, in [0, 1).
+        betas: AdamW's two, each in [0, 1).
+        weight_decay: AdamW's, decoupled, at least 0.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit; the message names it.
+
+    Source: Jordan et al., *Muon: An optimizer for hidden layers in neural networks* (2024).
     """
 
     def __init__(

@@ -50,25 +50,35 @@ def reduce_rank(
 ) -> tuple[RankCut, ...]:
     """Cut the factored layers of ``model`` to a smaller rank, in place, by truncating their SVD.
 
-    ``energy`` in (0, 1]: keep the smallest rank whose share of ``sum s^2`` is at least this. Or
-    ``rank``: an absolute rank, a fraction in (0, 1] of each layer's full rank, or a mapping
-    ``{layer name: either}`` that leaves other layers alone. Or ``parameters``: of the whole model,
-    a number or a fraction in (0, 1] of what it would have with dense weights. It keeps the
-    directions with the largest share of their layer's energy for each parameter that they take. No
-    rank falls below ``ceil(ratio * r)``, ``r`` the present rank, nor below ``min_rank``, absolute
-    or a fraction of full rank; ``parameters`` gives way to these limits. ``||W - W'||_F^2`` is the
-    dropped energy, the least for any matrix of that rank; what is kept is not rescaled.
+    Give one of ``energy``, ``rank`` and ``parameters``. ``||W - W'||_F^2`` is then the dropped
+    energy, the sum of the dropped ``s^2``, the least for any matrix of that rank (Eckart-Young);
+    what is kept is not rescaled. Parameters stay the same objects, ``step`` counts and pending
+    gradients are kept, and a layer that is not cut is not changed at all.
 
-    ``optimizer``: the one that trains the model's parameters, or the learner that has it, or
-    several of these. An optimizer that has already stepped and is left out refuses its next step.
-    Its state is rotated with the basis and cut (see :mod:`svdalign.factors.rediagonalize`); an
-    optimizer of an unknown kind has its state reset for the layers that are cut, with a warning.
-    Parameters stay the same objects, ``step`` counts and pending gradients are kept, and a layer
-    that is not cut is not changed at all.
+    Args:
+        model: what :func:`factorize` returned.
+        optimizer: the one that trains the model's parameters, or the learner that has it, or
+            several of these. Its state is rotated with the basis and cut
+            (:mod:`svdalign.factors.rediagonalize`); that of an optimizer of an unknown kind is
+            reset for the layers that are cut, with a warning. An optimizer that has already stepped
+            and is left out refuses its next step.
+        energy: share of ``sum s^2``, in (0, 1]: each layer keeps the smallest rank that has it.
+        rank: of each layer: a fraction in (0, 1] of its full rank ``min(m, n)``, rounded up, or an
+            absolute rank; or a mapping ``{layer name: either}``, which leaves other layers alone.
+        parameters: of the whole model, what is not factored included: a fraction in (0, 1] of what
+            it would have with dense weights, or a number. Of all layers' directions those are kept
+            that have the largest share of their layer's energy for each parameter that they take.
+        ratio: in [0, 1]: no layer falls below ``ceil(ratio * r)``, ``r`` its present rank.
+        min_rank: no layer falls below it: an absolute rank, or a fraction of full rank. ``energy``,
+            ``rank`` and ``parameters`` give way to both limits.
 
-    Returns a :class:`RankCut` for each factored layer, cut or not. Raises ValueError or TypeError
-    that name the argument, ValueError that names the layer for factors that are not finite; nothing
-    is cut then.
+    Returns:
+        A :class:`RankCut` for each factored layer, cut or not.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit; the message names it.
+        ValueError: for a layer whose factors are not finite, or computed from other parameters.
+            In any of these cases nothing has been cut.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

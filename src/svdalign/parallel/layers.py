@@ -45,14 +45,19 @@ class LayerParallel:
     meta device), and again when the shape of a batch changes; what comes after does not run. Random
     numbers (dropout) are each process's own.
 
-    ``example``: a batch (x, y), to time the units and to find what they read. ``partition``: how
-    many units each process gets; by default shares of about equal measured time. ``ahead``: how
-    many batches a process may be ahead of the next one. ``group``: the default one if None.
+    Args:
+        learner: the same on every process.
+        example: a batch (x, y), to time the units and to find what they read.
+        partition: how many units each process gets, at least one each; by default shares of about
+            equal measured time.
+        ahead: how many batches a process may be ahead of the next one, at least 1.
+        group: of processes; None for all.
 
-    Raises ValueError for what cannot be split like this: ``horizon=None``, ``error="output"`` (only
-    the last process would know it), weights shared by units of two processes, a unit that reads
-    more of an earlier process than what the unit before it hands on, and a ``partition`` that does
-    not fit.
+    Raises:
+        ValueError: for what cannot be split like this: ``horizon=None``; ``error="output"``, which
+            only the last process would know; weights shared by units of two processes; a unit that
+            reads more of an earlier process than what the unit before it hands on; a ``partition``
+            that does not fit.
     """
 
     def __init__(

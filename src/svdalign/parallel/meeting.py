@@ -18,7 +18,14 @@ def meet(backend: str = "gloo", *, timeout: timedelta = timedelta(minutes=30)) -
 
     torchrun keeps one store for all its rounds. Processes that it starts again can find in there
     the address of a dead one, and connect to nobody. Here they agree on a name for the round
-    first, and keep their addresses under it. :class:`PeerError` if one of them does not come.
+    first, and keep their addresses under it.
+
+    Args:
+        backend: how processes send tensors: "gloo" for CPUs, "nccl" for GPUs.
+        timeout: how long a process waits for the others, here and in each later exchange.
+
+    Raises:
+        PeerError: if one of the processes does not come in time.
     """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     with naming(OTHER):

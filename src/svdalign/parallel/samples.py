@@ -27,6 +27,13 @@ class DataParallel:
 
     It equals one process on the whole batch where the loss is a mean over samples and batches are
     of one size. A loss that compares samples (similarity) compares those of one process.
+
+    Args:
+        learner: built alike on every process.
+        group: of processes; None for all.
+
+    Raises:
+        ValueError: for a learner that updates its units early, before gradients are averaged.
     """
 
     def __init__(self, learner: Learner, *, group: dist.ProcessGroup | None = None) -> None:

@@ -55,10 +55,17 @@ def svd_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FactoredLayer(nn.Module):
-    """A linear map with the weight ``U diag(s) V^T``, plus a bias.
+    """A linear map with the weight ``U diag(s) V^T``, plus a bias. :func:`svdalign.factorize` and
+    :meth:`from_dense` make one from a dense layer, whose weight the subclass turns into a matrix
+    (m, n).
 
-    ``U`` (m, r) and ``V`` (n, r) have orthonormal columns, ``s`` is (r,). How the dense layer's
-    weight becomes a matrix (m, n) is up to the subclass.
+    Args:
+        U: (m, r), with orthonormal columns.
+        s: (r,).
+        V: (n, r), with orthonormal columns.
+        bias: (out,), or None.
+        like: a dense or factored layer whose settings, such as strides, it gets.
+        scheme: how a kernel becomes a matrix, "channel" or "spatial"; no matter for linear layers.
 
     A subclass names its dense type, ``class SVDLinear(FactoredLayer, dense=nn.Linear)``, or, if
     that is of a library which need not be installed, its dotted name,
