@@ -22,10 +22,10 @@ compare: $(stamp)  ## BP, SVD-BP, DFA and SSA side by side on the embedded image
 	$(bin)/svdalign compare --config benchmarks/configs/compare.yaml $(ARGS)
 
 test: lint  ## lint, format check, type check, tests
-	$(bin)/pytest -n 2 $(ARGS)
+	$(bin)/pytest -n 2 --dist worksteal $(ARGS)
 
 quick: lint  ## the same without the tests that take longer than a few seconds
-	$(bin)/pytest -n 2 -m 'not slow' $(ARGS)
+	$(bin)/pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
 
 docs: $(stamp)  ## build the documentation into site/; a warning is an error
 	$(bin)/mkdocs build --strict --quiet $(ARGS)
