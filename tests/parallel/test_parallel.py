@@ -26,7 +26,7 @@ from svdalign.storage import ranks as ranks_of
 
 #: Processes that start without importing torch anew.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "tests.parallel.worker", "svdalign.lab.cli"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "svdalign.parallel", "svdalign.lab.cli"])
 
 
 def start(job: str, folder: Path, size: int, *arguments: Any) -> list[Any]:
