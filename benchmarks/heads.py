@@ -1,15 +1,16 @@
-"""What the state of the art of local learning reads a unit by, on this engine.
+"""Auxiliary heads of recent local learning methods, on this engine.
 
-``trainer: benchmarks.heads:NAME`` among the ``changes`` of a comparison; run it in the folder that
-holds ``benchmarks``. For networks that are a ``torch.nn.Sequential`` of convolutions, fused:
+Name one in the ``changes`` of a comparison, ``trainer: benchmarks.heads:NAME``, and run it in the
+folder that contains ``benchmarks``. For networks that are a ``torch.nn.Sequential`` of
+convolutions, fused:
 
-- ``auglocal``: a unit is read through a block like the one that follows it, which is trained with
-  the unit. Source: Ma et al., *Scaling Supervised Local Learning with Augmented Auxiliary
-  Networks* (2024), at a depth of one block.
-- ``moving``: the block is a moving average of the one that follows, and a bias is trained in its
-  place. Source: Su et al., *Momentum Auxiliary Network for Supervised Local Learning* (2024).
-- ``infopro``: the unit's map must also tell the image, at its own resolution, through two
-  convolutions. Source: Wang et al., *Revisiting Locally Supervised Learning* (2021).
+- ``auglocal``: a unit's head is a block like the one that follows the unit, trained with it.
+  Source: Ma et al., *Scaling Supervised Local Learning with Augmented Auxiliary Networks* (2024),
+  at a depth of one block.
+- ``moving``: the head's block is a moving average of the one that follows, plus a bias that is
+  trained. Source: Su et al., *Momentum Auxiliary Network for Supervised Local Learning* (2024).
+- ``infopro``: two more convolutions must reconstruct the image from the unit's map, at the map's
+  resolution. Source: Wang et al., *Revisiting Locally Supervised Learning* (2021).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MOMENTUM = 0.99  #: of the moving averages; networks here take some hundred step
 
 
 class _ThroughABlock(nn.Module):
-    """A block, then a matrix that reads its map."""
+    """A head: a block, then a linear readout of its map."""
 
     def __init__(self, block: FusedConv2d, matrix: Feedback, moving: bool) -> None:
         super().__init__()
@@ -55,10 +56,10 @@ class _ThroughABlock(nn.Module):
 
 
 class HeadSSA(SSA):
-    """SSA at horizon 0, units read through a block like the next one."""
+    """SSA at horizon 0 with a block like the next one as each unit's head."""
 
     moving: ClassVar[bool] = False
-    model: ClassVar[nn.Sequential]  #: whose blocks follow; of the run that is being built
+    model: ClassVar[nn.Sequential]  #: the model of the run that is being built
 
     def feedback(self, unit: UnitSpec, generator: torch.Generator) -> Any:
         following = _block_after(self.model, unit.name)
@@ -89,7 +90,7 @@ class MovingHeadSSA(HeadSSA):
 
 
 class InfoProSSA(SSA):
-    """SSA at horizon 0, with a decoder of the image beside each reading."""
+    """SSA at horizon 0 with a decoder of the image beside each unit's readout."""
 
     weight: ClassVar[float] = 1.0
     image: ClassVar[Tensor]  #: the batch, noted as the model is called
@@ -136,7 +137,7 @@ def _trainer(cls: type[SSA]) -> Callable[[RunConfig, ImageData], Trainer]:
 
 
 def _keep_moving(learner: Learner) -> None:
-    """After each step every head follows the block that it stands for."""
+    """After each step every head's block moves towards the block that it averages."""
 
     def follow(*_: object) -> None:
         for unit in learner.units[:-1]:

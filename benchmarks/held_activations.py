@@ -1,11 +1,11 @@
-"""Activations held in a training step as a network gets deeper: BP against local learning.
+"""Activation memory of a training step as a network gets deeper: BP against local learning.
 
     python benchmarks/held_activations.py [--out benchmarks/results/held_activations.json]
 
 A chain of equal units (3 x 3 convolution, batch norm, ReLU; 32 channels at 16 x 16, batch 64), from
 4 to 32 of them, takes an SGD step by BP and by SSA at horizons 0, 1 and 2. Counted are the bytes of
 all tensors alive at the step's peak that are no parameter, gradient or optimizer state: activations
-held for the backward pass, the batch, and temporaries (see ``svdalign.lab.costs.step_memory``).
+saved for the backward pass, the batch, and temporaries (see ``svdalign.lab.costs.step_memory``).
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def said(record: Record) -> Path:
 
 
 def hit(job: subprocess.Popen[bytes], record: Record, which: int, how: int) -> dict[str, Any]:
-    """Send a signal to a process of the job soon after its next checkpoint; what that holds."""
+    """Send a signal to a process of the job soon after its next checkpoint. Returns the
+    checkpoint."""
     known = written(record)
     while written(record) == known:
         if job.poll() is not None:
@@ -75,7 +76,7 @@ def written(record: Record) -> int:
 
 
 def processes(job: subprocess.Popen[bytes]) -> list[int]:
-    """Those that train, in the order of their ranks."""
+    """Ids of the processes that train, in the order of their ranks."""
     found = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     return [int(p) for p in found if b"svdalign" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
@@ -86,7 +87,7 @@ def finish(job: subprocess.Popen[bytes], record: Record) -> None:
 
 
 def errors(record: Record) -> list[str]:
-    """What processes have said of why they ended."""
+    """The messages with which processes ended."""
     lines = said(record).read_text().splitlines()
     return [line for line in lines if line.startswith("svdalign train: error: ")]
 

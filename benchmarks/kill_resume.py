@@ -67,8 +67,8 @@ def finish(process: BaseProcess) -> None:
 
 
 def kill(process: BaseProcess, record: Record, moment: str, delay: float) -> dict[str, Any] | None:
-    """Wait ``delay`` seconds from the first checkpoint on, then for the moment, then kill; what was
-    found then, or None if the run was over first."""
+    """Wait for the first checkpoint, ``delay`` seconds more and then for the moment, and kill the
+    run. Returns what its folder held then, or None if the run was over before."""
     part = record.folder / f".{record.checkpoint_path.name}.part"
     opened = (record.checkpoint_path.stat().st_mtime_ns) if record.checkpoint_path.exists() else 0
     if not _wait(process, lambda: _mtime(record.checkpoint_path) > opened):

@@ -1,10 +1,10 @@
-"""One real training step of a network that backpropagation can't fit into this machine's memory.
+"""One real training step of a network too large for backpropagation on this machine.
 
     python benchmarks/large_step.py [--model vit_l16] [--batch-size 256] [--precision bf16]
 
 SSA at horizon 0, 224×224 pixels, 1,000 classes: peak resident memory of a process that builds the
-network and takes a step, beside what is worked out for it and for its rivals. What the process
-takes before it builds anything (Python and torch) is given as well.
+network and takes a step, beside the estimates for it and for its rivals. What the process takes
+before it builds the network (Python and torch) is given as well.
 """
 
 from __future__ import annotations

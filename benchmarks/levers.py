@@ -2,10 +2,10 @@
 
     svdalign compare --config benchmarks/configs/levers.yaml --data-dir DATA
 
-``trainer: benchmarks.levers:NAME`` and ``rule: benchmarks.levers:NAME`` among the ``changes`` of a
-comparison are what is here; run it in the folder that holds ``benchmarks``. All of it is built on
-what the library offers anyone, a rule's subclass, an optimizer, a hook; what turned out to help
-became part of it.
+Name one in the ``changes`` of a comparison, as ``trainer: benchmarks.levers:NAME`` or ``rule:
+benchmarks.levers:NAME``, and run it in the folder that contains ``benchmarks``. All are built from
+the library's public parts: a subclass of a rule, an optimizer, a hook. Those that helped became
+part of the library.
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ def trained(
     groups: Callable[[nn.Parameter, str], dict[str, Any]] | None = None,
     prepare: Callable[[Learner, RunConfig, ImageData], None] = lambda learner, config, data: None,
 ) -> Callable[[RunConfig, ImageData], Trainer]:
-    """What a config may name as its trainer.
+    """A trainer that a config may name.
 
-    ``rule``: makes another rule of the run's own. ``weights``: changes the model before it is
-    trained. ``groups``: settings of its own for each parameter, ``lr_scale`` among them; it is told
-    what the parameter is, see :func:`kinds`. ``prepare``: is given the learner before its first
-    step.
+    ``rule``: makes another rule from the run's own. ``weights``: changes the model before training.
+    ``groups``: returns the settings of a parameter, such as ``lr_scale``, from what the parameter
+    is, see :func:`kinds`. ``prepare``: called with the learner before its first step.
     """
 
     def make(config: RunConfig, data: ImageData) -> Trainer:
@@ -127,8 +126,8 @@ def decaying_spectrum(model: nn.Module) -> None:
 
 
 def tangent_steps(learner: Learner, config: RunConfig, data: ImageData) -> None:
-    """Gradients of U and V, less ``X sym(X^T G)``: projected to the tangent space before the
-    optimizer sees them."""
+    """Gradients G of a factor X = U or V less ``X sym(X^T G)``: projected to the tangent space
+    before the optimizer gets them."""
     factors = [X for layer in layers(learner.model) for X in (layer.U, layer.V)]
 
     def project(*_: object) -> None:
@@ -149,7 +148,7 @@ tangent = trained(prepare=tangent_steps)
 
 
 def features_of(learner: Learner, x: Tensor) -> dict[str, Tensor]:
-    """Each unit's output for a batch, as rules see it."""
+    """Each unit's output for a batch, in the layout that rules get."""
     found: dict[str, Tensor] = {}
 
     def keep(unit: Any) -> Callable[..., None]:
@@ -239,7 +238,7 @@ class FollowingJacobian:
 
 class ByAPart:
     """The first unit learns from the network's loss on a part of the batch, by backpropagation;
-    with ``both`` from its own loss as well. Only so many samples are held for it at a time."""
+    with ``both`` from its own loss as well. Only activations of these samples are saved for it."""
 
     def __init__(self, part: int = 4, *, both: bool = False) -> None:
         self.part, self.both = part, both
@@ -295,7 +294,7 @@ class NormalisedSSA(SSA):
 
 
 class PooledSimilaritySSA(SSA):
-    """Similarity of the pooled map in place of its channels' deviations."""
+    """Similarity of the pooled maps in place of the channels' standard deviations."""
 
     def loss(self, unit: UnitSpec, feedback: Any, h: Tensor, supervision: Supervision) -> Tensor:
         pooled = unit.pool(h, self.grid)
@@ -316,7 +315,7 @@ class CentredSimilaritySSA(SSA):
 
 
 class FewFeaturesSSA(SSA):
-    """A coarser grid where feedback would read more than 1024 numbers of a unit."""
+    """A coarser grid for units whose pooled map would have more than 1024 numbers."""
 
     def coarser(self, unit: UnitSpec) -> SSA:
         grid = self.grid

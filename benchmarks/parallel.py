@@ -2,14 +2,14 @@
 
     python benchmarks/parallel.py --nets vgg13 [--memory] [--processes 3]
 
-Speed (the default): two processes hold one step of every job and take turns with them, so that a
-drift of the machine's speed touches all alike. Images a second and shares of idle time are of the
-steady state: the clock of a pipeline runs while all its processes are at work. Medians over the
-rounds, and beside them how many cores other programs kept busy meanwhile: run it on a machine with
-as many idle cores as processes.
+Speed (the default): two processes keep every job ready and run them in turns, so that a drift of
+the machine's speed affects all alike. Images a second and shares of idle time are of the steady
+state: the clock of a pipeline runs while all its processes are at work. Medians over the rounds,
+and beside them how many cores other programs kept busy meanwhile: run it on a machine with as many
+idle cores as processes.
 
 - SSA at horizon 0 on one process with one thread, and with two;
-- the same on every process by itself, added up: the most that this machine can give;
+- the same on every process independently, added up: the upper bound for this machine;
 - the same with its units on two processes (``svdalign.parallel.LayerParallel``);
 - backpropagation on the same factors on one process with one thread and two, on two by
   ``DistributedDataParallel``, and in microbatches by ``torch.distributed.pipelining`` (GPipe,
@@ -113,7 +113,7 @@ def network(name: str, dense: bool) -> nn.Module:
 
 
 class Embed(nn.Module):
-    """What a vision transformer does before its blocks."""
+    """The part of a vision transformer before its blocks."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ class Head(nn.Module):
 
 
 class Turned(nn.Module):
-    """``inner`` with its axes as they lie in memory where it begins or ends in the middle of the
-    network: gloo sends what is contiguous alone, and maps are channels-last."""
+    """``inner`` with maps of shape (B, h, w, C) at borders inside the network: in memory they are
+    channels-last, and gloo sends contiguous tensors only."""
 
     def __init__(self, inner: nn.Module, first: bool, last: bool) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def seconds_of(parts: list[nn.Module], x: Tensor) -> list[float]:
 
 
 def make(job: Job, name: str, rank: int, size: int) -> tuple[Callable[[], object], dict[str, Any]]:
-    """A training step of this process, and what there is to tell of it."""
+    """A training step of this process, and numbers to report of it."""
     model, x, y = build(name, job.dense)
     if job.kind in ("ssa", "alone", "layers"):
         learner = sva.Learner(
@@ -234,8 +234,8 @@ def at_work(job: Job, rank: int) -> bool:
 
 
 def speeds(name: str, jobs: list[str], steps: int, end: float, rank: int, size: int) -> Any:
-    """By job, this process's images a second and idle share in each round, and what it tells; and
-    how many cores others kept busy in each round."""
+    """By job, this process's images a second and idle share in each round, and the numbers that it
+    reports; and how many cores other programs kept busy in each round."""
     prepare_machine(JobConfig())
     found: dict[str, dict[str, Any]] = {}
     made = {}

@@ -1,4 +1,4 @@
-"""BioTorch's DFA and uSF as networks that ``svdalign compare`` trains beside ours.
+"""BioTorch's DFA and uSF as networks for ``svdalign compare``, beside our methods.
 
     python -m venv build/peers
     build/peers/bin/pip install -c constraints.txt -e '.[lab]'

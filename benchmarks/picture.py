@@ -16,7 +16,7 @@ from svdalign.lab.reports import plots
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-FIXED = "#c77f2a"  #: rules whose errors come back by something fixed
+FIXED = "#c77f2a"  #: rules with fixed feedback
 COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
 
 #: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of

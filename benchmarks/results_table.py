@@ -247,7 +247,7 @@ LABELS = {
 
 
 def memory(results: Results) -> str:
-    """Peak and time of a training step of VGG-13."""
+    """Peak memory and time of a training step of VGG-13."""
     content = results["step"]
     (found,) = (
         r["costs"]
@@ -274,7 +274,7 @@ def memory(results: Results) -> str:
 
 
 def break_even(results: Results) -> str:
-    """Up to which rank a factored layer pays, in VGG-13."""
+    """Largest rank at which a factored layer costs no more than a dense one, in VGG-13."""
     content = results["break_even"]
     config = content["config"]
     return (
@@ -333,7 +333,7 @@ def bp_floor(results: Results) -> str:
 
 
 def own_settings(content: Mapping[str, Any], method: str) -> str:
-    """What a comparison or a search sets for one method alone, to stand behind its name."""
+    """The settings of one method in a comparison or a search, as text to follow its name."""
     settings = content.get("settings", {}).get(method)
     return f" ({named_settings(settings)})" if settings else ""
 
@@ -417,7 +417,7 @@ MUON_LEVERS = {
 
 
 def airbench_levers(results: Results, levers: Mapping[str, str] = LEVERS) -> str:
-    """What local learning loses, and where, on the small job of the search."""
+    """Accuracy that local learning loses by its units, on the small job of the search."""
     rows, made = [], []
     for name, label in levers.items():
         try:
@@ -506,7 +506,8 @@ def changes(content: Mapping[str, Any]) -> str:
 
 
 def step(results: Results) -> str:
-    """Peak and time of a training step, against both kinds of backpropagation."""
+    """Peak memory and time of a training step, against backpropagation on dense and on factored
+    weights."""
     content = results["step"]
     rows = []
     for result in content["results"]:
@@ -596,7 +597,7 @@ def parallel(results: Results) -> str:
 
 
 def stages(results: Results) -> str:
-    """What so many stages would give, and how the formula fared where it could be tested."""
+    """Predicted speeds of many stages, and a test of the formula against measured ones."""
     content = results["stages"]
     links, pipelines = (list(content["rows"][0][key]) for key in ("links", "pipelines"))
     rows = [
@@ -618,7 +619,7 @@ def stages(results: Results) -> str:
 
 
 def streaming(results: Results) -> str:
-    """What streaming images takes."""
+    """Speed and memory of streaming images."""
     content = results["streaming"]
     rows = [
         [
@@ -646,7 +647,7 @@ def streaming(results: Results) -> str:
 
 
 def streaming_readers(results: Results) -> str:
-    """What one process that reads Parquet files holds, by the number of images."""
+    """Memory of one process that reads Parquet files, by the number of images."""
     content = results["streaming_readers"]
     rows = [
         [
@@ -735,7 +736,8 @@ def of_file(content: Mapping[str, Any]) -> str:
 
 
 def rank_cuts(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """What cuts while training cost and save; the first change of all is the one without them."""
+    """Accuracy lost and costs saved by rank cuts while training, against the first change, without
+    cuts."""
     rows, latencies = [], []
     fixed = content["summary"][0]
     for row in content["summary"]:

@@ -14,7 +14,7 @@ in m microbatches of the same stages takes (m + p - 1) / m times its longest sta
 The network is a CIFAR ResNet-1202 (He et al. 2016), 200 blocks where ResNet-32 has 5, so that 512
 stages can have one each. Its blocks are those of ResNet-32, whose times ``benchmarks/parallel.py``
 measured: the first block of each width as it was, the others at the mean of the others. The same
-formula is held against the speeds that are measured there.
+formula is compared with the speeds measured there.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ BLOCKS = 200
 
 
 def deep(seconds: Sequence[float], batch: int) -> tuple[list[float], list[int]]:
-    """Seconds of each unit of ResNet-1202 and the bytes that it hands on, from those of ResNet-32:
-    the stem, five blocks of each of three widths, the classifier."""
+    """Seconds of each unit of ResNet-1202 and the bytes of its output, from those of ResNet-32: the
+    stem, five blocks of each of three widths, the classifier."""
     stem, *blocks, classifier = seconds
     found, sizes = [stem], [4 * batch * 16 * 32 * 32]
     for width in range(3):

@@ -13,7 +13,7 @@ out among the combinations, at least two rounds each; the file is written after 
 ``--show`` prints a file as Markdown.
 
 Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
-horizon N, ``ssa-balanced-N`` in two units that hold about the same, ``ssa-unaligned-N`` without
+horizon N, ``ssa-balanced-N`` in two units of about equal memory, ``ssa-unaligned-N`` without
 similarity; ``-checkpointed`` adds gradient checkpointing in segments of the square root of the
 depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
 """
@@ -100,7 +100,7 @@ class Step:
 
 
 def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
-    """What steps of this precision run in."""
+    """The context in which steps of this precision run."""
     half = precision == "bf16"
     return torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
 

@@ -1,14 +1,14 @@
-"""What streaming images takes: resident memory by their number, and images a second.
+"""Costs of streaming images: resident memory by the number of images, and images a second.
 
     python benchmarks/streaming.py [--kinds folder] [--out benchmarks/results/streaming.json]
     python benchmarks/streaming.py --train      # adds a row to the file
 
 Makes JPEG files as an image folder, Parquet files and tar files. For each of these and each of
-:data:`JOBS`, a fresh process runs one epoch of random windows in batches of 64. It notes its own
-peak resident memory and that of its largest worker process, as Linux has them; what they share
-counts in each. Speed is per second of wall clock, and per second of the processors' time, which
-other load on the machine leaves alone. The last job's files are of 500 x 375 pixels, as ImageNet's
-are on average.
+:data:`JOBS`, a fresh process runs one epoch of random windows in batches of 64. It records its own
+peak resident memory and that of its largest worker process, as Linux reports them; memory that they
+share counts for both. Speed is per second of wall clock, and per second of the processors' time,
+which other load on the machine leaves alone. The last job's files are of 500 x 375 pixels, as
+ImageNet's are on average.
 
 ``--train``: one worker process feeds a ResNet-18 that SSA trains at 224 pixels: images a second of
 processor time of either, and the share of the wall clock that training waits for images.
@@ -93,7 +93,7 @@ def write(kind: str, folder: Path, blobs: list[bytes], count: int) -> None:
 
 
 def peak(process: int | str) -> int:
-    """Bytes of memory that a process has had resident at most."""
+    """Peak resident memory of a process, in bytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 

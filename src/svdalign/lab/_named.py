@@ -13,13 +13,13 @@ from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest one, if any is close."""
+    """The end of a message about an unknown name: the known name closest to it, if one is close."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def search_here() -> None:
-    """Have modules looked for in the current folder too, as ``python -m`` does."""
+    """Let imports find modules in the current folder, as ``python -m`` does."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
 
@@ -28,12 +28,13 @@ def import_maker(name: str, *needed: str) -> Callable[..., Any]:
     """The class or function that ``package.module:Name`` names. Modules are also looked for in the
     current folder.
 
-    Importing runs the module's code: use only names, and configs with such names, that you trust.
-    What does not take the arguments ``needed`` by name is refused, so that a config from elsewhere
-    cannot call just any function.
+    Importing runs the module's code: use only names, and configs with such names, that you trust. A
+    class or function without parameters of the names ``needed`` is refused, so that a config from
+    elsewhere cannot call just any function.
 
     Raises:
-        ValueError: where there is no such module, nothing of that name in it, or something else.
+        ValueError: if there is no such module, nothing of that name in it, or something that is
+            refused.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:

@@ -1,4 +1,4 @@
-"""The options of commands, taken from config dataclasses, and messages in the words of the user."""
+"""Command line options made from config dataclasses, and error messages that name these options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ._named import did_you_mean
 
-#: What the messages of the library and the lab about an unknown name look like.
+#: Patterns of the messages with which the library and the lab refuse an unknown name.
 _UNKNOWN = (
     r"unknown [\w ]+ '(?P<name>[^']+)'; available: (?P<known>.+)\Z",
     r"must be one of \[(?P<known>.+?)\].*got '(?P<name>[^']+)'\Z",
@@ -23,14 +23,14 @@ _UNKNOWN = (
 
 
 class UsageError(Exception):
-    """Something the user can put right; its text is all they need to see."""
+    """A mistake that the user can correct; only its text is shown, no traceback."""
 
 
 class Parser(ArgumentParser):
     """The parser of a command.
 
-    ``types``: of each option. Lists may be given as ``--rules bp dfa`` or ``--rules bp,dfa``, and
-    a switch alone means true.
+    ``types``: the type of each option, by name. Lists may be given as ``--rules bp dfa`` or
+    ``--rules bp,dfa``, and a switch alone means true.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -38,8 +38,8 @@ class Parser(ArgumentParser):
         self.types: dict[str, Any] = {}
 
     def add_config(self, config: type[Any], **defaults: Any) -> None:
-        """An option for each field, in groups by the dataclass that declares it. ``defaults``: in
-        place of the fields' own."""
+        """Add an option for each field, grouped by the dataclass that declares it. ``defaults``:
+        values that replace the fields' own."""
         self.add_argument("--config", action="config", help="YAML file with any of these options")
         hints = typing.get_type_hints(config)
         parts = [c for c in config.__mro__ if dataclasses.is_dataclass(c)]
@@ -60,17 +60,18 @@ class Parser(ArgumentParser):
             )
 
     def add_list(self, name: str, help: str) -> None:
-        """An option that takes words."""
+        """Add an option that takes a list of words."""
         self.types[name] = list[str]
         self.add_argument(_flag(name), type=list[str], default=None, help=help)
 
     def add_run(self) -> None:
-        """A run folder, as the command's one argument."""
+        """Add the command's one positional argument, a run folder."""
         self.usage = f"{self.prog} RUN [--option value ...]"
         self.add_argument("run", type=str, metavar="RUN", help="folder of svdalign train")
 
     def add_folder(self, stem: str, *, new: bool = True) -> None:
-        """Where results go. ``new``: a folder of its own each time, unless one is given."""
+        """Add ``--out`` and ``--overwrite``. ``new``: without ``--out`` each call gets a new
+        folder."""
         default = f"a new runs/{stem}-NNN" if new else f"runs/{stem}"
         group = self.add_argument_group("results")
         group.add_argument("--out", type=str | None, default=None, help=f"run folder ({default})")
@@ -79,7 +80,8 @@ class Parser(ArgumentParser):
         )
 
     def join(self, words: Sequence[str]) -> list[str]:
-        """``words`` with each list, and each switch that stands alone, as one word."""
+        """Make one word of each list and of each switch without a value: ``--rules bp dfa`` becomes
+        ``--rules=[bp, dfa]``."""
         kinds = {_flag(name): _kinds(t) for name, t in self.types.items()}
         joined: list[str] = []
         rest = list(words)
@@ -101,7 +103,7 @@ class Parser(ArgumentParser):
         return joined
 
     def explain(self, message: str) -> str:
-        """A message of the parser or of a config, in the words of the command line."""
+        """Reword a message of the parser or of a config for the user of the command line."""
         flags = {_flag(name): name for name in self.types}
         missing = re.search(r"argument (--[\w-]+)\S*: expected", message)
         if missing is not None and missing[1] in flags:
@@ -156,7 +158,7 @@ def parse(parser: Parser, command: Parser, words: Sequence[str]) -> dict[str, An
 
 
 def _flag(name: str) -> str:
-    """The option of a field."""
+    """The flag of a field: ``--batch-size`` for ``batch_size``."""
     return "--" + name.replace("_", "-")
 
 

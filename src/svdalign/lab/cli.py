@@ -66,8 +66,8 @@ def command(
 
 
 def _options_of(config: str, folder: str = "", *, new: bool = True) -> Callable[[Parser], None]:
-    """A function that declares an option for each field of ``config``, a ``module:Class`` of the
-    lab, and where results go, if ``folder`` says what their folders are called."""
+    """A function that gives a parser an option for each field of ``config``, a ``module:Class`` of
+    the lab, and ``--out`` if ``folder`` is the first part of its run folders' names."""
 
     def declare(parser: Parser) -> None:
         module, _, name = config.partition(":")
@@ -80,7 +80,8 @@ def _options_of(config: str, folder: str = "", *, new: bool = True) -> Callable[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that ``arguments`` (``sys.argv`` without the program) name; an exit code."""
+    """Run the command that ``arguments`` name, by default those of ``sys.argv``. Returns an exit
+    code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
     parser, commands = _parsers(words)
@@ -118,8 +119,8 @@ def _run(words: Sequence[str], parser: Parser, called: Parser | None) -> int:
 
 
 def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the command line and those of its commands; options are declared of the one
-    that is called alone, or of all for a completion script."""
+    """The parser of the command line, and those of its commands by name. Options are declared only
+    for the command that is called, or for all if a completion script is asked for."""
     from .. import __version__
 
     set_parsing_settings(add_print_completion_argument=True)
@@ -145,7 +146,7 @@ def _parsers(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
                 "--json", action="store_true", help="write results as JSON and nothing else"
             )
         group.add_subcommand(name, commands[name], help=entry.help)
-        commands[name].prog = f"svdalign {name}"  # it took the usage of the whole for its own
+        commands[name].prog = f"svdalign {name}"  # argparse put the program's usage here
     return parser, commands
 
 
@@ -223,7 +224,7 @@ def _lead(
             ended = "give it more --epochs" if resume else "give another --out, or --overwrite"
             raise ValueError(f"run folder {at} holds the results of a run that has ended; {ended}")
         sweep.check()
-    # What a live display shows within an epoch is known to the last of several processes alone.
+    # Of several processes only the last one has the running loss that a live display shows.
     shown = progress_for if config.parallel is None else PlainProgress
     with Interrupt() as interrupt, shown(terminal.progress) as progress:
         results = sweep.run(progress=progress, stop=lambda: interrupt.requested)[run.name]
@@ -440,7 +441,7 @@ def _rules(options: Options, terminal: Terminal) -> int:
 
 
 class _Work(Protocol):
-    """A comparison, a search of rates, a profile, a reproduction: in a folder, and resumable."""
+    """The work of compare, tune, profile or reproduce: it fills a folder and can be resumed."""
 
     @property
     def folder(self) -> Path: ...
@@ -456,8 +457,8 @@ def _carry_out(
     make: Callable[..., _Work],
     show: Callable[[_Work, Options], None],
 ) -> int:
-    """Make the work that ``options`` describe, do it until it is done or interrupted, show what was
-    found; an exit code."""
+    """Do the work that ``options`` describe until it is done or interrupted, and show its results.
+    Returns an exit code."""
     from .training.interrupt import Interrupt
     from .training.progress import progress_for
 

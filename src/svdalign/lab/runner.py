@@ -52,8 +52,8 @@ class Run:
     """One training run.
 
     ``name``: its folder within the sweep's, "" for that itself. ``label``: the title of its report.
-    ``shown``: its name in the display of progress, ``label`` unless given. ``measure``: makes, from
-    config and data, what measures the learner after each epoch.
+    ``shown``: its name in the display of progress, ``label`` unless given. ``measure``: called with
+    config and data, returns the function that measures the learner after each epoch.
     """
 
     name: str
@@ -135,8 +135,9 @@ class Sweep:
         return Record(self.folder / run.name)
 
     def check(self) -> None:
-        """Build what the runs need, to find all mistakes before any training; raises ValueError.
-        Of runs that differ only in the seed one is built, and all that go on from a checkpoint."""
+        """Build what the runs need, to find all mistakes before any training; raises ValueError. Of
+        runs that differ only in the seed it builds one, and every one that goes on from a
+        checkpoint."""
         seen: list[RunConfig] = []
         for run in self.runs:
             alike = dataclasses.replace(run.config, seed=0)
@@ -149,7 +150,7 @@ class Sweep:
                     load_checkpoint(trainer, self.record(run).checkpoint_path)
 
     def data(self, config: RunConfig) -> ImageData:
-        """The data of a run; the last two sets are kept."""
+        """The data of a run; the last two data sets stay in memory."""
         key = json.dumps([*fields_of(DataConfig, config).values(), config.device])
         if key not in self._data:
             if len(self._data) > 1:
@@ -164,8 +165,8 @@ class Sweep:
         progress: Progress | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, dict[str, Any]]:
-        """Do what is pending of ``runs`` (all of them), until ``stop`` says so; return their
-        results by name, as far as there are any."""
+        """Do those of ``runs`` (by default all) that are not finished, until ``stop`` returns True.
+        Returns the results that there are, by name."""
         runs = self.runs if runs is None else list(runs)
         for run in runs:
             if self._is_pending(run):
@@ -207,7 +208,7 @@ class Sweep:
 
 
 class SweepWork:
-    """The base of a command's work that is a sweep."""
+    """Base class of the work of commands that do a sweep."""
 
     _sweep: Sweep
 

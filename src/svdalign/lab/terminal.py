@@ -19,7 +19,7 @@ from rich.measure import Measurement
 
 from .training.record import finite
 
-#: For terminals that have no sign for these: of one letter, so that tables stay in line.
+#: What terminals without these characters get: one letter each, so that tables stay aligned.
 _ASCII = {
     "×": "x", "–": "-", "—": "-", "−": "-", "→": ">", "…": ".", "·": ".", "≈": "=", "±": "~",
     "°": " ", "‖": "|", "ᵀ": "'", "σ": "s", "✓": "*", "†": "*", "’": "'",
@@ -54,7 +54,7 @@ class Terminal:
         self._out.width = width
 
     def result(self, content: Mapping[str, Any]) -> None:
-        """What the command found, if it is to be JSON."""
+        """Print the results, if the command was asked for JSON."""
         if self._json:
             try:
                 sys.stdout.write(json.dumps(finite(content), indent=2) + "\n")
@@ -68,13 +68,13 @@ class _Console(Console):
         super().__init__(markup=False, **options)  # brackets in paths and names are no markup
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone: there is nobody to show anything, but the work goes on."""
+        """Whatever read the output has ended: the work goes on and shows nothing."""
         self.quiet = True
         _drop(self.file)
 
 
 def prepare_streams() -> None:
-    """Have streams write what they can where they cannot write all signs."""
+    """Let streams replace characters that they cannot encode."""
     codecs.register_error("svdalign", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -82,7 +82,7 @@ def prepare_streams() -> None:
 
 
 def close_streams() -> None:
-    """Flush; what cannot be written is dropped, for the interpreter would complain at its end."""
+    """Flush, and drop what cannot be written: else the interpreter would complain when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -404,7 +404,7 @@ def test_hub_without_network_says_what_to_do(
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    with pytest.raises(ValueError, match=r"uoft-cs/cifar10 cannot be had.*no route.*data_dir"):
+    with pytest.raises(ValueError, match=r"uoft-cs/cifar10 cannot be loaded.*no route.*data_dir"):
         data.load("cifar10")
 
 
@@ -412,7 +412,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
     """By its own client, on a port that nothing listens on: no half a minute of retries."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"cannot be had from the hub .*give data_dir"):
+    with pytest.raises(ValueError, match=r"cannot be loaded from the hub .*give data_dir"):
         data.load("cifar10")
     assert time.monotonic() - started < 6  # with the import of the clients
 

@@ -17,12 +17,22 @@ from ...factors import FactoredLayer, factored_layers
 from ...factors.layers import absolute_rank
 from .latency import alternate
 
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  #: of full rank, to time
+_SHARES = (
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    3 / 8,
+    1 / 2,
+    5 / 8,
+    3 / 4,
+    7 / 8,
+    1.0,
+)  #: of full rank: ranks timed
 
 
 class Call(NamedTuple):
-    """A layer as a network calls it: shapes of input and output, and whether backpropagation goes
-    on to the input."""
+    """How a network calls a layer: shapes of input and output, and whether the input needs a
+    gradient."""
 
     layer: FactoredLayer
     x: tuple[int, ...]
@@ -59,7 +69,8 @@ def macs_break_even(layer: FactoredLayer, x: Sequence[int], y: Sequence[int]) ->
 def time_ratios(
     layer: FactoredLayer, x: Tensor, *, training: bool, seconds: float = math.inf
 ) -> dict[int, float]:
-    """Time of ``layer`` over that of its dense form on ``x``, by rank, for some ranks up to full.
+    """Ratio of the time of ``layer`` to that of its dense form on the input ``x``, by rank, for
+    some ranks up to full.
 
     Timed is a forward pass without gradients or, with ``training``, one with its backward pass: to
     the parameters, and to ``x`` if that requires a gradient. All ranks and the dense layer run in
@@ -77,8 +88,8 @@ def time_ratios(
 
 
 def time_break_even(ratios: Mapping[int, float]) -> int | None:
-    """The largest rank that takes at most the time of the dense layer, with straight lines drawn
-    between the ``ratios`` measured; None if every ratio is above 1."""
+    """The largest rank that takes at most the time of the dense layer, by linear interpolation
+    between the measured ``ratios``; None if every ratio is above 1."""
     within = max((rank for rank, ratio in ratios.items() if ratio <= 1), default=None)
     above = min((rank for rank in ratios if within is not None and rank > within), default=None)
     if within is None or above is None:

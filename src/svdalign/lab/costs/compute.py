@@ -30,7 +30,7 @@ def inference_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """MACs of one image by module name, each with all it contains; ``""`` is the whole model."""
+    """MACs of one image by module name, submodules included; ``""`` is the whole model."""
     counter = FlopCounterMode(display=False)
     with evaluating(model), no_grad(), counter:
         model(example[:1])
@@ -54,8 +54,8 @@ def step_macs(step: Callable[[], object]) -> int:
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *settings: Any, out_val: object
 ) -> int:
-    """FLOPs of the gradients that are asked for, each as many as the convolution's own. Torch's own
-    count takes a grouped convolution for a dense one."""
+    """FLOPs of a convolution's backward pass: those of its forward pass for each gradient asked
+    for. Torch's own count treats a grouped convolution like a dense one."""
     *_, transposed, _, _, wanted = settings
     outputs = x if transposed else grad
     gradients: int = sum(wanted[:2])
@@ -77,14 +77,14 @@ _COUNTS = {
 
 
 class _Flops(Operations):  # type: ignore[no-untyped-call]
-    """Torch's FLOP counts without its attribution to modules, which forbids ``autograd.grad``."""
+    """Torch's FLOP counter without its hooks on modules, which do not allow ``autograd.grad``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total: int = 0
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation itself; its FLOPs are counted."""
+        """Run the operation and count its FLOPs."""
         result = func(*args, **kwargs)
         count = _COUNTS.get(func._overloadpacket)  # type: ignore[attr-defined]
         if count is not None:

@@ -30,7 +30,8 @@ def crop(
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """The images, ``(N, C, H, W)``, mirrored left to right where ``mask``, bool ``(N,)``, says."""
+    """The images, ``(N, C, H, W)``, mirrored left to right where ``mask``, bool ``(N,)``, is
+    true."""
     return torch.where(mask[:, None, None, None], images.flip(3), images)
 
 
@@ -64,7 +65,7 @@ class Augment:
         crop: pixels of black padding from which a window of the images' size is taken; 0 for none.
         translate: pixels of mirrored padding, likewise.
         flip: mirror every other image left to right, at random.
-        alternate: mirror those that :func:`batches` says: each image every other epoch.
+        alternate: mirror each image in every other epoch; :func:`batches` says which in this one.
         cutout: side in pixels of a black square at a random place; 0 for none.
     """
 
@@ -83,7 +84,7 @@ class Augment:
         self, images: Tensor, generator: torch.Generator, turn: Tensor | None = None
     ) -> Tensor:
         """Changed images, same shape, dtype and device. ``generator`` lives on the CPU. ``turn``,
-        bool ``(N,)``: whose turn it is to be mirrored, for ``alternate``."""
+        bool ``(N,)``: which images ``alternate`` mirrors."""
         n, _, height, width = images.shape
 
         def draw(end: int) -> Tensor:

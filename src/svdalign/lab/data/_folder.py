@@ -1,7 +1,7 @@
 """Folders of images: ``train/CLASS/…`` and ``test/CLASS/…`` (or ``val``).
 
-Not read by ``datasets``' own ``imagefolder``: that takes the innermost folder for the class, and
-leaves out what it does not know without a word.
+``datasets`` has an ``imagefolder`` of its own, but that takes the innermost folder for the class
+and silently leaves out files that it does not know.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _FOREIGN = frozenset({".avif", ".heic", ".heif", ".jxl", ".svg"})
 
 @dataclass(frozen=True)
 class _Files(Indexed):
-    """Paths back to back in one block: a million strings would be copied into every process."""
+    """Paths stored in one block of bytes, which worker processes share. A million strings would be
+    copied into each of them."""
 
     paths: bytes
     ends: npt.NDArray[np.int64]
@@ -130,7 +131,7 @@ def _files(folder: Path | str, above: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _is_image(path: str) -> bool:
-    """By its suffix; of any other file, whether Pillow knows it."""
+    """Whether the suffix is that of an image, or else Pillow can open the file."""
     if os.path.splitext(path)[1].lower() in _suffixes():
         return True
     try:

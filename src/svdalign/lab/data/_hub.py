@@ -50,7 +50,7 @@ class _Table:
 @dataclass(frozen=True)
 class _Rows(Indexed):
     tables: list[_Table]
-    starts: npt.NDArray[np.int64]  # of each table's rows among all
+    starts: npt.NDArray[np.int64]  # index of each table's first row
 
     def open(self, index: int) -> Image.Image:
         table, row = self._find(index)
@@ -103,7 +103,7 @@ def check_reachable(repository: str) -> None:
         return  # then `datasets` turns to its cache at once
     try:
         huggingface_hub.HfApi().dataset_info(repository, timeout=_PROBE_SECONDS)
-    except Exception as error:  # the network's and its clients' own kinds are many
+    except Exception as error:  # clients of the network raise errors of many types
         raise not_to_be_had(repository, error) from error
 
 
@@ -119,8 +119,8 @@ def _from_hub(named: Named, split: str) -> _Table:
 
 def not_to_be_had(repository: str, error: Exception) -> ValueError:
     return ValueError(
-        f"{repository} cannot be had from the hub ({error}); without a network, give data_dir, a "
-        "folder with its Parquet files, or set HF_HUB_OFFLINE=1 if the hub's cache holds it"
+        f"{repository} cannot be loaded from the hub ({error}); without a network, give "
+        "data_dir, a folder with its Parquet files, or set HF_HUB_OFFLINE=1 if the hub's cache holds it"
     )
 
 

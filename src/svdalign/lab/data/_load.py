@@ -41,7 +41,8 @@ def load(
     workers: int | None = None,
     max_unreadable: float = 0.01,
 ) -> ImageData:
-    """Images for ``device``: decoded once, or streamed, which is decoding them in every epoch.
+    """A data set on ``device``: decoded once into memory, or streamed, that is, decoded anew in
+    every epoch.
 
     Args:
         name: ``embedded`` (10,000 + 2,000 images of Fashion-MNIST, inside the package);
@@ -107,8 +108,8 @@ def sizes(name: str, data_dir: str | Path | None = None) -> tuple[int, int]:
 
 
 def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
-    """``data`` with ``count`` of its training images, spread evenly over the classes, in place of
-    its test split, and the others left to train on: what settings are chosen by."""
+    """``data`` for choosing settings without the test images: ``count`` training images, spread
+    evenly over the classes, take the place of its test split, the others are left to train on."""
     if not 1 <= count < len(data.train):
         raise ValueError(f"validation must be from 1 to {len(data.train) - 1}, got {count}")
     labels = data.train.labels.cpu().numpy()
@@ -213,7 +214,7 @@ def _check_labels(split: str, source: Source, classes: tuple[str, ...]) -> None:
 def _choose(
     labels: npt.NDArray[np.int64], limit: int, argument: str, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Indices, in order, of ``limit`` samples with as equal a share of every class as there is."""
+    """Indices, in order, of ``limit`` samples, divided among the classes as equally as possible."""
     if not 1 <= limit <= len(labels):
         raise ValueError(f"{argument} must be from 1 to {len(labels)}, got {limit}")
     shuffled = np.random.default_rng(seed).permutation(len(labels))

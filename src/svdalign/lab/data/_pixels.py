@@ -1,4 +1,5 @@
-"""From an image file to 8-bit pixels: the right way up, the whole range, the size asked for."""
+"""From an image file to 8-bit pixels: upright, with the full range of values, at the wanted
+size."""
 
 from __future__ import annotations
 
@@ -101,8 +102,8 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _resize(image: Image.Image, box: Box, full: tuple[int, int], size: int) -> Image.Image:
-    """The ``box`` of ``image``, given in pixels of an image of size ``full``, as a square: by area
-    when shrinking."""
+    """Crop ``image`` to ``box``, given in pixels of an image of size ``full``, and resize it to a
+    square, by area when it shrinks."""
     across, down = image.width / full[0], image.height / full[1]
     box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
     if image.size == (size, size) and box == (0, 0, size, size):

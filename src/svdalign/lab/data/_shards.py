@@ -134,7 +134,7 @@ def find(folder: Path, split: str, suffix: str) -> list[Path]:
 
 
 def _check_complete(files: list[Path]) -> None:
-    """Refuse files that are not all there, and files beside others of the same images."""
+    """Refuse an incomplete set of files, and two sets of the same images."""
     numbers = [re.search(r"(\d+)-of-(\d+)", file.stem) for file in files]
     found = {(int(n[1]), int(n[2])) for n in numbers if n}
     whole = not found or found == {(i, len(files)) for i in range(len(files))}
@@ -154,7 +154,7 @@ def _on_hub(name: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     check_reachable(name)
     try:
         builder = datasets.load_dataset_builder(name)
-    except Exception as error:  # the network's and its clients' own kinds are many
+    except Exception as error:  # clients of the network raise errors of many types
         raise not_to_be_had(name, error) from error
     kind = type(builder).__name__.lower()
     if kind not in SUFFIXES:
@@ -208,8 +208,8 @@ def _column(where: str, features: Any, names: tuple[str, ...]) -> str:
 
 
 def _parquet_rows(file: str, column: str, start: int) -> Iterator[bytes | None]:
-    """The images of a Parquet file from row ``start`` on. A few pages are held at a time, whatever
-    the size of a row group; ``datasets`` would hold several of those for each reader."""
+    """The images of a Parquet file from row ``start`` on. Only a few pages are in memory at a time,
+    however large a row group is; ``datasets`` would load several row groups for each reader."""
     import fsspec
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Images that stay on disk: worker processes decode them and cut them out as they are asked for."""
+"""Images that stay on disk: worker processes decode and crop them when they are needed."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ._pixels import Box, UnreadableImageError, centre, decode
 from ._shards import Shards
 from ._types import Epoch, Images, Indexed, generator
 
-_SEEN = 0.875  # share of an image's shorter side that is seen without augmentation: 224 of 256
+_SEEN = 0.875  # side of the square in the middle, as a share of the shorter side: 224 of 256
 _AREA, _LOG_RATIO = (0.08, 1.0), math.log(4 / 3)  # of a random window
 _TRIES = 10
 
-# Shards are read by this many groups of readers in turn, a batch each. So the order of the samples
-# depends on no number of worker processes: it divides the groups among them.
+# Shards are read by this many groups of readers in turn, one batch each. Worker processes share the
+# groups out among them, so the order of the samples does not depend on their number.
 _GROUPS = 8
-_READERS = 4  # of a group, each in a part of its own of the epoch
+_READERS = 4  # of a group; each reads a part of the epoch of its own
 _RUN = 64  # samples that a reader takes at once; a group's runs are permuted among themselves
 
-_Decoded = tuple[npt.NDArray[np.uint8], int] | str  # pixels and their number, or what is wrong
+_Decoded = tuple[npt.NDArray[np.uint8], int] | str  # pixels and their number, or an error
 _Batch = tuple[Tensor, Tensor, list[str]]
 
 
 @dataclass
 class Unreadable:
-    """What could not be decoded, once each, and how many may be.
+    """The images that could not be decoded, each listed once, and how many may be.
 
     Attributes:
         share: of the images of a split.
@@ -49,7 +49,8 @@ class Unreadable:
     found: dict[str, None] = field(default_factory=dict)
 
     def add(self, reasons: Iterable[str], total: int) -> None:
-        """Note what is wrong; ValueError if it is more than the share of ``total``."""
+        """Add images that could not be decoded; ValueError if they are more than the share of
+        ``total``."""
         self.found |= dict.fromkeys(reasons)
         if len(self.found) > self.share * total:
             first = "; ".join(list(self.found)[:3])
@@ -128,15 +129,15 @@ class Stream(Images):
         return levels
 
     def _decoded(self, epoch: Epoch) -> Iterable[_Batch]:
-        """Batches from the worker processes, in memory that a GPU copies from if it is for one."""
+        """Batches from the worker processes, in pinned memory if they go to a GPU."""
         options: dict[str, Any] = {
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
-            "generator": torch.Generator(),  # the global one has no part in it
+            "generator": torch.Generator(),  # leaves the global one as it is
             "worker_init_fn": _ignore_signals,
         }
         if isinstance(self.source, Shards):
-            if self.workers:  # a number that divides the groups
+            if self.workers:  # so many that each gets as many groups
                 options["num_workers"] = min(_GROUPS, 1 << (self.workers.bit_length() - 1))
             total, part, parts = len(self), epoch.part, epoch.parts
             first, end = (p * total // parts for p in (part, part + 1))
@@ -187,9 +188,9 @@ class _Subset(Indexed):
 
 @dataclass(frozen=True)
 class _ShardBatches(IterableDataset[_Batch]):
-    """Batches of one epoch out of shards; a worker process gives those that fall to it.
+    """Batches of one epoch read from shards; each worker process yields its own.
 
-    The shards, in a random order, are one long row of samples, and each group has a part of it.
+    The shards in a random order make one sequence of samples, and each group reads a part of it.
 
     Attributes:
         first, count: this process's share of the epoch, in samples.
@@ -235,7 +236,7 @@ class _ShardBatches(IterableDataset[_Batch]):
                 order = np.random.default_rng(key).permutation(len(samples))
                 samples = [samples[i] for i in order]
             samples = samples[done:][::-1]
-            while samples:  # each is let go of once it is decoded
+            while samples:  # freed once it is decoded
                 index, blob = samples.pop()
                 image = partial(_open, blob)
                 yield _decode(self.source, index, image, self.size, self.epoch)
@@ -346,6 +347,7 @@ def _ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group is for the main process, which needs its workers to end well."""
+    """Ctrl-C reaches all processes: only the main one handles it, and it still needs its
+    workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from ._augment import Augment
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is asked of a split: some batches of one pass over it.
+    """Which batches of one pass over a split are wanted.
 
     Attributes:
         batch_size: samples a batch; the last one of all may have fewer.
@@ -72,15 +72,15 @@ class Images(ABC):
 
     @property
     def unreadable(self) -> Sequence[str]:
-        """Images met so far that could not be decoded, and why not: they were left out."""
+        """Images left out so far because they could not be decoded, each with the reason."""
         return ()
 
     @abstractmethod
     def fetch(self, epoch: Epoch) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of uint8 images ``(n, C, H, W)``, augmented, and labels ``(n,)``.
 
-        They are a function of what is asked: going on at batch ``start`` gives what an
-        uninterrupted epoch would have.
+        They depend on ``epoch`` alone: from batch ``start`` on they are those of an uninterrupted
+        epoch.
         """
 
     @abstractmethod

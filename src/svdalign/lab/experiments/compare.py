@@ -62,8 +62,8 @@ class Comparison(SweepWork):
     """A comparison in a folder: ``METHOD-seedN`` for each run, ``results.json``, ``report.html``.
 
     Creating one checks everything that can be wrong before training starts, and raises ValueError
-    then. Runs that the folder holds finished, with the same config, are not run again, unfinished
-    ones go on; ``overwrite`` starts over.
+    then. Runs of the same config that are finished in the folder are not run again, unfinished ones
+    go on; ``overwrite`` starts over.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Comparison(SweepWork):
         self._costs: dict[str, Any] = {}
         self._costs_of: dict[str, Any] = {}
         self._fresh = overwrite
-        runs = [  # seed by seed, so that every method has its first early
+        runs = [  # by seed first, so that every method has a result early
             (variant, self._run(variant, seed))
             for seed in config.numbers
             for variant in config.variants
@@ -90,7 +90,7 @@ class Comparison(SweepWork):
         self.data = self._sweep.data(runs[0][1].config)
 
     def _measure_costs(self, stored: dict[str, Any]) -> None:
-        """Costs of each method, unless the folder has them for these very methods."""
+        """Measure the costs of each method, unless the folder has them for the same methods."""
         first = self.config.numbers[0]
         configs = {
             variant.name: self.config.run(variant, first) for variant in self.config.variants
@@ -106,7 +106,8 @@ class Comparison(SweepWork):
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
-        """Do what is pending; return what ``results.json`` holds. ``stop`` as in :func:`train`."""
+        """Do the runs that are not finished; return what ``results.json`` holds. ``stop`` as in
+        :func:`train`."""
         top, progress = self._sweep.top, progress or Progress()
         stored = (None if self._fresh else top.results()) or {}
         with top.locked():
@@ -160,11 +161,12 @@ _RUN_KEYS = (
 def summarise(
     variants: Sequence[Entry], runs: list[dict[str, Any]], costs: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row a variant: accuracy over its complete runs (mean, and standard deviation of the sample
-    from two on), or of an interrupted one so far where there is no complete one, and its costs.
+    """A row for each variant: its accuracy and its costs. Accuracy is the mean over finished runs,
+    with the sample standard deviation if there are two or more; without a finished run it is that
+    of an interrupted one so far.
 
-    Parameters and MACs are those that training ends with, where a run has ended: ranks may have
-    been cut; what a step costs is that of the first.
+    Parameters and MACs are those at the end of training if a run has ended, as ranks may have been
+    cut. The costs of a step are those of the first step.
     """
     rows = []
     for variant in variants:

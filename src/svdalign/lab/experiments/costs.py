@@ -44,11 +44,11 @@ class Step:
 def measure(
     configs: Mapping[str, RunConfig], data: ImageData, *, reference: RunConfig
 ) -> dict[str, dict[str, Any]]:
-    """Costs by name of ``configs``: parameters, MACs of one image and of a training step, bytes of
-    the step at its peak and what they are, seconds of a step, and their ratio to those of
+    """Costs of each of ``configs``, by name: parameters, MACs of one image and of a training step,
+    bytes at the peak of a step by kind, seconds of a step, and their ratio to the seconds of
     ``reference``.
 
-    All learners take their steps in turns on the same batch. They are thrown away afterwards.
+    All learners step in turns on the same batch and are discarded afterwards.
     """
     learners = {name: build_learner(config, data) for name, config in configs.items()}
     same = next((name for name, config in configs.items() if config == reference), None)

@@ -52,7 +52,8 @@ from ..training.provenance import provenance
 from ..training.record import Record, new_folder, unfinished
 from .costs import Step
 
-#: Factors and checkpoints go together, so a claim of little memory has to meet both at once.
+#: Low rank and checkpointing can be combined, so a method that claims little memory is compared
+#: with both at once.
 _DEFAULT = [
     *("bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed"),
     *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
@@ -98,7 +99,9 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
 
     methods: list[str] = option(_DEFAULT, f"of {HELP}")
     optimizer: Literal["adamw", "sgd", "muon"] = option(
-        "adamw", "whose state is held: two numbers, or one (of hidden weights for muon)"
+        "adamw",
+        "whose state counts: two numbers a parameter for adamw, one for sgd and for the hidden "
+        "weights of muon",
     )
     precision: Literal["fp32", "bf16"] = option("fp32", "of training steps; bf16 under autocast")
     settings: dict[str, Any] = option(
@@ -131,7 +134,7 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
 
     @property
     def factored(self) -> str | None:
-        """The first method with factored weights; all such methods train the same network."""
+        """The first method with factored weights. All such methods train the same network."""
         return next((name for name in self.methods if self.run(name).rank is not None), None)
 
     def run(self, name: str) -> RunConfig:
@@ -144,8 +147,8 @@ class Profile:
     """A profile in a folder: ``config.yaml``, ``results.json``, ``report.html``.
 
     Creating one raises ValueError for what cannot be profiled. What the folder holds of the same
-    profile is not measured again; ``overwrite`` starts over.
-    ``say``: told what is being worked out.
+    profile is not measured again; ``overwrite`` starts over. ``say``: called with a line on the
+    method that is being estimated.
     """
 
     def __init__(
@@ -314,7 +317,7 @@ class Profile:
         return Step(build_learner(config, data), config, x, data.train.labels)
 
     def _data(self, device: str) -> ImageData:
-        """Noise of the batch's shape."""
+        """A batch of noise."""
         config = self.config
         shape = (config.batch_size, config.channels, config.image_size, config.image_size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -326,7 +329,7 @@ class Profile:
 def check_profile(
     folder: str | Path, config: ProfileConfig, *, overwrite: bool = False
 ) -> dict[str, Any] | None:
-    """What ``folder`` holds of this very profile, complete or not; None for nothing.
+    """The results of this same profile in ``folder``, complete or not; None if there are none.
 
     Raises ValueError for a folder of something else, unless a profile in it is to be overwritten.
     """

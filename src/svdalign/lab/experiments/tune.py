@@ -122,7 +122,7 @@ class Tuning(SweepWork):
         stop: Callable[[], bool],
         rate: float,
     ) -> float:
-        """Mean accuracy on the held-out images; a run that diverged counts as none right."""
+        """Mean accuracy on the held-out images; a run that diverged counts as 0."""
         runs = self.config.runs(variant, rate)
         self._sweep.add(runs)
         results = self._sweep.run(runs, progress=progress, stop=stop)

@@ -1,4 +1,4 @@
-"""Which runs an experiment is made of: methods, and changes to them."""
+"""The runs of an experiment: methods, and changes to them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, job: JobConfig, *, seed: int, lr: float | None = None) -> RunConfig:
-        """Its run within ``job``. A rate among the settings comes before ``lr``."""
+        """The config of its run within ``job``. A learning rate among ``settings`` overrides
+        ``lr``."""
         return method_config(self.method, job, seed=seed, lr=lr, settings=self.settings)
 
 
 @dataclass(frozen=True)
 class Entry(Variant):
-    """A variant of a :class:`MethodsConfig`, which calls its method ``given`` and what is changed
-    ``change``, "" for nothing."""
+    """A variant of a :class:`MethodsConfig`. ``given``: the method's name in the config.
+    ``change``: the name of the change, "" for none."""
 
     given: str = ""
     change: str = ""
 
     @property
     def name(self) -> str:
-        """Method and change, in the words of the config."""
+        """Method and change, by their names in the config."""
         return ", ".join(filter(None, (self.given, self.change)))
 
     @property
@@ -46,7 +47,7 @@ class Entry(Variant):
 
     @property
     def folder(self) -> str:
-        """The name, as the start of a folder's."""
+        """The name as the first part of a folder's name."""
         return re.sub(r"[^\w.:-]+", "-", self.name)
 
 
@@ -99,7 +100,7 @@ class MethodsConfig(JobConfig):
 
     @property
     def variants(self) -> list[Entry]:
-        """Every method with every change that is for it."""
+        """Every method with every change that applies to it."""
         found = []
         for change, fields in (self.changes or {"": {}}).items():
             own = {key: value for key, value in fields.items() if key != "rules"}

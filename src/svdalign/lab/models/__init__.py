@@ -69,7 +69,7 @@ def build(
     Every activation is a module of its own (``nn.ReLU``, in transformers ``nn.GELU``) and every
     pooling a module, so that hooks see them. Weights are drawn from torch's global generator:
     convolutions as in He et al. 2015 (fan out; ``airbench`` has its own), linear layers as the
-    framework does. What looks at data before training, :class:`Whitening`, is yet to be fitted.
+    framework does. A :class:`Whitening` layer still has to be fitted to images.
 
     Args:
         name: one of :func:`available`, or a network of your own as ``package.module:Net``: a class

@@ -90,7 +90,7 @@ class Scale(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3 x 3 convolution whose first kernels hand their inputs on; the others are random."""
+    """A 3 x 3 convolution whose first kernels copy their inputs; the others are random."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[: min(in_channels, out_channels)])
     return conv

@@ -1,4 +1,4 @@
-"""One page as one file: the template is filled here, and all text in it is escaped.
+"""A page is one HTML file, made from a template; all text in it is escaped.
 
 A page needs no network. Its policy allows no script but its own and no source from elsewhere, so
 that nothing that comes in with a result, such as the name of a data set, can do anything.
@@ -22,7 +22,7 @@ from .plots import Plot, Style
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain text under headings. ``keyed``: the rows are the methods of the page's key."""
+    """Rows of plain text under headings. ``keyed``: each row is a method of the page's key."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -31,7 +31,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with its caption; ``method``: the place in the page's key of the only one it shows."""
+    """A plot with its caption. ``method``: if it shows a single method, that one's index in the
+    page's key."""
 
     plot: Plot
     caption: str
@@ -57,8 +58,8 @@ def page(
     *,
     key: Sequence[str] = (),
 ) -> str:
-    """A page of HTML, and where it comes from: what ``provenance`` and the config in ``results``
-    say. ``key``: labels of the methods that keyed plots and tables show, in their order."""
+    """The HTML of a page. Its footer has the provenance and the config that are in ``results``.
+    ``key``: labels of the methods, in the order of keyed plots and tables."""
     machine = results["machine"]
     script, css = _read("filter.js"), _read("page.css")
     return environment().get_template("page.html").render(
@@ -101,7 +102,7 @@ def count(value: float) -> str:
 
 @cache
 def environment() -> Environment:
-    """The environment of the templates: pages escape all text, Markdown what passes the filter
+    """The environment of the templates. Pages escape all text, Markdown only what passes the filter
     ``text``."""
     found = Environment(
         loader=PackageLoader(__package__),
@@ -121,7 +122,7 @@ def plain(text: str) -> str:
 
 
 def _read(name: str) -> Markup:
-    """A file of ours that goes into the page as it is."""
+    """The text of a file of this package, which goes into the page unchanged."""
     templates = environment()
     assert templates.loader is not None
     return Markup(templates.loader.get_source(templates, name)[0])

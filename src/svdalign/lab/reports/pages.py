@@ -167,8 +167,8 @@ def memory_bars(methods: _Runs) -> plots.Plot:
 
 
 def angle_map(histories: Sequence[_Runs], kind: str = "layers") -> plots.Plot | None:
-    """What is in ``ANGLES`` by layer or unit and epoch, mean over seeds; None where it was not
-    measured."""
+    """Means over seeds of the quantities in ``ANGLES``, by layer or unit and epoch; None if they
+    were not measured."""
     measured = [[row for row in history if "alignment" in row] for history in histories]
     rows = _by_layer([[row["alignment"][kind] for row in history] for history in measured])
     if not rows:
@@ -181,7 +181,7 @@ def angle_map(histories: Sequence[_Runs], kind: str = "layers") -> plots.Plot | 
 
 
 def rank_map(histories: Sequence[_Runs]) -> plots.Plot | None:
-    """Rank by layer and epoch, mean over seeds; None where no rank ever changed."""
+    """Mean rank over seeds, by layer and epoch; None if no rank ever changed."""
     rows = _by_layer([[row["ranks"] for row in history] for history in histories])
     if all(len(set(ranks)) == 1 for ranks in rows.values()):
         return None

@@ -69,7 +69,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How the label in place ``index`` is drawn."""
+    """Colour and style of the label with this index."""
 
     index: int
 
@@ -90,8 +90,8 @@ class Style:
 class Plot:
     """A figure yet to be drawn.
 
-    ``alt``: what it shows, in words, for those who do not see it. ``keyed``: its labels are those
-    of the page's key, which stands in for a legend; each label's parts are marked with its place
+    ``alt``: what it shows, in words, for screen readers. ``keyed``: its labels are those of the
+    page's key, which stands in for a legend; each label's parts are marked with its place
     (``data-method``), so that the page can hide them.
     """
 
@@ -137,8 +137,8 @@ def curves(
 ) -> Plot:
     """A line for each label: the mean over its seeds, the range between them shaded.
 
-    ``limits``: of y. ``lines``: by name, values of y to mark by a line across. ``whole``: ticks of
-    x are whole numbers. ``log``: y on a logarithmic scale.
+    ``limits``: of y. ``lines``: values of y to mark by a horizontal line, by name. ``whole``: ticks
+    of x are whole numbers. ``log``: y on a logarithmic scale.
     """
     means = {label: _mean_curve(seeds) for label, seeds in data.items()}
 
@@ -187,8 +187,7 @@ def scatter(
 ) -> Plot:
     """A point ``(x, y, spread of y or None)`` for each label, which stands beside it.
 
-    ``styles``: what is to look otherwise about a label's point, in the words of matplotlib's
-    ``errorbar``.
+    ``styles``: arguments of matplotlib's ``errorbar`` for the points of single labels.
     """
     points = {label: point for label, point in data.items() if point is not None}
 
@@ -386,7 +385,8 @@ def _shorten(label: str, width: int = _LABEL) -> str:
 def _on_axes(
     draw: Callable[[Axes], None], legend: str = "asked"
 ) -> Callable[[SubFigure | Figure, bool], None]:
-    """``draw`` on the only axes of a figure, with a legend above where there is one to have."""
+    """A figure of one pair of axes, drawn by ``draw``, with a legend above it if there are several
+    labels."""
 
     def on_figure(figure: SubFigure | Figure, asked: bool) -> None:
         axes = figure.subplots()

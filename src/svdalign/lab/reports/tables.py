@@ -1,4 +1,4 @@
-"""Headings and rows of the results, as plain text, and the same as tables for the terminal."""
+"""Tables of the results: headings and rows as plain text, and the same for the terminal."""
 
 from __future__ import annotations
 
@@ -165,12 +165,12 @@ def images(results: Mapping[str, Any]) -> str:
 
 
 def evaluated(results: Mapping[str, Any]) -> str:
-    """How many images accuracy is of, and of how many that there are."""
+    """How many images accuracy was measured on, and how many the data set has."""
     return of_whole(results["data"], "test") + f" images of {results['data']['name']}"
 
 
 def counts(data: Mapping[str, Any], images: str) -> str:
-    """How many images there are to train on and to evaluate on, of how many in the data set."""
+    """How many images a run trains and evaluates on, and how many the data set has."""
     return f"{of_whole(data, 'train')} training and {of_whole(data, 'test')} {images} images"
 
 

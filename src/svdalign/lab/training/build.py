@@ -28,7 +28,7 @@ from .config import JobConfig, RunConfig
 from .loggers import check_logger
 from .processes import Alone
 
-_EVAL_BATCH = 500  #: images at once where nothing is saved for a backward pass
+_EVAL_BATCH = 500  #: images in a batch of evaluation
 _WHITENING_IMAGES = 5000  #: the first training images, that :class:`models.Whitening` looks at
 
 
@@ -121,8 +121,9 @@ def build_learner(
     rule: Rule | None = None,
     groups: Callable[[list[nn.Parameter]], Iterable[Any]] | None = None,
 ) -> Learner:
-    """The learner that the config describes, ready for its first step. ``model``, ``rule``: in
-    place of its own. ``groups``: makes the optimizer's parameter groups, in place of the config's.
+    """The learner that the config describes, ready for its first step. ``model``, ``rule``: replace
+    those of the config. ``groups``: makes the optimizer's parameter groups in place of the default
+    ones.
     """
     loss = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     model = build_model(config, data) if model is None else model
@@ -183,7 +184,7 @@ def _evaluate(
     answer: Callable[[Tensor], Tensor],
     team: Alone | None,
 ) -> tuple[float, float]:
-    sums = torch.zeros(3, device=data.test.device)  # of losses, right answers, images
+    sums = torch.zeros(3, device=data.test.device)  # sums of losses, right answers and images
     part = (0, 1) if team is None else (team.rank, team.size)
     with evaluating(model):
         for x, y in plain_batches(config, data, data.test, _EVAL_BATCH * part[1], part):
@@ -193,7 +194,7 @@ def _evaluate(
                 z = answer(x)
             loss = F.cross_entropy(z.float(), y, reduction="sum")
             right = (z.argmax(-1) == y).sum()
-            # What cannot be read of a stream is left out.
+            # Images of a stream that cannot be decoded are left out.
             sums += torch.stack([loss, right, torch.full_like(loss, len(y))])
     loss, right, seen = (sums if team is None else team.add(sums)).tolist()
     return loss / seen, right / seen

@@ -71,8 +71,8 @@ def segment_sizes(net: nn.Module) -> tuple[int, ...]:
 
 
 def smallest_checkpointed(net: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The copy whose training step on images of ``shape`` (N, C, H, W) holds the least memory, as
-    worked out without running it."""
+    """The copy whose training step on images of ``shape`` (N, C, H, W) takes the least memory,
+    estimated without running it."""
 
     def peak(size: int) -> int:
         with pretending():

@@ -180,7 +180,7 @@ class OptimConfig(Options):
     batch_size: int = option(128, "training images per step", least=1)
     optimizer: Literal["adamw", "sgd", "muon"] = option(
         "adamw",
-        "the optimizer; muon trains what is no hidden weight by adamw at a tenth of its rate",
+        "the optimizer; muon trains all but hidden weights by adamw, at a tenth of its rate",
     )
     weight_decay: float = option(
         0.0, "decoupled for adamw (and so for muon), an L2 term for sgd", least=0
@@ -236,7 +236,7 @@ class MachineConfig(Options):
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints within an epoch", least=0)
     logger: str | None = option(
         None,
-        "tell each epoch to tensorboard or wandb as well (extra: loggers), or to a logger of your "
+        "log each epoch to tensorboard or wandb as well (extra: loggers), or to a logger of your "
         "own as package.module:Class",
     )
 
@@ -305,7 +305,7 @@ class RunConfig(JobConfig):
 
     @property
     def method(self) -> Method:
-        """What ``rule`` names."""
+        """The method that ``rule`` names."""
         return methods.get(self.rule)
 
     def dense(self) -> RunConfig:
@@ -314,7 +314,7 @@ class RunConfig(JobConfig):
         return dataclasses.replace(self, rule=method.name, rank=None, **_DENSE)
 
     def _take_from(self, method: Method) -> None:
-        """Fill in what the method says, so that a stored config is complete."""
+        """Fill in the method's own settings, so that a stored config is complete."""
         given = plain(self.options)
         options = {**method.options, **given}
         fields: dict[str, Any] = {"rule": method.name, "options": options}
@@ -351,8 +351,9 @@ def method_config(
     """The run of ``method`` within ``job``.
 
     Args:
-        method: its name, or one that has none.
-        job: what all methods share. What only factored weights can have is left out for dense ones.
+        method: a method or its name.
+        job: the settings that all methods share. Those of factored weights are left out for dense
+            ones.
         seed: of the run.
         lr: peak learning rate, in place of the one that the method was tuned to.
         settings: fields of the run that differ from the job's; ``options`` are added to the

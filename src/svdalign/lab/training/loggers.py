@@ -1,5 +1,4 @@
-"""Loggers: beside ``metrics.jsonl``, the numbers of a run go to a tool that people watch runs
-with."""
+"""Loggers send the numbers of a run to a tool such as TensorBoard, beside ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from .record import finite
 
 
 class Logger(Protocol):
-    """Made as ``Logger(folder, name, config)`` when a run starts or goes on: the run's folder, what
-    it is called, and its config as plain values. It is told all epochs, earlier ones too."""
+    """Made as ``Logger(folder, name, config)`` when a run starts or goes on, with the run's folder,
+    its name, and its config as plain values. It gets every epoch; those before a resume again."""
 
     def log(self, epoch: int, numbers: Mapping[str, float]) -> None:
         """The :func:`numbers` after ``epoch`` epochs, counted from 1."""
@@ -37,7 +36,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier process wrote here is hidden: all epochs are told again.
+        # Hides what an earlier process wrote here: all epochs are written again.
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
         rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
         self._writer.add_text("config", f"| {name} | |\n| --- | --- |\n{rows}")

@@ -33,9 +33,9 @@ class RefusedError(ValueError):
 class Alone:
     """One process trains the run.
 
-    ``part``: which part of every batch this process trains on, of how many; None for no images at
-    all, because activations come from another process. ``rank``, ``size``: its number, and how
-    many there are.
+    ``part``: (number of this process's part of every batch, number of parts); None if it gets
+    activations from another process in place of images. ``rank``, ``size``: number of this process,
+    and of processes.
     """
 
     part: tuple[int, int] | None = (0, 1)
@@ -49,18 +49,21 @@ class Alone:
         return self.learner.step(x, y)
 
     def whole(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, this process has the weights of the whole model; all enter it together."""
+        """Inside, this process has the weights of the whole model. All processes enter it
+        together."""
         return contextlib.nullcontext()
 
     def gather(self, *sums: Tensor) -> None:
-        """Make sums over batches, in place, those of the network's output on the whole batches."""
+        """Turn sums over this process's share of the batches, in place, into sums over whole
+        batches."""
 
     def add(self, sums: Tensor) -> Tensor:
-        """What the processes have, added up."""
+        """The sum of ``sums`` over all processes."""
         return sums
 
     def agree(self, *asked: bool) -> list[bool]:
-        """Which of these any process has asked for: the same answer for all, at the same step."""
+        """For each question whether any process answers yes; all get the same answers at the same
+        step."""
         return list(asked)
 
     def save(self, path: Path, extra: Any) -> None:
@@ -157,7 +160,7 @@ def leads() -> bool:
 
 @contextlib.contextmanager
 def meeting(config: RunConfig) -> Iterator[RunConfig]:
-    """Inside, the processes that ``torchrun`` has started for this run know each other. Gives the
+    """Inside, the processes that ``torchrun`` has started for this run are connected. Yields the
     config with this process's own device.
 
     ValueError if there are several and the config does not say what for, or the other way round.

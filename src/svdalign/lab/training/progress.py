@@ -21,7 +21,8 @@ _REFRESH_SECONDS = 0.25
 
 
 class Progress:
-    """Told about each run's start, steps, epochs and end; shows nothing. A context manager."""
+    """Base class: it is called at each run's start, steps, epochs and end, and shows nothing. A
+    context manager."""
 
     def __enter__(self) -> Self:
         return self
@@ -29,20 +30,20 @@ class Progress:
     def __exit__(self, *_: object) -> None: ...
 
     def start(self, name: str, trainer: Trainer) -> None:
-        """A run begins or goes on."""
+        """Called when a run begins or goes on."""
 
     def step(self, trainer: Trainer) -> None:
-        """It has made a step."""
+        """Called after each step."""
 
     def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """It has ended an epoch, measured in ``row``."""
+        """Called after each epoch with its row of ``history``."""
 
     def end(self, trainer: Trainer, status: str) -> None:
         """It has ended."""
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """While active, something else is done, ``what``."""
+        """While active, says that ``what`` is being done."""
         yield
 
 

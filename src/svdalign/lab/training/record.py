@@ -237,8 +237,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError unless ``folder`` can be made, or written in where it exists. Makes nothing."""
-    # os.path, for which what must not be looked at does not exist.
+    """ValueError unless ``folder`` can be made or, if it exists, written in. Makes nothing."""
+    # For os.path a file does not exist if its folder may not be read.
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not os.path.isdir(there):
         raise ValueError(f"--out {folder} cannot be made: {there} is not a folder")

@@ -49,7 +49,7 @@ def train(
     elif keeps:
         record.start(to_yaml(absolute(trainer.config)))
     if not resume:
-        torch.manual_seed(trainer.config.seed)  # for what draws on it, such as dropout
+        torch.manual_seed(trainer.config.seed)  # for random layers such as dropout
     logger = make_logger(
         trainer.config.logger if keeps else None,
         record.folder,

@@ -14,7 +14,7 @@ from ..data import ImageData, Images
 from ..data._types import Epoch
 
 _LOOKED_AT = 16  #: images of each split
-_GREY_LEVELS = 2.0  #: by which decoders may differ, in means over a quarter by a quarter
+_GREY_LEVELS = 2.0  #: allowed between decoders, in means over a 4 x 4 grid
 
 
 def fingerprint(data: ImageData) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from .progress import Progress
 from .same_data import fingerprint
 from .schedule import learning_rate_factor
 
-_DIVERGED = 1e4  #: times the loss of a guess: no training comes back from there
+_DIVERGED = 1e4  #: a loss so many times that of a guess is divergence
 
 _STATE = (
     "epoch",
@@ -51,7 +51,7 @@ _STATE = (
 )
 
 
-_SAMPLES = 9  #: of a layer's singular values, kept for each epoch
+_SAMPLES = 9  #: so many of a layer's singular values are kept for each epoch
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Trainer:
         device = data.train.device
         self.loss_sum = torch.zeros((), device=device)
         self.accuracy_sum = torch.zeros((), device=device)
-        # Steps of one size: what is left over of an epoch is dropped, other images each time.
+        # All batches have one size: the rest of an epoch is dropped, other images each time.
         self._drop_last = len(data.train) > config.batch_size
         self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
         if config.rank_parameters is not None:  # refused now if it cannot be reached
@@ -225,7 +225,7 @@ class Trainer:
             return self._finish_epoch()
 
     def gather(self) -> None:
-        """Have the sums over the epoch so far be those of all processes."""
+        """Make the sums over the epoch so far those of all processes."""
         self.team.gather(self.loss_sum, self.accuracy_sum)
 
     def _finish_epoch(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class Trainer:
         self.seconds += self.epoch_seconds
         weights = self.learner.model.parameters()
         finite = all(bool(p.isfinite().all()) for p in weights)
-        guess = math.log(max(self.data.num_classes, 2))  # loss of an answer that says nothing
+        guess = math.log(max(self.data.num_classes, 2))  # loss of equal probabilities
         self.diverged = not (finite and running.loss <= _DIVERGED * guess)
         kept = {} if self.diverged else self._cut_ranks(self.epoch + 1)
         model, config = self.learner.model, self.config
@@ -311,7 +311,7 @@ class Trainer:
         rate = self.config.rate * learning_rate_factor(
             self.config.schedule, self.global_step, self.total_steps, self.config.warmup
         )
-        for group in self.learner.optimizer.param_groups:  # one may have a rate of its own
+        for group in self.learner.optimizer.param_groups:  # a group may scale the rate
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Experiments for people: figures, tables, one page with all of them."""
+"""Figures, tables and the page of the experiments."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def experiment_figures(results: Mapping[str, Any]) -> list[Figure]:
         return [
             Figure(_angle_curves(rows, angle), caption)
             for angle, caption in (
-                (whole_angle, "Of the gradient as a whole."),
-                (hidden_angle, "Of the hidden layers, their mean."),
+                (whole_angle, "Angle of the whole gradient."),
+                (hidden_angle, "Mean angle of the hidden layers."),
             )
         ]
     if drawing == "errors":
@@ -50,7 +50,7 @@ def experiment_figures(results: Mapping[str, Any]) -> list[Figure]:
         curves = plots.curves(
             _points(rows, drift), "epoch", "largest ‖XᵀX − I‖", whole=True, log=True
         )
-        return [Figure(curves, "By what holds the factors.")]
+        return [Figure(curves, "By how factors are kept orthonormal.")]
     if drawing == "ranks":
         return [
             Figure(_accuracy_by_rank(rows), "Rank as a share of full rank. Mean over the seeds."),
@@ -77,7 +77,7 @@ def experiment_figures(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def experiment_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    """Headings and rows of an experiment's table, as plain text: of what has been run."""
+    """Headings and rows of an experiment's table, as plain text, for the runs that there are."""
     if results["drawing"] == "costs":
         return cost_table(results["profiles"])
     if results["drawing"] == "maps":
@@ -182,7 +182,7 @@ def _map(results: Mapping[str, Any], setting: str) -> plots.Plot:
 
 
 def _map_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    """A line for each value of y, its accuracies by rising x, of what was run."""
+    """A line for each value of y: its accuracies by rising x, for the runs that there are."""
     rows = []
     for setting, (x, y) in results["axes"].items():
         mine = [r for r in results["rows"] if r["setting"] == setting and r["runs"]]

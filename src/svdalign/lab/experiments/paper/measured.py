@@ -11,9 +11,9 @@ from ...reports.page import count, number
 
 _Row = Mapping[str, Any]
 Value = Callable[[_Row], float | None]
-"""A number from what was measured at the end of an epoch; None where it was not finite."""
+"""Takes a number from the measurements at the end of an epoch; None if it was not finite."""
 _Cell = Callable[[Sequence[_Row], _Row], str]
-"""From all rows of an experiment and one of them, the text of a cell of its table."""
+"""Makes the text of a table's cell from all rows of an experiment and the cell's own row."""
 
 
 def whole_angle(epoch: _Row) -> float | None:
@@ -49,7 +49,7 @@ def by_epoch(rows: Sequence[_Row], value: Value) -> dict[str, list[list[float | 
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None where none is."""
+    """Mean of the values that are not None; None if all are."""
     there = [value for value in values if value is not None]
     return statistics.mean(there) if there else None
 
@@ -74,8 +74,8 @@ def _angle_of(kind: str) -> _Cell:
 
 
 def _layers_downhill(row: _Row) -> float | None:
-    """Share of hidden layers that went downhill: of all batches looked at, or, in results from
-    before that was measured, of the angles in the tangent space at the ends of epochs."""
+    """Share of hidden layers whose gradient pointed downhill on the global loss, over all batches
+    measured; in older results, over the angles in the tangent space at the ends of epochs."""
     epochs = [epoch["alignment"] for history in row["histories"] for epoch in history]
     shares = [epoch["layer_descent_share"] for epoch in epochs if "layer_descent_share" in epoch]
     if not shares:
@@ -85,7 +85,7 @@ def _layers_downhill(row: _Row) -> float | None:
 
 
 def _steps_downhill(row: _Row) -> float | None:
-    """Share of the steps looked at, over epochs and seeds, that went downhill as a whole."""
+    """Share of the measured steps, over epochs and seeds, whose whole gradient pointed downhill."""
     return mean(epoch["alignment"]["descent_share"] for h in row["histories"] for epoch in h)
 
 

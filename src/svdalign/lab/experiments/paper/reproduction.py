@@ -35,7 +35,7 @@ class ReproduceConfig(MachineConfig):
     """reproduction"""
 
     scale: Literal["smoke", "cpu", "full"] = option("smoke", "size of the experiments")
-    data_dir: str | None = option(None, "folder with those of cifar10 and cifar100 in it")
+    data_dir: str | None = option(None, "folder that contains the folders cifar10 and cifar100")
     image_folder: str | None = option(
         None, "folder of images, train and test with one directory a class, for table2"
     )
@@ -79,7 +79,7 @@ class Reproduction(SweepWork):
     def run(
         self, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, dict[str, Any]]:
-        """Do what is pending; return by experiment what its ``NAME.json`` holds."""
+        """Do the runs that are not finished; return what ``NAME.json`` holds, by experiment."""
         with self._sweep.top.locked():
             self._sweep.top.write_config(to_yaml(self.config))
             for name in self.names:
@@ -131,8 +131,8 @@ class Reproduction(SweepWork):
         return variant.config(JobConfig(**fields), seed=seed)
 
     def _counts(self, data: str, data_dir: str | None) -> list[tuple[str, int]]:
-        """How many images there are, by the limit that may ask for more; ValueError for a folder
-        that is not what it should be. Nothing is known of what is still to be downloaded."""
+        """How many training and test images there are, with the option that limits each; ValueError
+        for a folder without them. Empty without a folder."""
         if data_dir is None:
             return []
         if not Path(data_dir).is_dir():
@@ -222,8 +222,9 @@ class Reproduction(SweepWork):
 
 
 class _Angles:
-    """Measures the learner on the same images after each epoch: angles on one batch, the share of
-    steps and layers that go downhill on several; and how far its factors are off orthonormal."""
+    """Measures the learner after each epoch, always on the same images: angles on one batch; on
+    several batches, the share of steps and layers whose gradient points downhill; and the
+    orthogonality error of its factors."""
 
     def __init__(
         self, config: RunConfig, data: ImageData, size: int = 128, batches: int = 4

@@ -28,7 +28,7 @@ Drawing = Literal["angles", "layers", "units", "errors", "drift", "ranks", "cost
 class Row(Variant):
     """A variant as one row of a table, or one line or point of a figure.
 
-    ``setting``: which network on which data, where an experiment has several, or which map.
+    ``setting``: the network and the data, if an experiment has several, or the name of a map.
     ``curve``, ``x``, ``y``: line, abscissa and ordinate, where it is a point of a figure.
     ``smoke``: whether it is part of that scale.
     """
@@ -40,8 +40,8 @@ class Row(Variant):
     smoke: bool = True
 
     def label_in(self, experiment: Experiment) -> str:
-        """What tells it from the others of ``experiment``: setting, method and rank, or the point
-        of a map, whose axes change the one method that it is of."""
+        """A label that no other row of ``experiment`` has: setting, method and rank, or the point
+        of a map, which shows one method."""
         axes = experiment.axes.get(self.setting, ("rank", ""))
         point = [
             f"{axis} {value:g}"
@@ -54,11 +54,12 @@ class Row(Variant):
 
 @dataclass(frozen=True)
 class Experiment:
-    """``shows``: what is to be seen, in plain words. ``job``: by scale, what all variants share.
+    """``shows``: what the figure or table shows, in plain words. ``job``: the settings that all
+    variants share, by scale.
 
-    ``group``: experiments of one group share their runs. ``angles``: measure them at epoch ends.
-    ``seeds``: how many, by scale. ``costs``: profiles in place of runs, by scale. ``axes``: names
-    of x and y, by setting.
+    ``group``: experiments of one group share their runs. ``angles``: measure angles to
+    backpropagation at the ends of epochs. ``seeds``: how many, by scale. ``costs``: profiles in
+    place of runs, by scale. ``axes``: names of x and y, by setting.
     """
 
     title: str
@@ -96,7 +97,7 @@ def _job(smoke: Mapping[str, Any], **larger: Any) -> dict[Scale, Mapping[str, An
 
 
 def _short(jobs: Mapping[Scale, Mapping[str, Any]], **cpu: Any) -> dict[Scale, Mapping[str, Any]]:
-    """``jobs`` with half as many images at scale cpu, and what else is smaller there."""
+    """``jobs`` with half as many images at scale cpu, and with other smaller settings there."""
     half = {"train_limit": 5_000, "test_limit": 5_000, **cpu}
     return {**jobs, "cpu": {**jobs["cpu"], **half}}
 
@@ -179,7 +180,8 @@ _COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstru
 
 
 def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig]:
-    """All worked out: what a step holds and multiplies does not depend on the machine."""
+    """All computed without running: memory and arithmetic of a step do not depend on the
+    machine."""
     return {
         label: ProfileConfig(
             rank=0.25, estimate=True, methods=_COSTS,
@@ -204,7 +206,7 @@ _NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def _step_costs() -> dict[str, ProfileConfig]:
-    """One network measured, larger ones worked out, by every method of a profile."""
+    """Profiles of every method: one network measured, larger ones computed without running."""
     large = {"ResNet-50": "resnet50", "ResNet-101": "resnet101", "ViT-B/16": "vit_b16",
              "ViT-L/16": "vit_l16"}  # fmt: skip
     return {
