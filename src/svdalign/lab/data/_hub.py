@@ -104,7 +104,7 @@ def check_reachable(repository: str) -> None:
     try:
         huggingface_hub.HfApi().dataset_info(repository, timeout=_PROBE_SECONDS)
     except Exception as error:  # clients of the network raise errors of many types
-        raise not_to_be_had(repository, error) from error
+        raise unreachable(repository, error) from error
 
 
 def _from_hub(named: Named, split: str) -> _Table:
@@ -113,14 +113,15 @@ def _from_hub(named: Named, split: str) -> _Table:
     try:
         rows = datasets.load_dataset(named.repository, split=split)
     except Exception as error:  # likewise
-        raise not_to_be_had(named.repository, error) from error
+        raise unreachable(named.repository, error) from error
     return _table(named, rows, f"{named.repository} ({split})")
 
 
-def not_to_be_had(repository: str, error: Exception) -> ValueError:
+def unreachable(repository: str, error: Exception) -> ValueError:
     return ValueError(
         f"{repository} cannot be loaded from the hub ({error}); without a network, give "
-        "data_dir, a folder with its Parquet files, or set HF_HUB_OFFLINE=1 if the hub's cache holds it"
+        "data_dir, a folder with its Parquet files, or set HF_HUB_OFFLINE=1 if it is "
+        "in the hub's cache"
     )
 
 

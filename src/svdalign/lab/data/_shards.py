@@ -149,13 +149,13 @@ def _check_complete(files: list[Path]) -> None:
 def _on_hub(name: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     import datasets
 
-    from ._hub import check_reachable, not_to_be_had
+    from ._hub import check_reachable, unreachable
 
     check_reachable(name)
     try:
         builder = datasets.load_dataset_builder(name)
     except Exception as error:  # clients of the network raise errors of many types
-        raise not_to_be_had(name, error) from error
+        raise unreachable(name, error) from error
     kind = type(builder).__name__.lower()
     if kind not in SUFFIXES:
         raise ValueError(f"{name} holds {kind} files; {' and '.join(SUFFIXES)} files are read")
