@@ -10,6 +10,7 @@ from . import plots
 from .page import Figure, Section, Table, count, number, page
 from .plots import Seeds
 from .tables import (
+    COLUMNS,
     MEMORY_PARTS,
     at_chance,
     beside_backpropagation,
@@ -29,6 +30,14 @@ ANGLES = {
     "layers": "angle of gradient to BP's (degrees)",
     "units": "angle of feedback to forward path (degrees)",
 }
+
+#: Columns of a run's page, a row an epoch: heading, key of the row of ``history``, format.
+_EPOCHS = (
+    ("epoch", "epoch", "{}"), ("loss", "loss", "{:.3f}"),
+    ("training accuracy", "train_accuracy", "{:.1%}"), ("{test} loss", "test_loss", "{:.3f}"),
+    ("{test} accuracy", "test_accuracy", "{:.1%}"), ("learning rate", "lr", "{:.2g}"),
+    ("images/s", "images_per_second", "{:,.0f}"),
+)  # fmt: skip
 
 _HELD = "What one training step holds at its peak. Activations include the batch and temporaries."
 
@@ -78,20 +87,8 @@ def run_page(results: Mapping[str, Any], title: str) -> str:
     accuracy = {side: [_points(history, f"{key}_accuracy", 100)] for side, key in sides.items()}
     losses = {"training": [_points(history, "loss")], kind: [_points(history, "test_loss")]}
     marked = " (at chance)" if at_chance(results["accuracy"], results) else ""
-    headings = ("epoch", "loss", "training accuracy", f"{kind} loss", f"{kind} accuracy",
-                "learning rate", "images/s")  # fmt: skip
-    rows = [
-        [
-            str(row["epoch"]),
-            number(row["loss"], "{:.3f}"),
-            number(row["train_accuracy"], "{:.1%}"),
-            number(row["test_loss"], "{:.3f}"),
-            number(row["test_accuracy"], "{:.1%}"),
-            f"{row['lr']:.2g}",
-            f"{row['images_per_second']:,.0f}",
-        ]
-        for row in history
-    ]
+    headings = [heading.format(test=kind) for heading, _, _ in _EPOCHS]
+    rows = [[number(row.get(key), form) for _, key, form in _EPOCHS] for row in history]
     return page(
         title,
         f"{job({**results, 'config': {**config, 'seeds': 1}})} ({results['seed']})",
@@ -191,8 +188,8 @@ def rank_map(histories: Sequence[_Runs]) -> plots.Plot | None:
 
 def _comparison_table(results: Mapping[str, Any], runs: Sequence[_Runs]) -> Table:
     """The table of a comparison, with single runs and learning rates, for wide screens."""
-    headings = ["method", "accuracy", "by seed", "learning rate", "parameters", "inference MACs",
-                "peak training memory", "time per step", "× BP dense"]  # fmt: skip
+    headings = [column.heading for column in COLUMNS]
+    headings[2:2] = ["by seed", "learning rate"]
     rows = []
     for cells, mine in zip(comparison_rows(results), runs, strict=True):
         single = ", ".join(number(run["accuracy"], "{:.1%}") for run in mine) or "–"

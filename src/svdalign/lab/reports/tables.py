@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
@@ -17,12 +18,52 @@ from .page import count, number
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations")
 _AT_CHANCE = " †"  #: behind an accuracy that is no better than guessing
 
-_COMPARISON = ("method", "accuracy", "parameters", "MACs", "memory", "step", "× BP")
 _PROFILE = (
     *("method", "peak (MiB)", "parameters", "gradients", "optimizer", "activations"),
     *("MACs of a step", "step × BP dense", "inference × BP dense"),
 )
 _NARROW_PROFILE = ("method", "MiB", "param", "grad", "optim", "activ", "MACs", "step", "infer")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a comparison. ``cell``: its text, from a row of the summary and all results.
+    ``short``: its heading on a terminal, if that differs."""
+
+    heading: str
+    cell: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+    short: str = ""
+
+
+def _accuracy(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    accuracy = number(row["accuracy"], "{:.2%}")
+    if row["accuracy_std"] is not None:
+        accuracy += f" ± {100 * row['accuracy_std']:.2f}"
+    if at_chance(row["accuracy"], results):
+        accuracy += _AT_CHANCE
+    if not row["complete"] and row["accuracy"] is not None:
+        accuracy += " so far"
+    return accuracy
+
+
+def _cell(key: str, form: str, scale: float = 1.0) -> Callable[..., str]:
+    """The cell of a number: ``row[key]`` times ``scale``, in the format ``form``."""
+    return lambda row, _: number(row[key] * scale if key in row else None, form)
+
+
+COLUMNS = (
+    Column("method", lambda row, _: row["label"]),
+    Column("accuracy", _accuracy),
+    Column("parameters", _cell("parameters", "{:,}", 1)),
+    Column("inference MACs", lambda row, _: count(row["macs"]) if "macs" in row else "–", "MACs"),
+    Column(
+        "peak training memory",
+        lambda row, _: f"{row['memory']['peak'] / 2**20:.1f} MiB" if "memory" in row else "–",
+        "memory",
+    ),
+    Column("time per step", _cell("step_seconds", "{:.1f} ms", 1e3), "step"),
+    Column("× BP dense", _cell("step_ratio", "{:.2f}"), "× BP"),
+)  #: of a comparison, on the terminal and on its page
 
 
 class _Parts(Group, JupyterMixin):
@@ -35,7 +76,11 @@ def comparison_table(results: Mapping[str, Any]) -> _Parts:
     caption += [*chance_note(results), *own_settings(results)]
     return _Parts(
         Text(job(results), style="bold"),
-        terminal_table(_COMPARISON, comparison_rows(results), caption=caption),
+        terminal_table(
+            [column.short or column.heading for column in COLUMNS],
+            comparison_rows(results),
+            caption=caption,
+        ),
         *map(Text, beside_backpropagation(results)),
     )
 
@@ -63,8 +108,8 @@ def beside_backpropagation(results: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each method: cells as in ``_COMPARISON``."""
-    return [_comparison_cells(row, results) for row in results["summary"]]
+    """A row for each method: cells as in :data:`COLUMNS`."""
+    return [[column.cell(row, results) for column in COLUMNS] for row in results["summary"]]
 
 
 def profile_table(results: Mapping[str, Any]) -> Table:
@@ -233,22 +278,6 @@ def _in_words(name: str, value: Any) -> str:
         return name
     shown = " and ".join(map(str, value)) if isinstance(value, list) else f"{value}"
     return f"{name} {shown}"
-
-
-def _comparison_cells(row: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    accuracy = number(row["accuracy"], "{:.2%}")
-    if row["accuracy_std"] is not None:
-        accuracy += f" ± {100 * row['accuracy_std']:.2f}"
-    if at_chance(row["accuracy"], results):
-        accuracy += _AT_CHANCE
-    if not row["complete"] and row["accuracy"] is not None:
-        accuracy += " so far"
-    size = [f"{row['parameters']:,}", count(row["macs"])] if "macs" in row else ["–", "–"]
-    costs = ["–", "–", "–"]
-    if "memory" in row:
-        peak, seconds = row["memory"]["peak"] / 2**20, row["step_seconds"]
-        costs = [f"{peak:.1f} MiB", f"{1e3 * seconds:.1f} ms", f"{row['step_ratio']:.2f}"]
-    return [row["label"], accuracy, *size, *costs]
 
 
 def terminal_table(
