@@ -11,7 +11,6 @@ saved for the backward pass, the batch, and temporaries (see ``svdalign.lab.cost
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 import svdalign as sva
 from svdalign.lab.costs import step_memory
 from svdalign.lab.training.provenance import provenance
+from svdalign.lab.training.record import write_json
 
 DEPTHS = (4, 8, 16, 32)
 METHODS: dict[str, tuple[str, int | None]] = {
@@ -63,22 +63,6 @@ def measure(rule: str, horizon: int | None, depth: int) -> int:
     return step_memory(lambda: learner.step(x, y), modules, learner.optimizer, (x, y)).activations
 
 
-def table(rows: dict[str, dict[str, int]]) -> str:
-    head = ["MiB at depth", *(str(depth) for depth in DEPTHS)]
-    lines = [
-        [name, *(f"{row[str(depth)] / 2**20:.1f}" for depth in DEPTHS)]
-        for name, row in rows.items()
-    ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [head, *lines]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Path(__file__).parent / "results" / "held_activations.json"
@@ -97,8 +81,10 @@ def main() -> None:
         "bytes": rows,
         **provenance("cpu"),
     }
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(rows))
+    write_json(out, result)
+    print("MiB at depth  ", *(f"{depth:7}" for depth in DEPTHS))
+    for name, row in rows.items():
+        print(f"{name:14}", *(f"{held / 2**20:7.1f}" for held in row.values()))
 
 
 if __name__ == "__main__":

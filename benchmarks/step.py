@@ -21,7 +21,6 @@ depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -33,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import svdalign as sva
 from svdalign import rules
 from svdalign.lab import models
-from svdalign.lab.costs import step_memory
-from svdalign.lab.training.build import prepare_machine
+from svdalign.lab.experiments.costs import Step
+from svdalign.lab.training.build import precision, prepare_machine
 from svdalign.lab.training.checkpointing import checkpointed, segment_sizes
 from svdalign.lab.training.config import JobConfig
 from svdalign.lab.training.provenance import provenance
@@ -76,38 +75,10 @@ METHODS = (
 )  # fmt: skip
 
 
-@dataclass
-class Step:
-    """One training step, over and over, on one batch."""
-
-    learner: sva.Learner
-    x: Tensor
-    y: Tensor
-    precision: str
-
-    def __call__(self) -> None:
-        with autocast(self.precision, self.x.device.type):
-            self.learner.step(self.x, self.y)
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-
-    def peak_bytes(self) -> int:
-        """Bytes alive at the peak of a step that is not the first."""
-        self()  # the optimizer's state exists from now on
-        learner = self.learner
-        modules = [learner.model, learner.feedback]
-        return step_memory(self, modules, learner.optimizer, [self.x, self.y]).peak
-
-
-def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[Any]:
-    """The context in which steps of this precision run."""
-    half = precision == "bf16"
-    return torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
-
-
-def make_step(net: Net, method: str, precision: str, batch: int, device: str = "cpu") -> Step:
+def make_step(net: Net, method: str, job: JobConfig) -> Step:
     """The step of ``method`` on ``net``, from the same initial weights for all."""
     torch.manual_seed(0)
+    batch, device = job.batch_size, job.device
     x = torch.randn(batch, 3, net.size, net.size).to(memory_format=torch.channels_last)
     x, y = x.to(device), (torch.arange(batch) % 10).to(device)
     name, *kinds = method.split("-")
@@ -118,7 +89,7 @@ def make_step(net: Net, method: str, precision: str, batch: int, device: str = "
         model = sva.factorize(model, net.rank, "channel").to(memory_format=torch.channels_last)
     model = model.to(device)
     if "dense" not in kinds:
-        with autocast(precision, device):
+        with precision(job):
             model = sva.fuse(model, x if "measured" in kinds else None)
     if "checkpointed" in kinds:
         model = checkpointed(model, segment_sizes(model)[-1])
@@ -137,11 +108,11 @@ def make_step(net: Net, method: str, precision: str, batch: int, device: str = "
         optimizer=lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.0, fused=True),
         **options,
     )
-    return Step(learner, x, y, precision)
+    return Step(learner, job, x, y)
 
 
 def alternate(
-    steps: Mapping[str, Callable[[], None]], seconds: float, *, least: int = 2
+    steps: Mapping[str, Callable[[], None]], seconds: float
 ) -> dict[str, dict[str, float]]:
     """Median wall-clock and CPU seconds of each after a round to warm up, and medians of their
     ratios to the references within a round, which a drift of the machine's speed does not touch."""
@@ -151,12 +122,14 @@ def alternate(
     }  # fmt: skip
     end = time.perf_counter() + seconds
     for turn in itertools.count():
-        if turn > least and time.perf_counter() > end:
+        if turn > 2 and time.perf_counter() > end:
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter(), time.process_time()
             steps[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn > 0:
                 taken["seconds"][name].append(time.perf_counter() - start[0])
                 taken["cpu_seconds"][name].append(time.process_time() - start[1])
@@ -170,12 +143,12 @@ def alternate(
 
 
 def measure(
-    net: Net, methods: list[str], precision: str, batch: int, seconds: float, device: str
+    net: Net, methods: list[str], job: JobConfig, seconds: float
 ) -> dict[str, dict[str, float]]:
     """Costs of a step by method."""
     start = time.perf_counter()
-    steps = {method: make_step(net, method, precision, batch, device) for method in methods}
-    peaks = {method: step.peak_bytes() for method, step in steps.items()}
+    steps = {method: make_step(net, method, job) for method in methods}
+    peaks = {method: step.memory().peak for method, step in steps.items()}
     left = seconds - (time.perf_counter() - start)
     found = alternate(steps, left)
     return {method: {"peak_bytes": peaks[method], **found[method]} for method in methods}
@@ -220,11 +193,12 @@ def main() -> None:
     end = time.perf_counter() + 60 * args.minutes
     document = {**provenance(args.device), "batch": args.batch, "results": list[Any]()}
     todo = list(itertools.product(args.threads, args.precision, args.nets))
-    for i, (threads, precision, name) in enumerate(todo):
+    for i, (threads, bits, name) in enumerate(todo):
         torch.set_num_threads(threads)
         share = (end - time.perf_counter()) / (len(todo) - i)
-        costs = measure(NETS[name], args.methods, precision, args.batch, share, args.device)
-        result = {"net": name, "precision": precision, "threads": threads, "costs": costs}
+        job = JobConfig(precision=bits, batch_size=args.batch, device=args.device)
+        costs = measure(NETS[name], args.methods, job, share)
+        result = {"net": name, "precision": bits, "threads": threads, "costs": costs}
         result |= {} if args.device == "cpu" else {"device": args.device}
         print(table(result), flush=True)
         document["results"].append(result)

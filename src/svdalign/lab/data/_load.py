@@ -56,7 +56,7 @@ def load(
         train_limit: use only so many training images, spread evenly over the classes.
         test_limit: likewise for the test images.
         device: where the batches are.
-        seed: of the choice that the limits make.
+        seed: of the random choice of images under a limit.
         image_size: bring the images to this height and width: the shorter side is resized to it
             (by area when shrinking), the rest cut off around the centre. Needed if sizes differ,
             and for streams.
@@ -107,13 +107,13 @@ def sizes(name: str, data_dir: str | Path | None = None) -> tuple[int, int]:
     return len(train.labels), len(test.labels)
 
 
-def hold_out(data: ImageData, count: int, *, seed: int = 0) -> ImageData:
+def hold_out(data: ImageData, count: int) -> ImageData:
     """``data`` for choosing settings without the test images: ``count`` training images, spread
     evenly over the classes, take the place of its test split, the others are left to train on."""
     if not 1 <= count < len(data.train):
         raise ValueError(f"validation must be from 1 to {len(data.train) - 1}, got {count}")
     labels = data.train.labels.cpu().numpy()
-    held = _choose(labels, count, "validation", seed)
+    held = _choose(labels, count, "validation", seed=0)
     train = data.train.take(np.setdiff1d(np.arange(len(labels)), held))
     whole = data.whole[0] if data.whole else len(labels)
     data = dataclasses.replace(data, train=train, test=data.train.take(held), whole=(whole, whole))

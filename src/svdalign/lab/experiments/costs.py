@@ -12,7 +12,7 @@ from ...engine import Learner
 from ..costs import Memory, alternate, inference_macs, parameter_count, step_macs, step_memory
 from ..data import ImageData
 from ..training.build import build_learner, precision
-from ..training.config import RunConfig
+from ..training.config import JobConfig, RunConfig
 from ..training.trainer import Trainer
 
 SECONDS = 10.0  #: for the alternating steps of all methods together; at least three rounds
@@ -23,7 +23,7 @@ class Step:
     """One training step, over and over, on one batch."""
 
     learner: Learner
-    config: RunConfig
+    config: JobConfig
     x: Tensor
     y: Tensor
 
