@@ -152,6 +152,55 @@ def test_nested_tensors_are_refused() -> None:
         learner_of(example=x)
 
 
+def made_in_inference_mode(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+def test_tensors_of_inference_mode_are_refused() -> None:
+    learner = learner_of()
+    with pytest.raises(ValueError, match="x was made in inference mode"):
+        learner.step(made_in_inference_mode(X), Y)
+    with pytest.raises(ValueError, match="y was made in inference mode"):
+        learner.step(X, made_in_inference_mode(Y))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"example": None}, ValueError, "example must be a batch of inputs, got None"),
+        ({"example": torch.tensor(3.0)}, ValueError, "example must be a batch .* one number"),
+        ({"loss": nn.CrossEntropyLoss}, TypeError, r"got a class: give CrossEntropyLoss\(\)"),
+        ({"seed": "one"}, TypeError, "seed must be a whole number, got 'one'"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(options, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        learner_of(**options)
+
+
+class Complex(nn.Module):
+    """Reads the size of a complex feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8, dtype=torch.complex64)
+        self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x.to(torch.complex64)).abs()).relu())
+
+
+@pytest.mark.parametrize("rule", sva.rules.available())
+def test_complex_features_are_learned_from_or_refused(rule: str) -> None:
+    if rule == "bp" or sva.rules.get(rule).local:
+        learner_of(Complex(), rule, units=["middle"]).step(X, Y)
+    if rule == "bp":
+        return
+    with pytest.raises(ValueError, match=r"'first'.* complex"):
+        learner_of(Complex(), rule).step(X, Y)
+
+
 class Routed(nn.Module):
     """An expert that gets the samples with a positive first feature."""
 

@@ -73,7 +73,12 @@ def check_model(model: nn.Module, *, units: bool) -> None:
 
 
 def check_settings(
-    retraction: object, retract_every: object, optimizer: object, loss: object, task: object
+    retraction: object,
+    retract_every: object,
+    optimizer: object,
+    loss: object,
+    task: object,
+    seed: object,
 ) -> None:
     """Refuse settings of a learner that are not allowed."""
     if retraction is not None and retraction not in RETRACTIONS:
@@ -84,6 +89,8 @@ def check_settings(
         raise ValueError(
             f"retract_every must be a whole number of at least 1, got {retract_every!r}"
         )
+    if type(seed) is not int:
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be called with the parameters to train, among them those of the "
@@ -92,6 +99,8 @@ def check_settings(
         )
     if task is not None and task not in KINDS:
         raise ValueError(f"task must be one of {KINDS} or None, got {task!r}")
+    if isinstance(loss, type):
+        raise TypeError(f"loss must be called with (z, y), got a class: give {loss.__name__}()")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be called with (z, y), got {type(loss).__name__}")
 
@@ -156,6 +165,8 @@ def check_batch(
     check_input("x", x)
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of targets, got {type(y).__name__}")
+    if y.is_inference():
+        raise ValueError("y was made in inference mode; outside it, y.clone() will do")
     inputs = [value for value in _arguments(x) if isinstance(value, Tensor)]
     if y.numel() == 0 or (inputs and all(value.numel() == 0 for value in inputs)):
         raise ValueError("the batch is empty: x and y must hold at least one sample")
@@ -185,13 +196,18 @@ def _arguments(x: Any) -> Iterable[Any]:
 
 
 def check_input(name: str, x: Any) -> None:
-    """Refuse inputs that are arrays of numpy or nested tensors."""
+    """Refuse inputs that are no batch, arrays of numpy, and tensors that cannot be learned from."""
+    if x is None or (isinstance(x, Tensor) and x.ndim == 0 and not x.is_nested):
+        found = "None" if x is None else "a tensor of one number"
+        raise ValueError(f"{name} must be a batch of inputs, got {found}")
     leaves = [leaf for value in _arguments(x) for leaf in tree_leaves(value)]
     if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
         raise ValueError(
             f"{name} must hold samples of one shape, got a nested tensor: pad it, and give the "
             "model a mask"
         )
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
+        raise ValueError(f"{name} was made in inference mode; outside it, {name}.clone() will do")
     if any(isinstance(leaf, np.ndarray) for leaf in leaves):
         raise TypeError(
             f"{name} must be a tensor, or a tuple or dict of arguments of the model, got a "

@@ -132,7 +132,7 @@ class Learner:
         update_early: bool = False,
         seed: int = 0,
     ) -> None:
-        check_settings(retraction, retract_every, optimizer, loss, task)
+        check_settings(retraction, retract_every, optimizer, loss, task, seed)
         changes: dict[str, Any] = {"horizon": horizon, "error": error}
         self.rule = replace(
             rules.get(rule), **{k: v for k, v in changes.items() if v is not _DEFAULT}

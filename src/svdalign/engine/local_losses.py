@@ -32,7 +32,8 @@ class LocalLosses:
         self._specs: dict[str, list[UnitSpec]] = {}
         self._index = {unit.name: i for i, unit in enumerate(plan.units)}
         self._checked: set[str] = set()  # units whose losses have been looked at
-        first = next(p for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        first = min(trained, key=lambda p: p.is_complex())  # feedback is real
         self.dtype = first.dtype
         factored = factored_layers(model)
         penalised: set[FactoredLayer] = set()
@@ -82,7 +83,7 @@ class LocalLosses:
         must = f"the loss of rule {self.rule.name!r} must be 0-dim and depend on h"
         layout = unit.features[i].layout
         shown = layout(h)
-        self._check_samples(unit, shown, supervision)
+        self._check_output(unit, shown, supervision)
         space = layout.space(h)  # of a volume, which rules see as a map
         found = self.rule.loss(
             self.spec(unit, i),
@@ -96,7 +97,13 @@ class LocalLosses:
         self._checked.add(unit.name)
         return loss
 
-    def _check_samples(self, unit: Unit, h: Tensor, supervision: Supervision) -> None:
+    def _check_output(self, unit: Unit, h: Tensor, supervision: Supervision) -> None:
+        if h.is_complex():
+            raise ValueError(
+                f"unit {unit.name!r} puts out complex numbers, from which rule {self.rule.name!r} "
+                "does not learn: end units where outputs are real, with units= a list of module "
+                "names"
+            )
         if supervision.task.one_class_a_sample and len(h) != len(supervision.targets):
             raise ValueError(
                 f"unit {unit.name!r} puts out {len(h)} samples for a batch of "

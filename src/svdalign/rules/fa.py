@@ -54,6 +54,11 @@ class FA(BP):
                     f"rule {self.name!r} sends errors back through each layer by itself, but "
                     f"{name!r} is fused with what follows it: leave svdalign.fuse out"
                 )
+            if kind is not None and any(p.is_complex() for p in layer.parameters()):
+                raise ValueError(
+                    f"rule {self.name!r} has real feedback weights, but those of {name!r} are "
+                    "complex"
+                )
             if kind is not None:
                 mirrors[name] = self.mirror(layer, generator).requires_grad_(False)
             elif _carries_errors(layer) and not any(name.startswith(f"{n}.") for n in mirrors):
