@@ -179,6 +179,30 @@ def test_arguments_of_other_kinds_are_named(options, error, message: str) -> Non
         learner_of(**options)
 
 
+class ForceField(nn.Module):
+    """Forces as the gradient of an energy, which its forward takes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_takes_gradients_itself_is_trained_as_a_whole() -> None:
+    model, y = ForceField(), torch.randn(9, 6)
+    gradients = learner_of(model, "bp", loss=nn.MSELoss()).gradients(X, y)
+    nn.MSELoss()(model(X), y).backward()
+    weight = model.energy[0].weight
+    torch.testing.assert_close(gradients["energy.0.weight"], weight.grad)
+    with pytest.raises(ValueError, match=r"forward takes gradients of its own.*horizon=None"):
+        learner_of(model, "ssa", loss=nn.MSELoss())
+    with pytest.raises(ValueError, match="no second derivatives"):
+        learner_of(model, "fa", loss=nn.MSELoss()).step(X, y)
+
+
 class Complex(nn.Module):
     """Reads the size of a complex feature."""
 

@@ -53,8 +53,13 @@ def trace(model: nn.Module, example: Any) -> list[Call]:
         return hook
 
     hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
-    with watching(hooks), preserved(model), torch.no_grad():
-        forward(model, example)
+    with watching(hooks), preserved(model):
+        try:
+            with torch.no_grad():
+                forward(model, example)
+        except RuntimeError:  # it may take gradients itself, as a force field does
+            calls.clear()
+            forward(model, example)
     return calls
 
 

@@ -59,8 +59,20 @@ def make_plan(model: nn.Module, units: Units, example: Any, *, whole: bool = Fal
     passed_over: dict[str, tuple[int, ...]] = {}
     for _ in range(2 * len(known) + 2):
         trial = Trial(model, ends)
-        with mode():
-            z = trial.run(example)
+        try:
+            with mode():
+                z = trial.run(example)
+        except RuntimeError as error:  # without cuts it has run
+            if not whole:
+                raise ValueError(
+                    f"units={units!r}: model does not run in units, as one does not whose forward "
+                    f"takes gradients of its own across them ({error}); choose larger units, or "
+                    "horizon=None for backpropagation"
+                ) from error
+            if not ends:
+                raise
+            ends = frozenset()
+            continue
         if trial.shared is not None:
             if trial.shared in ends or trial.shared not in known:
                 raise ValueError(

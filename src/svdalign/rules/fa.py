@@ -164,6 +164,11 @@ class _Transport(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only with create_graph=True
+            raise ValueError(
+                "rules that send errors back through other weights have no second derivatives, "
+                "which forward or the loss asks for by create_graph=True"
+            )
         with torch.enable_grad():
             # The mirror is affine, so its vector-Jacobian product does not depend on x. It works
             # in the weights' precision also where autocast has lowered that of the error.
