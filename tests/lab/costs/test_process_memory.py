@@ -14,10 +14,12 @@ import sys
 import pytest
 
 SMALL, LARGE, TOLERANCE = 16, 64, 0.1
+RULES = ["bp", "ssa"]
 
 PROGRAM = """
 import os, sys
 import torch
+import torch._dynamo  # an optimizer's first step would
 import svdalign as sva
 from svdalign.lab import models
 from svdalign.lab.costs import step_memory
@@ -35,29 +37,40 @@ def measure(rule, batch):
     # Not ru_maxrss, which starts at the peak of the process that forked this one.
     lines = open("/proc/self/status").read().splitlines()
     resident = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    print(resident, step_memory(step, [net, learner.feedback], learner.optimizer, [x, y]).peak)
+    tracked = step_memory(step, [net, learner.feedback], learner.optimizer, [x, y]).peak
+    print(rule, batch, resident, tracked)
 
-for batch in sys.argv[2:]:
-    if os.fork() == 0:  # nothing is in use yet but what was imported
-        measure(sys.argv[1], int(batch))
-        break
-    os.wait()
+for rule in sys.argv[1].split(","):
+    for batch in sys.argv[2].split(","):
+        if os.fork() == 0:  # nothing is in use yet but what was imported
+            measure(rule, int(batch))
+            sys.exit()
+        os.wait()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("rule", ["bp", "ssa"])
-def test_the_tracker_agrees_with_the_process(rule: str) -> None:
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, int], tuple[int, int]]:
+    """By rule and batch size, the process's peak and the tracker's, in bytes."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, rule, str(SMALL), str(LARGE)],
+        [sys.executable, "-c", PROGRAM, ",".join(RULES), f"{SMALL},{LARGE}"],
         # What is freed goes back to the system at once, so that the peak is one of what is in use.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    small, large = (map(int, line.split()) for line in done.stdout.splitlines())
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {(rule, int(batch)): (int(a), int(b)) for rule, batch, a, b in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rule", RULES)
+def test_the_tracker_agrees_with_the_process(
+    rule: str, measured: dict[tuple[str, int], tuple[int, int]]
+) -> None:
+    small, large = measured[rule, SMALL], measured[rule, LARGE]
     resident, tracked = (b - a for a, b in zip(small, large, strict=True))
     assert tracked > 20 * 2**20
     assert tracked == pytest.approx(resident, rel=TOLERANCE)
