@@ -262,6 +262,18 @@ class ByAPart:
         learner.optimizer.register_step_pre_hook(backpropagate)
 
 
+def keep_the_first_unit(learner: Learner, config: RunConfig, data: ImageData) -> None:
+    """The first unit's weights stay as they began."""
+    parameters = [learner.model.get_parameter(name) for name in learner.units[0].parameters]
+
+    def drop(*_: object) -> None:
+        for p in parameters:
+            p.grad = None
+
+    learner.optimizer.register_step_pre_hook(drop)
+
+
+first_frozen = trained(prepare=keep_the_first_unit)
 class_means = trained(prepare=warm_started)
 by_a_quarter = trained(prepare=ByAPart())
 by_both = trained(prepare=ByAPart(both=True))

@@ -402,17 +402,21 @@ LEVERS = {
     "first-alpha0": "the same without similarity",
     "units2": "two units: two blocks, all that follows",
     "units2-alpha0": "the same without similarity",
-}  #: files airbench/lever-NAME.json
+}  #: files airbench/lever-NAME-SEED.json
 
 MUON_LEVERS = {
     "muon-bp": "SVD-BP",
     "muon-spatial": "SVD-BP, spatial scheme",
     "muon-first": "two units: the first convolution, all that follows",
+    "muon-frozen": "the same, the first convolution as it began",
     "muon-grid8": "the same, the map read on 8 × 8 cells in place of 4 × 4",
     "muon-quarter": "the same, the first unit by backpropagation on a quarter of the batch",
     "muon-both": "the same, the first unit by both",
     "muon-two": "three: the first convolution, the rest of its block, all that follows",
+    "muon-horizon1": "the same at horizon 1",
     "muon-late": "three: the first convolution, up to the third, all that follows",
+    "muon-late1": "the same at horizon 1",
+    "muon-horizon2": "four: a convolution each, and all that follows, at horizon 2",
 }
 
 
@@ -420,20 +424,20 @@ def airbench_levers(results: Results, levers: Mapping[str, str] = LEVERS) -> str
     """Accuracy that local learning loses by its units, on the small job of the search."""
     rows, made = [], []
     for name, label in levers.items():
-        try:
-            run = results[f"airbench/lever-{name}"]
-        except KeyError:
-            continue
-        last = run["history"][-1]
-        rows.append(
-            [label, *(f"{100 * last[key]:.1f}" for key in ("test_accuracy", "train_accuracy"))]
+        runs = results.family(f"airbench/lever-{name}-")
+        lasts = [run["history"][-1] for run in runs]
+        columns = (
+            [100 * last[key] for last in lasts] for key in ("test_accuracy", "train_accuracy")
         )
-        made.append(run)
+        rows.append(
+            [label, *(" / ".join(f"{value:.1f}" for value in values) for values in columns)]
+        )
+        made += runs
     config = made[0]["config"]
     headings = ["units", "held-out, %", "training, %"]
     return (
         f"{markdown(headings, rows)}\n\n{config['optimizer']} at {config['lr']:g} for all, "
-        f"horizon 0 unless it says otherwise, one seed. {source(*made)}"
+        f"horizon 0 unless it says otherwise; a number for each seed. {source(*made)}"
     )
 
 
