@@ -83,3 +83,19 @@ def test_amounts_of_memory(text: str, size: int) -> None:
 def test_no_amount_of_memory(memory: object) -> None:
     with pytest.raises(ValueError, match="memory must be a whole number of bytes or text"):
         sva.plan(net(), X, memory)  # type: ignore[arg-type]
+
+
+def test_settings_whose_units_the_model_lacks_are_left_out() -> None:
+    small = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    choices = sva.plan(
+        small, torch.randint(0, 20, (6, 3)), loss=lambda z, y: z[:, 0].square().sum()
+    )
+    assert {s.units for s in choices.settings} == {"block"}
+
+
+@pytest.mark.parametrize(
+    "call", [sva.compact, sva.fuse, lambda m: sva.plan(m, X), lambda m: sva.alignment(m, m, X, Y)]
+)
+def test_what_is_no_module_is_refused(call) -> None:
+    with pytest.raises(TypeError, match=r"must be a .*, got NoneType"):
+        call(None)

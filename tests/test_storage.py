@@ -234,6 +234,9 @@ def test_state_of_another_learner_is_refused(tmp_path):
     other.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     svdalign.save(other, path)
     refused(path, "parameter groups")
+    other = learner_of(optimizer=lambda p, lr: torch.optim.RMSprop(p, lr))
+    svdalign.save(other, path)
+    refused(path, "of another kind, with alpha, .* in place of")
 
 
 def test_what_is_no_learner_is_refused(tmp_path):

@@ -16,7 +16,10 @@ _M = TypeVar("_M", bound=nn.Module)
 def copied(model: _M) -> _M:
     """``copy.deepcopy(model)``, also for modules that hold sparse tensors, or tensors computed from
     their parameters, as pruning and the older weight and spectral norms keep them. Parameters of
-    modules that ``torch.jit`` compiled can be trained in the copy, too."""
+    modules that ``torch.jit`` compiled can be trained in the copy, too. TypeError for a ``model``
+    that is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = (t for module in model.modules() for t in tree_leaves(vars(module)))
     refused = {
         id(t): t

@@ -88,10 +88,13 @@ def alignment(model: nn.Module, learner: Learner, x: Any, y: Tensor) -> Alignmen
         feedback matrix and the forward path, and the cosine over all parameters.
 
     Raises:
+        TypeError: for a ``learner`` that is none.
         ValueError: for a ``learner`` of another model.
 
     Source: arXiv 2510.25594, figures 2 and 3.
     """
+    if not isinstance(learner, Learner):
+        raise TypeError(f"learner must be a svdalign.Learner, got {type(learner).__name__}")
     if model is not learner.model:
         raise ValueError(
             "learner must be the one that trains model, got a learner of another model"

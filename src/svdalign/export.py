@@ -43,10 +43,6 @@ def compact(model: nn.Module) -> nn.Module:
         The copy, whose parameters need no gradient. Other names of a layer's parameters come with
         its new form: ``fc.0.weight`` and ``fc.1.weight`` for ``fc.U``, ``fc.s``, ``fc.V``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = copied(model).eval().requires_grad_(False)
     for module in model.modules():
         module.__dict__.pop("factorization", None)

@@ -76,7 +76,8 @@ def plan(
 ) -> Choices:
     """Measure which settings of a learner keep a training step of ``model`` within ``memory``.
 
-    Three steps are taken with each setting on a copy of ``model``. What is alive at the peak
+    Three steps are taken with each setting on a copy of ``model``; settings whose units the model
+    does not have are left out. What is alive at the peak
     (parameters, gradients, optimizer state, batch, activations) does not depend on the machine, the
     time does. Where memory is a GPU's it is read off torch's allocator.
 
@@ -98,15 +99,19 @@ def plan(
     """
     limit = _bytes(memory)
     if y is None:
-        samples = next(len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
-        device = next(model.parameters()).device
-        y = torch.zeros(samples, dtype=torch.int64, device=device)
+        x = next(t for t in tree_leaves(example) if isinstance(t, Tensor) and t.ndim)
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     found, seen = list[Setting](), set[object]()
     for units, horizon, recompute in _SETTINGS:
-        learner = Learner(
-            copied(model), rule, units=units, horizon=horizon, recompute=recompute, loss=loss,
-            example=example, optimizer=optimizer,
-        )  # fmt: skip
+        try:
+            learner = Learner(
+                copied(model), rule, units=units, horizon=horizon, recompute=recompute, loss=loss,
+                example=example, optimizer=optimizer,
+            )  # fmt: skip
+        except ValueError:
+            if not found:  # not even backpropagation
+                raise
+            continue
         names = tuple(unit.name for unit in learner.units) if horizon is not None else None
         if (names, horizon, recompute) not in seen:
             seen.add((names, horizon, recompute))

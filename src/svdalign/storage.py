@@ -131,6 +131,12 @@ def _check_fits(learner: Learner, state: Mapping[str, Any], path: str | Path) ->
             f"{path} does not fit the learner: its optimizer has parameter groups of {sizes[1]} "
             f"parameters, the learner's of {sizes[0]}"
         )
+    here, there = (set(s["optimizer"]["param_groups"][0]) for s in (mine, state))
+    if here - there and there - here:  # newer versions of one kind only add settings
+        raise ValueError(
+            f"{path} does not fit the learner: its optimizer is of another kind, with "
+            f"{', '.join(sorted(there - here))} in place of {', '.join(sorted(here - there))}"
+        )
 
 
 def _check_tensors(
