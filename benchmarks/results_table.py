@@ -594,9 +594,9 @@ def parallel(results: Results) -> str:
         "thread a process unless it says two; medians over rounds in which all jobs take turns. "
         "The roof is one process by itself on each core, added up. Idle: share of the wall clock "
         "that a process does not compute. Memory: peak resident "
-        "during steps, above that before the network was built. Other programs, at a lower "
-        f"priority, kept {min(others):.1f} to {max(others):.1f} of {content['machine']['cores']} "
-        f"cores busy meanwhile: single figures are good to a tenth. {source(content)}"
+        "during steps, above that before the network was built. Other programs kept at most "
+        f"{max(others):.2f} of {content['machine']['cores']} cores busy meanwhile. "
+        f"{source(content)}"
     )
 
 
