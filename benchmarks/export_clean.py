@@ -51,7 +51,8 @@ PACKAGES = {
 
 
 def run_clean(suffix: str, folder: Path) -> dict[str, Any]:
-    """What came of ``model.SUFFIX`` in an environment of its own; ``y.npy`` holds its output."""
+    """Run ``model.SUFFIX`` in an environment of its own, which writes its output to ``y.npy``.
+    Returns the row for the results."""
     with tempfile.TemporaryDirectory() as place:
         venv.create(place, with_pip=True)
         python = Path(place, "bin", "python")

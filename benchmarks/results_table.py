@@ -64,7 +64,7 @@ class Results:
 
 
 def render(text: str, results: Results) -> str:
-    """``text`` with every table in it made anew."""
+    """``text`` with every table in it written again."""
 
     def replace(found: re.Match[str]) -> str:
         name = found[2]

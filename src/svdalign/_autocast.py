@@ -24,8 +24,8 @@ def outside_autocast() -> Iterator[None]:
 
 
 def present_autocast() -> Callable[[], AbstractContextManager[object]]:
-    """Remember the present settings of autocast. What is returned makes a context in which they
-    hold again, for a backward pass that runs part of the forward pass again."""
+    """The present settings of autocast, as a function that makes a context with these settings. A
+    backward pass that runs part of the forward pass again needs it."""
     dtypes = {d: torch.get_autocast_dtype(d) for d in _DEVICES if torch.is_autocast_enabled(d)}
 
     def again() -> AbstractContextManager[object]:

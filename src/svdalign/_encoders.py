@@ -10,8 +10,8 @@ _WHEN_DENSE = "_nested_tensors_when_dense"  # an encoder's own setting, for when
 
 
 def settle_fast_path(model: nn.Module, replaced: Set[nn.Module]) -> None:
-    """Turn off, in place, the fast path of the encoders in ``model`` that hold a module of
-    ``replaced``, which stand for linear layers; let the other encoders have theirs.
+    """Turn off, in place, the fast path of the encoders in ``model`` that contain a module of
+    ``replaced``, a replacement for a linear layer. Turn on that of the other encoders.
 
     In evaluation an ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` and ``linear2.weight``
     in place of calling these layers, and an ``nn.TransformerEncoder`` may pack its input into a

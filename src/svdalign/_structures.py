@@ -39,7 +39,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def _named(node: Any) -> dict[Any, Any] | None:
-    """What ``node`` holds by name, if it is a dict of a kind of its own or a dataclass."""
+    """The entries of ``node`` by name, if it is a dict of a kind of its own or a dataclass."""
     if isinstance(node, dict):
         return dict(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):

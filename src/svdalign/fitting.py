@@ -20,7 +20,7 @@ from .task import Loss
 
 _MIB = 2**20
 
-#: From what learns most like backpropagation to what holds the least.
+#: From the settings most like backpropagation to those that take the least memory.
 _SETTINGS: tuple[tuple[str, int | None, bool], ...] = (
     ("block", None, False), ("block", 2, False), ("block", 1, False), ("balanced", 0, False),
     ("balanced-3", 0, False), ("block", 0, False), ("balanced", 0, True), ("block", 0, True),

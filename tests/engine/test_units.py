@@ -340,7 +340,7 @@ def test_where_packed_sequences_are_handed_on_the_refusal_says_so() -> None:
             return self.head(nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0][:, 0])
 
     example = (torch.randn(3, 5, 3), torch.tensor([5, 2, 4]))
-    with pytest.raises(ValueError, match="no unit can end where a PackedSequence is handed on"):
+    with pytest.raises(ValueError, match="no unit can end at a module that returns a Packed"):
         make_plan(Text(all_tokens=True), "layer", example)
     with_samples = make_plan(Text(all_tokens=False), "layer", example)  # the last states have them
     assert len(with_samples.units) == 2

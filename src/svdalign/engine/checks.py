@@ -191,7 +191,7 @@ def check_batch(
 
 
 def _arguments(x: Any) -> Iterable[Any]:
-    """What an input is made of: arguments by position or by name, or itself."""
+    """The arguments in an input: those of a tuple or dict, or the input itself."""
     return x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
 
 

@@ -38,9 +38,9 @@ def depends(output: Tensor, on: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _End:
-    """A module call that ends a unit: the ``values`` that it returns, and by their place among them
-    the leaves that later modules read in place of tensors, with their copies that were handed
-    on."""
+    """A module call that ends a unit. ``values``: what it returned. ``leaves``: detached tensors,
+    by the index of the value that they replace. ``copies``: of the leaves, which later modules
+    got."""
 
     path: str
     call: int

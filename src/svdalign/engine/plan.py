@@ -201,7 +201,7 @@ def _refuse_one_piece(
         )
         cause, remedy = "", "choose smaller units, or "
         if packed:
-            cause = ", as no unit can end where a PackedSequence is handed on"
+            cause = ", as no unit can end at a module that returns a PackedSequence"
         elif passed_over:
             path, shape = next(iter(passed_over.items()))
             cause, remedy = (

@@ -116,7 +116,7 @@ class _Stream:
         outputs, edges = [], []
         for i, value in enumerate(values):
             if not (isinstance(value, Tensor) and value.grad_fn is not None):
-                continue  # a parameter that is handed on belongs to who reads it
+                continue  # a parameter among the outputs belongs to the unit that reads it
             outputs.append(value)
             values[i] = value.detach()
             if self.horizon > 0:

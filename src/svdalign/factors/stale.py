@@ -1,4 +1,4 @@
-"""Optimizers that hold state of ranks which the model no longer has: refused at their next step."""
+"""Refuse the next step of an optimizer whose state has ranks that the model no longer has."""
 
 from __future__ import annotations
 

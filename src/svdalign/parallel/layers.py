@@ -90,7 +90,7 @@ class LayerParallel:
         first = place.index(self.rank)
         calls = at_work(learner, example[0])
         self._owners = owners(learner, calls, place)
-        #: What the modules before this process's units hand on, and the batch that it was for.
+        #: Outputs of the modules before this process's units, and the batch that they were for.
         self._made = {self.model.get_submodule(path): list[Any]() for path in before(calls, first)}
         self._made_for = ""
         border = check_borders(learner, example[0], place, first)
@@ -238,8 +238,8 @@ class LayerParallel:
             yield
 
     def _skip(self, looks: str, stack: contextlib.ExitStack) -> None:
-        """Until ``stack`` closes, have the modules before this process's units hand on what they
-        did for the last batch, if that looked the same. Otherwise note what they hand on."""
+        """Until ``stack`` closes, let the modules before this process's units return what they did
+        for the last batch, if that had the same shapes. Otherwise record what they return."""
         if looks == self._made_for:
             for module, outputs in self._made.items():
                 stack.enter_context(_handing_on(module, outputs))

@@ -1,4 +1,4 @@
-"""The base of all rules, and what a rule is told of a unit and of a batch."""
+"""The base of all rules, and what a rule gets to know of a unit and of a batch."""
 
 from __future__ import annotations
 

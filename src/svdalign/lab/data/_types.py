@@ -184,7 +184,7 @@ class Source(ABC):
 
 
 class Indexed(Source):
-    """A split whose images can be had in any order."""
+    """A split whose images can be read in any order."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:

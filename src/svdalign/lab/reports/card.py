@@ -1,4 +1,4 @@
-"""The card of a shipped model, as text for people."""
+"""The card of a shipped model, as Markdown."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _EPOCHS = (
     ("images/s", "images_per_second", "{:,.0f}"),
 )  # fmt: skip
 
-_HELD = "What one training step holds at its peak. Activations include the batch and temporaries."
+_HELD = "Memory of one training step at its peak. Activations include the batch and temporaries."
 
 _Runs = Sequence[Mapping[str, Any]]
 

@@ -217,7 +217,7 @@ def _rank_maps(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _costs(label: str, methods: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    found = [Figure(memory_bars(methods), f"{label}: what a step holds.")]
+    found = [Figure(memory_bars(methods), f"{label}: memory of a step.")]
     for key, unit, title, caption in (
         ("step_macs", 1e9, "MACs of a step (billions)", "its arithmetic"),
         ("macs", 1e6, "MACs of an inference (millions)", "of one image, by what was trained"),
