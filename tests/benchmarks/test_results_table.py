@@ -169,11 +169,11 @@ def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: P
     )
     learned = {"test_accuracy": 0.6, "train_accuracy": 0.5}
     lever = {"history": [learned], "config": {"optimizer": "sgd", "lr": 1}}
-    write(tmp_path / "airbench", **{"lever-blocks": lever})
+    write(tmp_path / "airbench", **{"lever-blocks-0": lever})
     assert "| blocks, the classifier a unit of its own | 60.0 | 50.0 |" in (
         script.airbench_levers(tables)
     )
-    write(tmp_path / "airbench", **{"lever-muon-first": lever})
+    write(tmp_path / "airbench", **{"lever-muon-first-0": lever})
     assert "| two units: the first convolution, all that follows | 60.0 | 50.0 |" in (
         script.TABLES["airbench_levers_muon"](tables)
     )
