@@ -46,6 +46,11 @@ class Net(nn.Sequential):
         )
 
 
+class Loop(Net):
+    def forward(self, x):
+        return torch.cat([super(Loop, self).forward(image[None]) for image in x])
+
+
 def mlp(in_channels, num_classes, image_size, width):
     size, hidden = in_channels * image_size**2, int(32 * width)
     return nn.Sequential(
@@ -213,6 +218,7 @@ def test_what_is_no_trainer_is_refused(
         ({"model": "own_things:touch"}, "in_channels, num_classes is not among its parameters"),
         ({"model": "own_things:nothing"}, "must make an nn.Module, got NoneType"),
         ({"model": "own_things:Net", "width": 0.5}, "takes no width, got width 0.5"),
+        ({"model": "own_things:Loop"}, "fuse must be false for this network: .* cannot be traced"),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_not_called(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdalign import compact, storage
+from svdalign import compact, export, storage
 from svdalign.lab.cli import main
 from svdalign.lab.costs import inference_macs, parameter_count
 from svdalign.lab.experiments import card as cards
@@ -142,6 +142,17 @@ def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(run: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.format(run=run).split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_format_that_the_network_lacks_is_named(
+    run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("its code loops")
+
+    monkeypatch.setitem(export.FORMATS, "pt2", refuse)
+    assert main(["export", str(run), "--formats", "pt2", "--out", str(tmp_path / "out")]) == 2
+    assert "error: --formats must leave out pt2: its code loops" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -58,7 +58,10 @@ def ship(
     files = []
     for suffix in formats:
         path = folder / f"model.{suffix}"
-        loaded = export.FORMATS[suffix](small, x, path)
+        try:
+            loaded = export.FORMATS[suffix](small, x, path)
+        except ValueError as error:
+            raise ValueError(f"formats must leave out {suffix}: {error}") from error
         files.append(
             {
                 "name": path.name,

@@ -105,7 +105,10 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
         net = factorize(net, config.rank, config.scheme, classifier=config.factor_classifier)
         # A rule that sends errors back through other weights needs each layer by itself.
         if config.fuse and not rule.needs_affine_layers:
-            net = fuse_where_possible(net)
+            try:
+                net = fuse_where_possible(net)
+            except ValueError as error:
+                raise ValueError(f"fuse must be false for this network: {error}") from error
     net = net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.method.checkpointed and rule.horizon is None:
         size = (data.image_size, data.image_size)
