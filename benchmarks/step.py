@@ -14,8 +14,8 @@ out among the combinations, at least two rounds each; the file is written after 
 
 Methods: ``bp-dense`` is backpropagation, ``bp`` the same on fused factors, ``ssa-N`` SSA with
 horizon N, ``ssa-balanced-N`` in two units of about equal memory, ``ssa-unaligned-N`` without
-similarity; ``-checkpointed`` adds gradient checkpointing in segments of the square root of the
-depth, ``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
+similarity; ``-checkpointed`` adds gradient checkpointing of the segments that save most,
+``-measured`` lets each layer compute with its fastest kernel (``svdalign.fuse(model, x)``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from svdalign import rules
 from svdalign.lab import models
 from svdalign.lab.experiments.costs import Step
 from svdalign.lab.training.build import precision, prepare_machine
-from svdalign.lab.training.checkpointing import checkpointed, segment_sizes
+from svdalign.lab.training.checkpointing import smallest_checkpointed
 from svdalign.lab.training.config import JobConfig
 from svdalign.lab.training.provenance import provenance
 
@@ -92,7 +92,7 @@ def make_step(net: Net, method: str, job: JobConfig) -> Step:
         with precision(job):
             model = sva.fuse(model, x if "measured" in kinds else None)
     if "checkpointed" in kinds:
-        model = checkpointed(model, segment_sizes(model)[-1])
+        model = smallest_checkpointed(model, tuple(x.shape))
     options: dict[str, Any] = {"rule": "bp"}
     if name == "ssa":
         rule = replace(rules.get("ssa"), **net.rule)
