@@ -35,9 +35,9 @@ lint: $(stamp)
 	$(bin)/ruff format --check .
 	$(bin)/mypy --strict src
 
+# --no-compile: thousands of modules are never imported; without compiling them it takes half the time.
 $(stamp): pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV): a minute or two'
 	$(PYTHON) -m venv $(VENV)
-	# Without compiling thousands of modules that are never imported, half the time.
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
