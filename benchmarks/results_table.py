@@ -199,19 +199,19 @@ def check_rate(results: Results, method: str, rate: float) -> None:
         raise ValueError(f"{method} ran at {rate:g}, but the best rate of its search is {found:g}")
 
 
-def priced(results: Results, content: Mapping[str, Any], search: str) -> str:
-    """Accuracy of each method, and what a step costs against the first SVD-BP; ValueError where one
-    did not run at the best rate of ``search``."""
-    config, summary = content["config"], content["summary"]
-    factored = next(row for row in summary if row["label"].startswith("SVD-BP"))
+def make_compare(results: Results) -> str:
+    """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
+    content, search = results["compare"], results["tune_compare"]
+    config, data, summary = content["config"], content["data"], content["summary"]
+    (factored,) = (row for row in summary if row["method"] == "bp")
     rows = []
     for row in summary:
         method = row["method"]
         # A checkpointed network learns as the same one does without.
-        rate = searched(results, search, method.replace("-checkpointed", ""))
+        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
         used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
         if used != {rate}:
-            raise ValueError(f"{method} ran at {used}, its search chose {rate:g}")
+            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
         peak = row["memory"]["peak"]
         rows.append(
             [
@@ -225,31 +225,13 @@ def priced(results: Results, content: Mapping[str, Any], search: str) -> str:
             ]
         )
     headings = ["method", "test accuracy, %", "peak memory", "of SVD-BP", "time, of SVD-BP"]
-    return markdown([*headings, "parameters", "rate"], rows)
-
-
-def make_compare(results: Results) -> str:
-    """The job of ``make compare`` over three seeds."""
-    return priced_job(results, "SmallConv", "compare", "tune_compare")
-
-
-def front(results: Results) -> str:
-    """Units and horizons on VGG-8."""
-    return priced_job(results, "VGG-8", "front_vgg8", "tune_front_vgg8")
-
-
-def priced_job(results: Results, network: str, name: str, search: str) -> str:
-    """:func:`priced`, and under it the job."""
-    content, tuned = results[name], results[search]
-    config, data = content["config"], content["data"]
-    images = {"embedded": "Fashion-MNIST", "cifar10": "CIFAR-10"}[config["data"]]
     return (
-        f"{priced(results, content, search)}\n\n"
-        f"{network} at rank {config['rank']:g}, {data['train']:,} images of {images}, "
+        f"{markdown([*headings, 'parameters', 'rate'], rows)}\n\n"
+        f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
         f"{config['epochs']} epochs: mean ± standard deviation over {config['seeds']} seeds on "
         f"{data['test']:,} test images. Peak memory and time of a training step, on CPU. Every "
         "method runs at the learning rate that one search chose for it on held-out images. "
-        f"{source(content, tuned)}"
+        f"{source(content, search)}"
     )
 
 
@@ -736,7 +718,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step_two_threads": step_two_threads,
     "comparison": comparison,
     "make_compare": make_compare,
-    "front": front,
     "reproduce/table1": methods_on_smallconv,
     "memory": memory,
     "bp_floor": bp_floor,
