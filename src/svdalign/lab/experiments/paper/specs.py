@@ -178,6 +178,9 @@ def _ranks() -> dict[str, Row]:
 
 _COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa"]
 
+#: The skips of a transformer start inside its first layer, so that its layers cannot be units.
+_UNITS = {"ViT-B/16, 224 px": {"units": "block"}}
+
 
 def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig]:
     """All computed without running: memory and arithmetic of a step do not depend on the
@@ -185,7 +188,8 @@ def _costs(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, ProfileConfig
     return {
         label: ProfileConfig(
             rank=0.25, estimate=True, methods=_COSTS,
-            settings={"ssa-reconstruction": dict(_RECONSTRUCTION)}, **network,
+            settings={"ssa-reconstruction": {**_RECONSTRUCTION, **_UNITS.get(label, {})}},
+            **network,
         )
         for label, network in networks.items()
     }  # fmt: skip
