@@ -18,3 +18,4 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(total)  # waits for one that is dead
 os.write(1, f"total {total.item()}\n".encode())  # in one piece, as others write too
+dist.destroy_process_group()  # else its threads may still run as the interpreter ends
