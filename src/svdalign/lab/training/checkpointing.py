@@ -55,10 +55,10 @@ def checkpointed(net: nn.Module, size: int, segments: int | None = None) -> nn.M
     itself leads to the output and stays as it is.
     """
     net = copy.deepcopy(net)
-    left = sum(_segments(net, size)) if segments is None else segments
     for name, cuts in _cuts(net, size).items():
-        cuts = cuts[: left + 1]
-        left -= len(cuts) - 1
+        if segments is not None:
+            cuts = cuts[: segments + 1]
+            segments -= len(cuts) - 1
         chain = net.get_submodule(name)
         assert isinstance(chain, nn.Sequential)
         made = CheckpointedSequential.of(chain, cuts)
@@ -86,9 +86,12 @@ def smallest_checkpointed(net: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     estimated without running it; of those that take at most 2 % more, the one that runs the fewest
     blocks twice."""
 
+    with pretending():
+        shadow = copy.deepcopy(net).to("meta")  # once: each choice copies it, without values
+
     def peak(size: int, segments: int) -> int:
         with pretending():
-            model = checkpointed(net, size, segments).to("meta")
+            model = checkpointed(shadow, size, segments)
             x, y = torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64)
 
             def step() -> None:
