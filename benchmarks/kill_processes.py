@@ -143,11 +143,11 @@ def main() -> int:
         kills = {"restarted": restarted, "anew": anew}[options.way](record, options)
         texts = errors(record)
         different = differences(*(storage.read(r.checkpoint_path) for r in (peace, record)))
+    run = shlex.join(["svdalign", "train", *command(options.epochs)])
     row = {"identical": not different, "different": different, "kills": kills, "errors": texts}
     rows = (read_json(options.out) or {}).get("rows", {})
-    rows[f"{options.parallel}, {options.way}"] = row
-    run = shlex.join(["svdalign", "train", *command(options.epochs)])
-    write_json(options.out, {"rows": rows, "run": run, **provenance("cpu")})
+    rows[f"{options.parallel}, {options.way}"] = row | {"run": run}
+    write_json(options.out, {"rows": rows, **provenance("cpu")})
     print("DIFFERENT" if different else "identical", f"after {len(kills)}; {options.out}")
     return bool(different)
 
