@@ -61,6 +61,11 @@ def choose_kernels(
         if offer.saved <= left:
             offer.layer.kernel = offer.kernel
             left -= offer.saved
+    return kernels_of(model)
+
+
+def kernels_of(model: nn.Module) -> dict[str, Kernel]:
+    """The kernel of each fused convolution, by the layers' names."""
     return {name: layer.kernel for name, layer in _fused(model)}
 
 

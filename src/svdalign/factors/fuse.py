@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.modules.utils import _pair
 from .._copying import copied
 from .._tracing import followers, substitute
 from ._choice import choose_kernels
-from .fused import FusedConv2d
+from .fused import FusedConv2d, Kernel
 from .layers import SVDConv2d
 
 #: Modules that treat every sample by itself, draw no random numbers and keep no state.
@@ -68,11 +68,20 @@ def fuse(
             f"{'no example' if example is None else 'an example'}"
         )
     if example is not None:
-        trial = copied(fused)  # whose statistics the pass may change
-        kernels = choose_kernels(trial, lambda: trial(example), memory)
-        for name, kernel in kernels.items():
-            cast(FusedConv2d, fused.get_submodule(name)).kernel = kernel
+        use_fastest_kernels(fused, example, memory)
     return fused
+
+
+def use_fastest_kernels(model: nn.Module, example: Tensor, memory: int | None = None) -> None:
+    """Time the kernels of each fused convolution of ``model``, see :func:`fuse`."""
+    trial = copied(model)  # whose statistics the pass may change
+    set_kernels(model, choose_kernels(trial, lambda: trial(example), memory))
+
+
+def set_kernels(model: nn.Module, kernels: Mapping[str, Kernel]) -> None:
+    """Have the fused convolutions of ``model`` use these kernels, by the layers' names."""
+    for name, kernel in kernels.items():
+        cast(FusedConv2d, model.get_submodule(name)).kernel = kernel
 
 
 def _why_not(model: nn.Module) -> str:

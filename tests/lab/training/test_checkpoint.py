@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from tests.oracles.states import same, timeless
+from torch import nn
 
 import svdalign
 from svdalign import storage
 from svdalign.factors import FactoredLayer
+from svdalign.factors._choice import kernels_of
 from svdalign.lab.cli import main
 from svdalign.lab.data import ImageData
 from svdalign.lab.training import (
@@ -238,6 +241,37 @@ WORDS = [
     *("train", "--model", "mlp", "--width", "0.1", "--epochs", "2", "--batch-size", "32"),
     *("--train-limit", "64", "--test-limit", "30", "--out", "run"),
 ]
+
+
+def test_measured_kernels_are_part_of_a_checkpoint(
+    stripes: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured again, another might be the fastest, which rounds in another way."""
+    measured: list[dict[str, int]] = []
+
+    def choose(model: nn.Module, run: Callable[[], object], memory: int | None) -> dict[str, str]:
+        assert len(run()) == TINY["batch_size"]  # type: ignore[arg-type]
+        measured.append(storage.ranks(model))
+        fastest = "merged" if len(measured) == 1 else "factored"
+        return dict.fromkeys(kernels_of(model), fastest)
+
+    fuse = importlib.import_module(
+        "svdalign.factors.fuse"
+    )  # the package has a function of that name
+    monkeypatch.setattr(fuse, "choose_kernels", choose)
+    first = make(stripes, fuse="measured", rank_energy=None)
+    kernels = kernels_of(first.learner.model)
+    assert set(kernels.values()) == {"merged"}
+    save_checkpoint(first, tmp_path / "checkpoint.safetensors")
+    second = make(stripes, fuse="measured", rank_energy=None)
+    assert kernels_of(second.learner.model) != kernels
+    load_checkpoint(second, tmp_path / "checkpoint.safetensors")
+    assert kernels_of(second.learner.model) == kernels
+    measured.clear()
+    trainer = make(stripes, fuse="measured")
+    train(trainer, Record(tmp_path / "cut"))
+    assert len(measured) == 1 + TINY["epochs"]  # and again after each cut
+    assert measured[-1] == storage.ranks(trainer.learner.model) != measured[0]
 
 
 def test_resume(

@@ -125,7 +125,11 @@ class ProfileConfig(BatchConfig, ModelConfig, MachineConfig, EpochConfig):
         if self.estimate and self.precision != "fp32":
             raise ValueError(f"estimate works out fp32 alone, got precision {self.precision!r}")
         for name in self.methods:
-            self.run(name)  # names every mistake in a method's own settings
+            if self.run(name).fuse == "measured":  # and names every mistake in its own settings
+                raise ValueError(
+                    "fuse must be true or false here: arithmetic is worked out from shapes alone, "
+                    "and measured kernels differ in it; svdalign compare measures them"
+                )
         if self.break_even and self.factored is None:
             raise ValueError(
                 "break_even needs a method with factored weights, got methods "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...engine import Learner
 from ...engine.forward import evaluating
 from ...factors import Muon, factorize
-from ...factors.fuse import fuse_where_possible
+from ...factors.fuse import fuse_where_possible, use_fastest_kernels
 from ...rules import Rule
 from .. import data as datasets
 from .. import models
@@ -110,10 +110,19 @@ def build_model(config: RunConfig, data: ImageData) -> nn.Module:
             except ValueError as error:
                 raise ValueError(f"fuse must be false for this network: {error}") from error
     net = net.to(config.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    use_measured_kernels(config, data, net)
     if config.method.checkpointed and rule.horizon is None:
         size = (data.image_size, data.image_size)
         net = smallest_checkpointed(net, (config.batch_size, data.in_channels, *size))
     return net
+
+
+def use_measured_kernels(config: RunConfig, data: ImageData, net: nn.Module) -> None:
+    """Where the config asks for it, give each fused convolution its fastest kernel at its present
+    rank."""
+    if config.fuse == "measured":
+        with precision(config):
+            use_fastest_kernels(net, example_batch(config, data, config.batch_size))
 
 
 def build_learner(

@@ -100,8 +100,10 @@ class ModelConfig(Options):
         "qr",
         "how factors are made orthonormal again after each step; null: only the loss keeps them so",
     )
-    fuse: bool = option(
-        True, "fuse factored convolutions with the norm, activation and pooling after them"
+    fuse: bool | Literal["measured"] = option(
+        True,
+        "fuse factored convolutions with the norm, activation and pooling after them; measured: "
+        "and give each the kernel that is the fastest here, which takes more memory",
     )
     units: int | str | list[str] = option(
         "block",
@@ -111,6 +113,8 @@ class ModelConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.fuse, bool) and self.fuse != "measured":
+            raise ValueError(f"fuse must be true, false or measured, got {self.fuse!r}")
         if self.rank is not None:
             check_rank("rank", self.rank)
 

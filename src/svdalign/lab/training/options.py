@@ -39,7 +39,7 @@ class Options:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if str(f.type).startswith("bool") and not isinstance(value, bool | None):
+            if f.type in ("bool", "bool | None") and not isinstance(value, bool | None):
                 raise ValueError(f"{f.name} must be true or false, got {value!r}")
             if isinstance(value, int | float):
                 for name, bound in f.metadata["bounds"].items():

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ...engine import Learner
 from ...factors import RankCut, factored_layers, reduce_rank
+from ...factors._choice import kernels_of
+from ...factors.fuse import set_kernels
 from ...factors.rank import parameter_budget
 from ...factors.rediagonalize import spectrum
 from ...storage import ranks
@@ -26,6 +28,7 @@ from .averaging import Lookahead
 from .build import (
     augmentation,
     build_learner,
+    use_measured_kernels,
     evaluate,
     evaluate_views,
     example_batch,
@@ -269,7 +272,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All of the trainer's own state, beside the learner's."""
         average = {} if self.lookahead is None else {"average": self.lookahead.average}
-        return {name: getattr(self, name) for name in _STATE} | average
+        kernels = {"kernels": kernels_of(self.learner.model)}
+        return {name: getattr(self, name) for name in _STATE} | average | kernels
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
@@ -279,6 +283,7 @@ class Trainer:
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
         if self.lookahead is not None:
             self.lookahead.average = {n: v.to(device) for n, v in state["average"].items()}
+        set_kernels(self.learner.model, state.get("kernels", {}))  # not in checkpoints of 0.1.0
 
     def _cut_ranks(self, epoch: int) -> dict[str, float]:
         """Cut the factored layers if the config says so after ``epoch`` epochs. Returns, for each
@@ -286,6 +291,7 @@ class Trainer:
         if not self.config.cuts_rank_after(epoch):
             return {}
         cuts = self._reduce_rank(self._limits(epoch))
+        use_measured_kernels(self.config, self.data, self.learner.model)
         if self.lookahead is not None:
             self.lookahead.restart(self.learner.model)
         return {cut.name: cut.energy for cut in cuts if cut.after < cut.before}
