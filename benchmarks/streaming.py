@@ -17,6 +17,7 @@ processor time of either, and the share of the wall clock that training waits fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -122,8 +123,9 @@ def measure(kind: str, folder: str, size: int, workers: int) -> dict[str, Any]:
     for number, (x, _) in enumerate(epoch):
         seen += len(x)
         if number % 10 == 0:
-            peaks = [peak(child.pid) for child in multiprocessing.active_children() if child.pid]
-            children = max([children, *peaks])
+            for child in multiprocessing.active_children():
+                with contextlib.suppress(OSError, StopIteration):  # it has just ended
+                    children = max(children, peak(child.pid or 0))
     return {
         "open_seconds": opened,
         "images": seen,

@@ -7,6 +7,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,6 +169,24 @@ def test_worker_processes_do_not_die_of_signals_to_the_group(streamed: data.Imag
         os.kill(worker.pid or 0, number)
     batches += epoch
     assert same(batches, run(streamed.train, end=15, shuffle=True))
+
+
+BROKEN_LOOP = """
+import sys
+from svdalign.lab import data
+images = data.load("folder", data_dir=sys.argv[1], image_size=8, stream=True, workers=2)
+batches = data.batches(images.train, 4, mean=images.mean, std=images.std)
+for x, y in batches:
+    raise SystemExit("a mistake in the loop")
+"""
+
+
+def test_an_error_in_the_loop_ends_the_workers_with_the_program(tmp_path: Path) -> None:
+    """Its traceback keeps their batches alive, so that they wait for more to do."""
+    write_folder(tmp_path)
+    program = [sys.executable, "-c", BROKEN_LOOP, str(tmp_path)]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "a mistake in the loop\n")
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import itertools
 import math
+import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -104,7 +108,7 @@ class Stream(Images):
         turns = epoch.turns(len(self.labels))
         turns = None if turns is None else turns.to(self.device)
         batch = epoch.start
-        for images, numbers, wrong in _ahead(self._decoded(epoch), self.device):
+        for images, numbers, wrong in _ahead(_started(self._decoded(epoch)), self.device):
             self.bad.add(wrong, len(self.labels))
             if not len(numbers) and wrong:
                 raise ValueError(f"none of the images of a batch can be read: {'; '.join(wrong)}")
@@ -122,7 +126,7 @@ class Stream(Images):
         size = max(1, count // 10)
         levels = torch.zeros(self.shape[0], 256, dtype=torch.int64)
         wrong: list[str] = []
-        for images, _, more in self._decoded(Epoch(size, 0, count // size, shuffle=True)):
+        for images, _, more in _started(self._decoded(Epoch(size, 0, count // size, shuffle=True))):
             levels += histogram(images)
             wrong += more
         self.bad.add(wrong, count)
@@ -323,6 +327,28 @@ def _collate(samples: list[_Decoded], shape: tuple[int, int, int]) -> _Batch:
         image[...] = pixels
     numbers = torch.tensor([number for _, number in good], dtype=torch.int64)
     return images, numbers, [sample for sample in samples if isinstance(sample, str)]
+
+
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _started(loader: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches of ``loader``, whose worker processes are running."""
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    _workers.update(set(multiprocessing.active_children()) - set(before))
+    return batches
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers that an error has left behind. When Python exits it would ask them by a
+    signal, which they ignore, and wait for them."""
+    left = [process for process in multiprocessing.active_children() if process in _workers]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for process in left:
+        process.kill()
 
 
 def _ahead(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
