@@ -86,6 +86,20 @@ def test_an_epoch_of_several_processes_is_that_of_one(
         same(ours, theirs, rounding=1e-4)
 
 
+@pytest.mark.parametrize("parallel", ["layers", "data"])
+def test_what_is_logged_does_not_depend_on_when_checkpoints_are_written(
+    tmp_path: Path, parallel: str
+) -> None:
+    words = ["train", *TINY, "--train-limit", "600", "--epochs", "2", "--parallel", parallel]
+    rows = []
+    for seconds in ("0", "1000"):
+        out = ["--checkpoint-seconds", seconds, "--out", seconds]
+        codes, said = svdalign(tmp_path, 2, *words, *out)
+        assert codes == [0, 0], said
+        rows.append(measured(tmp_path / seconds))
+    assert rows[0] == rows[1]
+
+
 def test_what_cannot_be_split_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

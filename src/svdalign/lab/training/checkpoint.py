@@ -50,7 +50,6 @@ def resumed(folder: str | Path, changes: Mapping[str, Any]) -> RunConfig:
 
 def save_checkpoint(trainer: Trainer, path: str | Path) -> None:
     """Write ``trainer`` to ``path``, all or nothing; :func:`svdalign.load` reads it too."""
-    trainer.gather()
     extra = {
         "config": dataclasses.asdict(trainer.config),
         "data": trainer.data_fingerprint,

@@ -53,9 +53,14 @@ class Alone:
         together."""
         return contextlib.nullcontext()
 
-    def gather(self, *sums: Tensor) -> None:
-        """Turn sums over this process's share of the batches, in place, into sums over whole
-        batches."""
+    def parts(self, sum_: Tensor) -> Tensor:
+        """A sum over this process's share of the batches as a part of what all have. The mean of
+        the parts is the sum over whole batches."""
+        return sum_
+
+    def own(self, parts: Tensor) -> Tensor:
+        """This process's part; where there were as many processes, the one that it had."""
+        return parts.mean()
 
     def add(self, sums: Tensor) -> Tensor:
         """The sum of ``sums`` over all processes."""
@@ -95,14 +100,18 @@ class Together(Alone):
     def whole(self) -> contextlib.AbstractContextManager[Any]:
         return self._side.whole()
 
-    def gather(self, *sums: Tensor) -> None:
+    def parts(self, sum_: Tensor) -> Tensor:
         with naming(OTHER):
-            for value in sums:
-                if self._layers:  # the last process has the network's output
-                    dist.broadcast(value, self.size - 1)
-                else:
-                    dist.all_reduce(value)
-                    value /= self.size
+            if self._layers:  # the last process has the network's output
+                last = sum_.clone()
+                dist.broadcast(last, self.size - 1)
+                return last
+            found = sum_.new_empty(self.size)
+            dist.all_gather(list(found.unbind()), sum_)
+            return found
+
+    def own(self, parts: Tensor) -> Tensor:
+        return parts[self.rank].clone() if parts.shape == (self.size,) else super().own(parts)
 
     def add(self, sums: Tensor) -> Tensor:
         with naming(OTHER):

@@ -28,12 +28,12 @@ from .averaging import Lookahead
 from .build import (
     augmentation,
     build_learner,
-    use_measured_kernels,
     evaluate,
     evaluate_views,
     example_batch,
     memory_format,
     precision,
+    use_measured_kernels,
 )
 from .config import RunConfig
 from .processes import Alone, Together
@@ -43,15 +43,8 @@ from .schedule import learning_rate_factor
 
 _DIVERGED = 1e4  #: a loss so many times that of a guess is divergence
 
-_STATE = (
-    "epoch",
-    "batch",
-    "seconds",
-    "epoch_seconds",
-    "history",
-    "loss_sum",
-    "accuracy_sum",
-)
+_STATE = ("epoch", "batch", "seconds", "epoch_seconds", "history")
+_SUMS = ("loss_sum", "accuracy_sum")  #: of this process's share of the batches of an epoch
 
 
 _SAMPLES = 9  #: so many of a layer's singular values are kept for each epoch
@@ -98,6 +91,7 @@ class Trainer:
         device = data.train.device
         self.loss_sum = torch.zeros((), device=device)
         self.accuracy_sum = torch.zeros((), device=device)
+        self._parts: dict[str, Tensor] = {}  # of a checkpoint's sums, all processes' own
         # All batches have one size: the rest of an epoch is dropped, other images each time.
         self._drop_last = len(data.train) > config.batch_size
         self.steps_per_epoch = num_batches(data.train, config.batch_size, drop_last=self._drop_last)
@@ -180,6 +174,11 @@ class Trainer:
         x = example_batch(self.config, self.data, self.config.batch_size)
         y = self.data.train.labels[: len(x)]
         self.team = Together(self.config, self.learner, (x, y))
+        self._take_parts()
+
+    def _take_parts(self) -> None:
+        for name, parts in self._parts.items():
+            setattr(self, name, self.team.own(parts))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches that are left of the present epoch, or this process's part of
@@ -223,13 +222,10 @@ class Trainer:
     def finish_epoch(self) -> dict[str, Any]:
         """Close the epoch: cut ranks if it is time to, unless the run has diverged, and evaluate.
         Returns a row of ``history``."""
-        self.gather()
+        for name in _SUMS:
+            setattr(self, name, self.team.parts(getattr(self, name)).mean())
         with self.team.whole():
             return self._finish_epoch()
-
-    def gather(self) -> None:
-        """Make the sums over the epoch so far those of all processes."""
-        self.team.gather(self.loss_sum, self.accuracy_sum)
 
     def _finish_epoch(self) -> dict[str, Any]:
         running, speed = self.running(), self.images_per_second
@@ -273,14 +269,17 @@ class Trainer:
         """All of the trainer's own state, beside the learner's."""
         average = {} if self.lookahead is None else {"average": self.lookahead.average}
         kernels = {"kernels": kernels_of(self.learner.model)}
-        return {name: getattr(self, name) for name in _STATE} | average | kernels
+        # Summed up at each checkpoint, they would depend on when that was.
+        sums = {name: self.team.parts(getattr(self, name)) for name in _SUMS}
+        return {name: getattr(self, name) for name in _STATE} | sums | average | kernels
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
+        device = self.loss_sum.device
         for name in _STATE:
-            value = state[name]
-            device = self.loss_sum.device
-            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+            setattr(self, name, state[name])
+        self._parts = {name: state[name].to(device) for name in _SUMS}
+        self._take_parts()
         if self.lookahead is not None:
             self.lookahead.average = {n: v.to(device) for n, v in state["average"].items()}
         set_kernels(self.learner.model, state.get("kernels", {}))  # not in checkpoints of 0.1.0
