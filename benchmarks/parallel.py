@@ -377,7 +377,10 @@ def main() -> None:
     size = options.processes
     for name in options.nets:
         content = read_json(options.out) or {}
-        rows = content.setdefault("rows", {}).setdefault(f"{name}, {size} processes", {})
+        title = f"{name}, {size} processes"
+        rows = content.setdefault("rows", {}).setdefault(title, {})
+        what = "memory" if options.memory else "speed"
+        content.setdefault("made", {})[f"{title}, {what}"] = provenance("cpu")
         if options.memory:
             for key in options.jobs:
                 found = on_processes("peak", size, name, key)
