@@ -60,19 +60,19 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "bp-dense": Method("BP", "bp", factored=False, lr=1e-2),
+    "bp-dense": Method("BP", "bp", factored=False, lr=1.4e-2),
     "bp": Method("SVD-BP", "bp", lr=1e-2),
     "fa": Method("FA", "fa", lr=5e-3),
-    "sign-symmetric": Method("Sign-symmetric (uSF)", "sign-symmetric", lr=5e-3),
-    "brsf": Method("Sign-symmetric (brSF)", "brsf", lr=5e-3),
+    "sign-symmetric": Method("Sign-symmetric (uSF)", "sign-symmetric", lr=1.4e-2),
+    "brsf": Method("Sign-symmetric (brSF)", "brsf", lr=1e-2),
     "dfa-dense": Method("DFA, dense", "dfa", factored=False, lr=5e-3, options={"grid": 2}),
     "dfa": Method("DFA", "dfa", lr=5e-3, options={"grid": 2}),
     "drtp": Method("DRTP", "drtp", lr=5e-3),
     "ssa-reconstruction": Method("SSA, our reconstruction", "ssa-reconstruction", lr=5e-3),
-    "ssa-output": Method("SSA, output error", "ssa", lr=1e-2, options={"error": "output"}),
+    "ssa-output": Method("SSA, output error", "ssa", lr=1.4e-2, options={"error": "output"}),
     "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
     "ssa-1": Method("SSA, horizon 1", "ssa", lr=1e-2, options={"horizon": 1}),
-    "ssa": Method("SSA, horizon 2", "ssa", lr=1e-2),
+    "ssa": Method("SSA, horizon 2", "ssa", lr=1.4e-2),
     "ssa-dense": Method("SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2),
 }
 

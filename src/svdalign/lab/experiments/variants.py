@@ -48,7 +48,12 @@ class Entry(Variant):
     @property
     def folder(self) -> str:
         """The name as the first part of a folder's name."""
-        return re.sub(r"[^\w.:-]+", "-", self.name)
+        return folder_name(self.name)
+
+
+def folder_name(name: str) -> str:
+    """``name`` as part of a folder's name."""
+    return re.sub(r"[^\w.:-]+", "-", name)
 
 
 def accuracy_of(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

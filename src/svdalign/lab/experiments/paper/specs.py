@@ -382,11 +382,11 @@ def _feedback() -> dict[str, Row]:
     """What brings errors back: transposed weights or their signs, fixed matrices, learned ones."""
     fixed = {"horizon": 0, "learn": False}
     rows = {
-        "ssa-output-fixed": _method("ssa-output", "SSA, output error, fixed B, horizon 0", **fixed),
+        "ssa-output-fixed": _method("ssa-output", "SSA, output error, fixed B", 5e-3, **fixed),
         "ssa-local-target": _method(
-            "ssa-local", "SSA, target error, fixed B", error="target", learn=False
+            "ssa-local", "SSA, target error, fixed B", 5e-3, error="target", learn=False
         ),
-        "ssa-local-fixed": _method("ssa-local", "SSA, local error, fixed B", learn=False),
+        "ssa-local-fixed": _method("ssa-local", "SSA, local error, fixed B", 1e-2, learn=False),
     }
     methods = _methods()
     whole = ("bp", "fa", "sign-symmetric", "brsf", "dfa", "drtp")
