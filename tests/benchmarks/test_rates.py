@@ -11,6 +11,7 @@ import pytest
 
 from svdalign.lab.experiments.paper import specs
 from svdalign.lab.experiments.search import at_edge, best
+from svdalign.lab.experiments.variants import folder_name
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -21,10 +22,15 @@ def read(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("search", "variants"),
-    [("tune_perceptron", specs.PERCEPTRON), ("tune_resnet32", specs.DEEP)],
+    [
+        ("tune_perceptron", specs.PERCEPTRON),
+        ("tune_resnet32", specs.DEEP),
+        ("tune_smallconv", specs.EXPERIMENTS["table1"].variants),
+        ("tune_smallconv", specs.EXPERIMENTS["table4"].variants),
+    ],
 )
-def test_figures_run_at_the_best_rates_of_their_searches(search: str, variants: Any) -> None:
-    accuracies = read(search)["accuracy"]
+def test_what_is_shown_runs_at_the_best_rates_of_its_search(search: str, variants: Any) -> None:
+    accuracies = {folder_name(name): rates for name, rates in read(search)["accuracy"].items()}
     for name, variant in variants.items():
         reached = {float(rate): accuracy for rate, accuracy in accuracies[name].items()}
         assert variant.method.lr == best(reached)
