@@ -3,14 +3,19 @@
     python benchmarks/picture.py
 
 ``docs/overview.svg``: accuracy, and activations held against depth; ``docs/rank.svg``: training
-through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and against memory.
+through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and against memory;
+``docs/front.svg``: accuracy against time and memory, by units and horizon,
+on VGG-8.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from results_table import EQUAL_TIME, label_of
 
 from svdalign.lab.reports import plots
 
@@ -114,8 +119,35 @@ def bench() -> list[plots.Plot]:
     ]
 
 
+def front() -> list[plots.Plot]:
+    """Each choice of units and horizon as a point: its accuracy, against time and peak memory of a
+    step, by SVD-BP's."""
+    rows = [row for row in read("front_vgg8")["summary"] if EQUAL_TIME not in row["method"]]
+    factored = next(row for row in rows if row["of"] == "SVD-BP")
+
+    def against(quantity: str, of: Callable[[dict[str, Any]], float]) -> plots.Plot:
+        points = {
+            label_of(row).replace("SSA, ", "").replace("horizon ", "h"): (
+                of(row) / of(factored), 100 * row["accuracy"], 100 * row["accuracy_std"]
+            )
+            for row in rows
+        }  # fmt: skip
+        return plots.scatter(points, f"{quantity} of a step, × SVD-BP", "test accuracy, %")
+
+    return [against("time", step_seconds), against("peak memory", peak_bytes)]
+
+
+def step_seconds(row: dict[str, Any]) -> float:
+    return float(row["step_seconds"])
+
+
+def peak_bytes(row: dict[str, Any]) -> float:
+    return float(row["memory"]["peak"])
+
+
 def main() -> None:
-    for name, draw in {"overview": overview, "rank": rank, "bench": bench}.items():
+    pictures = {"overview": overview, "rank": rank, "bench": bench, "front": front}
+    for name, draw in pictures.items():
         plots.save(draw(), DOCS / f"{name}.svg")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from svdalign.lab.experiments.paper.draw import experiment_table
 from svdalign.lab.experiments.search import best
+from svdalign.lab.experiments.variants import folder_name
 from svdalign.lab.reports.page import count, number
 from svdalign.lab.reports.tables import break_even_rows, named_settings
 
@@ -121,9 +122,11 @@ def peak_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def searched(results: Results, search: str, method: str) -> float:
-    """The rate that ``search`` chose for ``method``; ValueError where it lies at the edge of what
-    was tried, KeyError where there is no search: then there is no result to put into a table."""
-    accuracies = results[search]["accuracy"]
+    """The rate that ``search`` chose for ``method``, by its name or by what a folder is called
+    after it; ValueError where it lies at the edge of what was tried, KeyError where there is no
+    search: then there is no result to put into a table."""
+    found = results[search]["accuracy"]
+    accuracies = {key: rates for name, rates in found.items() for key in (name, folder_name(name))}
     if method not in accuracies:
         raise KeyError(f"{search} of {method}")
     try:
@@ -135,103 +138,64 @@ def searched(results: Results, search: str, method: str) -> float:
 # --- tables by name -----------------------------------------------------------------------------
 
 
-SEARCHED = {
-    "bp-dense": ("tune_smallconv", "bp-dense"),
-    "bp": ("tune_smallconv", "bp"),
-    "fa": ("tune_smallconv_feedback", "fa"),
-    "dfa": ("tune_smallconv_feedback", "dfa"),
-    "drtp": ("tune_smallconv_feedback", "drtp"),
-    "ssa-output": ("tune_smallconv_output", "ssa-output"),
-    "ssa-local": ("tune_smallconv", "ssa-local"),
-    "ssa-1": ("tune_smallconv", "ssa"),
-    "ssa": ("tune_smallconv", "ssa-2"),
-}  #: method of the comparison: the file of its search, and what it was called there
+def on_smallconv(results: Results, name: str) -> str:
+    """An experiment on SmallConv, whose rows ran at the best rates of one search."""
+    content = results[f"reproduce/{name}"]
+    for row in content["rows"]:
+        check_rate(results, "tune_smallconv", row["variant"], row["config"]["lr"])
+    return of_file(content)
 
 
-def comparison(results: Results) -> str:
-    """Accuracy of each method on both data sets, and what it costs on CIFAR-10."""
-    embedded, cifar = results["embedded"], results["reproduce/table1"]
-    compared = [row for row in embedded["summary"] if row["method"] in SEARCHED]
-    for run in embedded["runs"]:
-        if run["method"] in SEARCHED:
-            check_rate(results, run["method"], run["config"]["lr"])
-    costs = results["profile_smallconv"]
-    on_cifar = {row["label"]: row for row in cifar["rows"]}
-    cost = {row["label"]: row for row in costs["methods"]}
-    share = peak_shares(costs["methods"])
-    rows = [
-        [
-            label := row["label"],
-            accuracy(row),
-            accuracy(on_cifar[label]),
-            f"{on_cifar[label]['parameters']:,}",
-            count(on_cifar[label]["macs"]),
-            f"{share[label]} ×",
-            f"{cost[label]['step_ratio']:.2f} ×",
-        ]
-        for row in compared
-    ]
-    headings = ["method", "Fashion-MNIST part, %", "CIFAR-10 part, %", "parameters", "MACs"]
-    return (
-        f"{markdown([*headings, 'peak memory', 'time per step'], rows)}\n\n"
-        f"SmallConv, 10,000 training images of each, {embedded['config']['epochs']} epochs of "
-        f"28×28 grey and {cifar['rows'][0]['config']['epochs']} epochs of 16×16 colour; test "
-        f"accuracy, mean ± standard deviation over {embedded['config']['seeds']} seeds; every "
-        "method at the learning rate that one search chose for it on held-out images. Parameters, "
-        "multiply-accumulates of an inference, peak memory and time of a step (× BP dense, "
-        f"CPU) are those on CIFAR-10. {source(embedded, cifar, costs)}"
-    )
-
-
-def methods_on_smallconv(results: Results) -> str:
-    """Table 1, of the methods that a search has a rate for."""
-    content = results["reproduce/table1"]
-    rows = [row for row in content["rows"] if row["variant"] in SEARCHED]
-    for row in rows:
-        check_rate(results, row["variant"], row["config"]["lr"])
-    return of_file({**content, "rows": rows})
-
-
-def check_rate(results: Results, method: str, rate: float) -> None:
-    """ValueError where ``method`` did not run at the best rate of its search on SmallConv."""
-    found = searched(results, *SEARCHED[method])
+def check_rate(results: Results, search: str, method: str, rate: float) -> None:
+    """ValueError where ``method`` did not run at the best rate of ``search``."""
+    found = searched(results, search, method)
     if rate != found:
-        raise ValueError(f"{method} ran at {rate:g}, but the best rate of its search is {found:g}")
+        raise ValueError(f"{method} ran at {rate:g}, but the best rate of {search} is {found:g}")
 
 
-def make_compare(results: Results) -> str:
-    """The job of ``make compare`` over three seeds: accuracy, and what a step costs."""
-    content, search = results["compare"], results["tune_compare"]
+EQUAL_TIME = "equal time"  #: a change: as many epochs as SVD-BP's time allows
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """Method and change; backpropagation has no units that could be blocks."""
+    label: str = row["label"]
+    return label.removesuffix(", blocks") if "BP" in row["of"] else label
+
+
+def priced(results: Results, network: str, name: str, search: str) -> str:
+    """A comparison of what methods reach and what a step of each costs against SVD-BP's, each at
+    the best rate of ``search``."""
+    content, tuned = results[name], results[search]
     config, data, summary = content["config"], content["data"], content["summary"]
-    (factored,) = (row for row in summary if row["method"] == "bp")
+    factored = next(row for row in summary if row["of"] == "SVD-BP")
+    rates = {run["method"]: run["config"]["lr"] for run in content["runs"]}
+    for run in content["runs"]:
+        # What is checkpointed learns as it does without; fewer epochs have no search of their own.
+        method = re.sub(f"-checkpointed|, {EQUAL_TIME}", "", run["method"])
+        check_rate(results, search, method, run["config"]["lr"])
     rows = []
     for row in summary:
-        method = row["method"]
-        # A checkpointed network learns as the same one does without.
-        rate = searched(results, "tune_compare", method.removesuffix("-checkpointed"))
-        used = {run["config"]["lr"] for run in content["runs"] if run["method"] == method}
-        if used != {rate}:
-            raise ValueError(f"compare runs {method} at {used}, its search chose {rate:g}")
         peak = row["memory"]["peak"]
         rows.append(
             [
-                row["label"] + own_settings(config, method),
+                label_of(row) + own_settings(config, row["method"]),
                 accuracy(row),
                 f"{peak / 2**20:.1f} MiB",
                 f"{peak / factored['memory']['peak']:.2f} ×",
                 f"{row['step_ratio'] / factored['step_ratio']:.2f} ×",
                 f"{row['parameters']:,}",
-                f"{rate:g}",
+                f"{rates[row['method']]:g}",
             ]
         )
     headings = ["method", "test accuracy, %", "peak memory", "of SVD-BP", "time, of SVD-BP"]
+    images = {"embedded": "Fashion-MNIST", "cifar10": "CIFAR-10"}[config["data"]]
     return (
         f"{markdown([*headings, 'parameters', 'rate'], rows)}\n\n"
-        f"SmallConv at rank {config['rank']:g}, {data['train']:,} images of Fashion-MNIST, "
+        f"{network} at rank {config['rank']:g}, {data['train']:,} images of {images}, "
         f"{config['epochs']} epochs: mean ± standard deviation over {config['seeds']} seeds on "
         f"{data['test']:,} test images. Peak memory and time of a training step, on CPU. Every "
         "method runs at the learning rate that one search chose for it on held-out images. "
-        f"{source(content, search)}"
+        f"{source(content, tuned)}"
     )
 
 
@@ -410,6 +374,8 @@ MUON_LEVERS = {
     "muon-first": "two units: the first convolution, all that follows",
     "muon-frozen": "the same, the first convolution as it began",
     "muon-grid8": "the same, the map read on 8 × 8 cells in place of 4 × 4",
+    "muon-widen64": "the same, the map read through a convolution of twice its channels",
+    "muon-widen128": "the same, of four times its channels",
     "muon-quarter": "the same, the first unit by backpropagation on a quarter of the batch",
     "muon-both": "the same, the first unit by both",
     "muon-two": "three: the first convolution, the rest of its block, all that follows",
@@ -580,7 +546,7 @@ def gib(count: float) -> str:
 
 
 def parallel(results: Results) -> str:
-    """Two processes of one thread each, by network: speed, idle time, memory, bytes sent."""
+    """Processes of one thread each, by network: speed, idle time, memory, bytes sent."""
     content = results["parallel"]
     parts = []
     for name, jobs in content["rows"].items():
@@ -716,9 +682,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "epochs": epochs,
     "step": step,
     "step_two_threads": step_two_threads,
-    "comparison": comparison,
-    "make_compare": make_compare,
-    "reproduce/table1": methods_on_smallconv,
+    "make_compare": partial(priced, network="SmallConv", name="compare", search="tune_compare"),
+    "front_vgg8": partial(
+        priced, network="VGG-8, a quarter as wide,", name="front_vgg8", search="tune_front_vgg8"
+    ),
+    "reproduce/table1": partial(on_smallconv, name="table1"),
+    "reproduce/table4": partial(on_smallconv, name="table4"),
     "memory": memory,
     "bp_floor": bp_floor,
     "break_even": break_even,

@@ -40,7 +40,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     comparison = Comparison(config, folder / "runs")
     size: dict[str, Any] = {"model": "mlp", "width": 0.05, "batch_size": 4, "image_size": 8}
     profiled = Profile(ProfileConfig(**size, estimate=True), folder / "profile").run()
-    timed = ProfileConfig(**size, methods=["bp-dense", "ssa"], seconds=0.02)
     ran: dict[str, Any] = comparison.run()
     experiment = {
         "experiment": "table1", "title": "A title", "shows": "What it shows.", "drawing": "table",
@@ -49,8 +48,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs": 2, "parameters": 1234, "macs": 2e6,
         }],
     }  # fmt: skip
-    same = {"parameters": 1234, "macs": 2e6, "config": {"epochs": 3}}
-    table1 = [{**row, **same} for row in ran["summary"]]
     compact = {
         "parameters": {"ratio": 0.311}, "macs": {"ratio": 0.352},
         "latency": [{"batch": 1, "ratio": 0.5}],
@@ -68,14 +65,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     source = {key: ran[key] for key in ("git", "command", "machine", "status", "torch")}
     for name, content in {
-        "embedded": ran,
-        "reproduce/table1": {**experiment, **source, "rows": table1},
-        "profile_smallconv": Profile(timed, folder / "timed").run(),
+        "compared": ran,
         "profile": profiled,
         "break_even": profiled,
         "experiment": {**experiment, **source},
         "cuts": {**cuts, **source},
-        "tune_smallconv": {"accuracy": {"bp-dense": INSIDE, "ssa-2": INSIDE}},
+        "tune_smallconv": {"accuracy": {"bp-dense": INSIDE, "ssa": INSIDE, "ssa, fixed": INSIDE}},
     }.items():
         path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -87,16 +82,13 @@ def test_tables_come_from_the_files(script: ModuleType, results: Path) -> None:
     text = "".join(
         f"before {name}\n<!-- table:{name} begin -->\nold\n<!-- table:{name} end -->\n"
         f"after {name}\n"
-        for name in ("comparison", "profile", "experiment", "break_even", "cuts")
+        for name in ("profile", "experiment", "break_even", "cuts")
     )
     fresh = script.render(text, script.Results(results, results))
     assert "old" not in fresh
-    for name in ("comparison", "profile", "experiment", "break_even", "cuts"):
+    for name in ("profile", "experiment", "break_even", "cuts"):
         assert f"before {name}\n" in fresh
         assert f"\nafter {name}\n" in fresh
-    accuracy = json.loads((results / "embedded.json").read_text())["summary"][1]["accuracy"]
-    assert f"| SSA, horizon 2 | {100 * accuracy:.1f} ± " in fresh
-    assert "28×28 grey and 3 epochs of 16×16 colour" in " ".join(fresh.split())
     assert "| BP, checkpointed |" in fresh
     assert "| layer | input | full rank | MACs |" in fresh
     assert "| SSA | 50.00% ± 1.00 | 2 | 1,234 | 2.00 M |" in fresh
@@ -116,36 +108,34 @@ def test_a_rate_at_the_edge_of_its_search_is_no_result(
 ) -> None:
     copy = shutil.copytree(results, tmp_path / "results")
     tables = script.Results(copy, copy)
-    assert script.searched(tables, "tune_smallconv", "ssa-2") == 0.01
-    script.comparison(tables)
-    write(copy, tune_smallconv={"accuracy": {"bp-dense": INSIDE, "ssa-2": AT_THE_EDGE}})
+    assert script.searched(tables, "tune_smallconv", "ssa, fixed") == 0.01
+    assert script.searched(tables, "tune_smallconv", "ssa-fixed") == 0.01
+    write(copy, tune_smallconv={"accuracy": {"bp-dense": INSIDE, "ssa": AT_THE_EDGE}})
     with pytest.raises(
-        ValueError, match=r"tune_smallconv of ssa-2: the best rate, 0\.005, lies at the"
+        ValueError, match=r"tune_smallconv of ssa: the best rate, 0\.005, lies at the"
     ):
-        script.comparison(tables)
-    write(copy, tune_smallconv={"accuracy": {"bp-dense": INSIDE}})
-    with pytest.raises(KeyError, match="tune_smallconv of ssa-2"):
-        script.comparison(tables)
+        script.searched(tables, "tune_smallconv", "ssa")
+    with pytest.raises(KeyError, match="tune_smallconv of dfa"):
+        script.searched(tables, "tune_smallconv", "dfa")
 
 
-def test_table_1_shows_what_ran_at_the_best_rate_of_a_search(
+def test_an_experiment_on_smallconv_ran_at_the_best_rates_of_the_search(
     script: ModuleType, results: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(results, tmp_path / "results")
     experiment = json.loads((copy / "experiment.json").read_text())
-    found, unsearched = (
-        {**experiment["rows"][0], "variant": variant, "label": label, "config": {"lr": 0.01}}
-        for variant, label in (("bp-dense", "BP"), ("ssa-dense", "SSA, dense"))
-    )
-    write(copy / "reproduce", table1={**experiment, "rows": [found, unsearched]})
+    row = {**experiment["rows"][0], "variant": "bp-dense", "label": "BP"}
+
+    def run_at(rate: float) -> None:
+        rows = [{**row, "config": {"lr": rate}}]
+        write(copy / "reproduce", table1={**experiment, "rows": rows})
+
     tables = script.Results(copy, copy)
-    table = script.methods_on_smallconv(tables)
-    assert "| BP | 50.00%" in table
-    assert "SSA, dense" not in table
-    found["config"]["lr"] = 0.005
-    write(copy / "reproduce", table1={**experiment, "rows": [found]})
+    run_at(0.01)
+    assert "| BP | 50.00%" in script.on_smallconv(tables, "table1")
+    run_at(0.005)
     with pytest.raises(ValueError, match=r"bp-dense ran at 0\.005, but the best rate .* is 0\.01"):
-        script.methods_on_smallconv(tables)
+        script.on_smallconv(tables, "table1")
 
 
 def test_runs_of_the_bench_are_a_table_by_method(script: ModuleType, tmp_path: Path) -> None:
@@ -226,7 +216,7 @@ def test_the_tables_of_this_checkout_are_up_to_date(script: ModuleType) -> None:
 def test_make_compare_runs_at_the_rates_of_its_search(
     script: ModuleType, results: Path, tmp_path: Path
 ) -> None:
-    content = json.loads((results / "embedded.json").read_text())
+    content = json.loads((results / "compared.json").read_text())
     content["runs"] += [{**run, "method": "bp"} for run in content["runs"][:1]]
     content["summary"].append({**content["summary"][0], "method": "bp", "label": "SVD-BP"})
     for run in content["runs"]:
@@ -235,12 +225,14 @@ def test_make_compare_runs_at_the_rates_of_its_search(
     search = {**made, "accuracy": dict.fromkeys(("bp-dense", "bp", "ssa"), INSIDE)}
     write(tmp_path, compare=content, tune_compare=search)
     tables = script.Results(tmp_path, tmp_path)
-    table = script.make_compare(tables)
+    table = script.TABLES["make_compare"](tables)
     reached = 100 * content["summary"][1]["accuracy"]
     assert f"| SSA, horizon 2 | {reached:.1f} ± " in table
     assert table.count("| 0.01 |") == 3
     search["accuracy"]["ssa"] = {"0.01": 0.5, "0.02": 0.7, "0.04": 0.6}
     write(tmp_path, tune_compare=search)
     tables = script.Results(tmp_path, tmp_path)
-    with pytest.raises(ValueError, match=r"compare runs ssa at \{0.01\}, its search chose 0.02"):
-        script.make_compare(tables)
+    with pytest.raises(
+        ValueError, match=r"ssa ran at 0\.01, but the best rate of tune_compare is 0\.02"
+    ):
+        script.TABLES["make_compare"](tables)

@@ -206,16 +206,6 @@ _NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def _step_costs() -> dict[str, ProfileConfig]:
-    """Profiles of every method on large networks, computed without running."""
-    large = {"ResNet-50": "resnet50", "ResNet-101": "resnet101", "ViT-B/16": "vit_b16",
-             "ViT-L/16": "vit_l16"}  # fmt: skip
-    return {
-        label: ProfileConfig(model=model, rank=0.25, estimate=True, **_LARGE)
-        for label, model in large.items()
-    }
-
-
 # --- tables -------------------------------------------------------------------------------------
 
 
@@ -595,22 +585,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Accuracy against rank",
         "Test accuracy at fixed ranks, and the ranks of a run that cuts them while it trains.",
         "ranks", _SMALLCONV, _ranks(),
-    ),
-    "step-costs": Experiment(
-        "Memory and arithmetic of a training step",
-        "Of large networks, worked out without running them: 224 pixels, 1000 classes and 256 "
-        "images a step, rank 1/4.",
-        "costs",
-        costs={
-            "smoke": {
-                "VGG-8": ProfileConfig(
-                    model="vgg8", width=0.125, image_size=16, batch_size=16, units="layer",
-                    rank=1 / 3, estimate=True,
-                )
-            },
-            "cpu": _step_costs(),
-            "full": _step_costs(),
-        },
     ),
     "terms": Experiment(
         "Loss terms, at half of full rank",
