@@ -4,7 +4,7 @@
 
 ``docs/overview.svg``: accuracy, and activations held against depth; ``docs/rank.svg``: training
 through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and against memory;
-``docs/front.svg``: accuracy against time and memory, by units and horizon,
+``docs/front.svg``: accuracy against time and memory by units and horizon
 on VGG-8.
 """
 
@@ -22,7 +22,10 @@ from svdalign.lab.reports import plots
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FIXED = "#c77f2a"  #: rules with fixed feedback
-COLOURS = {"BP": "#5b6675", "DFA": FIXED, "FA": FIXED, "DRTP": FIXED, "SSA": "#2f6fb3"}
+COLOURS = {
+    **{"BP": "#5b6675", "SSA": "#2f6fb3", "Sign": "#8a6fd1"},
+    **dict.fromkeys(("DFA", "FA", "DRTP"), FIXED),
+}
 
 #: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of
 #: ``profile_airbench_bf16.json``.
