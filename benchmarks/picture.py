@@ -23,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FIXED = "#c77f2a"  #: rules with fixed feedback
 COLOURS = {
-    **{"BP": "#5b6675", "SSA": "#2f6fb3", "Sign": "#8a6fd1"},
+    "BP": "#5b6675",
+    "SSA": "#2f6fb3",
+    "Sign": "#8a6fd1",
     **dict.fromkeys(("DFA", "FA", "DRTP"), FIXED),
 }
 
