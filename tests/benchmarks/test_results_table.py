@@ -130,6 +130,7 @@ def test_an_experiment_on_smallconv_ran_at_the_best_rates_of_the_search(
         rows = [{**row, "config": {"lr": rate}}]
         write(copy / "reproduce", table1={**experiment, "rows": rows})
 
+    (copy / "reproduce").mkdir()
     tables = script.Results(copy, copy)
     run_at(0.01)
     assert "| BP | 50.00%" in script.on_smallconv(tables, "table1")
@@ -218,7 +219,8 @@ def test_make_compare_runs_at_the_rates_of_its_search(
 ) -> None:
     content = json.loads((results / "compared.json").read_text())
     content["runs"] += [{**run, "method": "bp"} for run in content["runs"][:1]]
-    content["summary"].append({**content["summary"][0], "method": "bp", "label": "SVD-BP"})
+    factored = {"method": "bp", "label": "SVD-BP", "of": "SVD-BP"}
+    content["summary"].append({**content["summary"][0], **factored})
     for run in content["runs"]:
         run["config"]["lr"] = 0.01
     made = {key: content[key] for key in ("git", "command", "machine", "torch")}

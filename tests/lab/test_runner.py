@@ -21,6 +21,7 @@ from tests.oracles.states import same, timeless
 from svdalign import storage
 from svdalign.lab.cli import main
 from svdalign.lab.experiments import CompareConfig, Comparison
+from svdalign.lab.methods import METHODS
 from svdalign.lab.runner import Run, Sweep
 from svdalign.lab.training import Record, RunConfig
 from svdalign.lab.training import run as training
@@ -160,7 +161,7 @@ def test_the_same_command_goes_on(
     before = Path("k/checkpoint.safetensors").read_bytes()
     assert main([*WORDS, "--out", "k", "--lr", "0.5"]) == 2
     error = capsys.readouterr().err
-    assert "another config (lr 0.01 there, 0.5 here)" in error
+    assert f"another config (lr {METHODS['ssa'].lr} there, 0.5 here)" in error
     assert "--resume k" in error
     assert "--overwrite" in error
     assert Path("k/checkpoint.safetensors").read_bytes() == before

@@ -70,7 +70,7 @@ def test_settings_are_of_one_method_alone() -> None:
     [
         ({"ssa": {"units": 3}}, "settings names ssa, but the methods are bp, dfa"),
         ({"dfa": 3}, "settings of dfa must be {field: value}, got 3"),
-        ({"dfa": {"fuse": "maybe"}}, "fuse must be true or false, got 'maybe'"),
+        ({"dfa": {"fuse": "maybe"}}, "fuse must be true, false or measured, got 'maybe'"),
         ({"dfa": {"unit": 3}}, "settings of dfa name unit; a run has .*units"),
         ({"dfa": {"width": -1}}, "width must be above 0, got -1"),
     ],
