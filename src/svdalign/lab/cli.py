@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jsonargparse import set_parsing_settings
 
+from .. import _interrupt
 from ._named import did_you_mean
 from .arguments import Parser, UsageError, parse
 from .terminal import Terminal, close_streams, prepare_streams
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, commands = _parsers(words)
     called = commands.get(words[0])
     program = called.prog if called else "svdalign"
+    _interrupt.imported()
     try:
         return _run(words, parser, called)
     except UsageError as error:
