@@ -360,11 +360,9 @@ def _terms() -> dict[str, Row]:
     return rows
 
 
-# The methods of the tables on SmallConv run at the best of the rates that
-# benchmarks/configs/search.yaml tried for each.
-
-
 def _methods() -> dict[str, Row]:
+    """Every method on SmallConv, at the best of the rates that benchmarks/configs/search.yaml tried
+    for it."""
     return {name: Row(method, _OWN.get(name, {})) for name, method in METHODS.items()}
 
 
