@@ -25,7 +25,7 @@ from svdalign.lab import models
 from svdalign.lab.experiments.profile import Profile, ProfileConfig
 from svdalign.lab.training.provenance import provenance
 
-METHODS = ["bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "ssa-local"]
+METHODS = ["bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed", "ssa"]
 SIZE, CLASSES = 224, 1000
 
 

@@ -34,7 +34,7 @@ COLOURS = {
 BENCH = {
     "bp-dense": ("BP", "bp-dense"),
     "bp-muon": ("SVD-BP", "bp"),
-    "ssa-first-muon": ("SSA, two units", "ssa-local"),
+    "ssa-first-muon": ("SSA, two units", "ssa"),
 }
 
 

@@ -141,7 +141,7 @@ def train(folder: str, steps: int = 6) -> dict[str, Any]:
     """ResNet-18 on a stream, in this process and one worker."""
     options = {"data": "folder", "data_dir": folder, "stream": True, "workers": 1, "threads": 1}
     config = RunConfig(
-        **options, image_size=224, model="resnet18", rank=0.25, rule="ssa-local", batch_size=32,
+        **options, image_size=224, model="resnet18", rank=0.25, rule="ssa", batch_size=32,
         augment=["crop", "flip"],
     )  # fmt: skip
     prepare_machine(config)

@@ -229,7 +229,7 @@ def test_make_compare_runs_at_the_rates_of_its_search(
     tables = script.Results(tmp_path, tmp_path)
     table = script.TABLES["make_compare"](tables)
     reached = 100 * content["summary"][1]["accuracy"]
-    assert f"| SSA, horizon 2 | {reached:.1f} ± " in table
+    assert f"| SSA, horizon 0 | {reached:.1f} ± " in table
     assert table.count("| 0.01 |") == 3
     search["accuracy"]["ssa"] = {"0.01": 0.5, "0.02": 0.7, "0.04": 0.6}
     write(tmp_path, tune_compare=search)

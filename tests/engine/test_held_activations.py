@@ -95,7 +95,7 @@ def test_backpropagation_holds_the_depth(name: str) -> None:
     assert held(name, 32, "dfa", 0) < bytes_held[-1] / 10
 
 
-@pytest.mark.parametrize("rule", ["ssa-local", "dfa"])
+@pytest.mark.parametrize("rule", ["ssa", "dfa"])
 def test_live_tensors_at_the_peak_do_not_grow_with_depth(rule: str) -> None:
     """Not only what autograd saves: nothing of a unit may outlive it."""
 

@@ -501,8 +501,8 @@ def test_a_learner_teaches_a_model_in_half_precision(rule: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["smallconv", "vgg8", "resnet20"])
-@pytest.mark.parametrize("rule", ["ssa", "ssa-local", "dfa", "bp"])
-def test_a_learner_takes_the_same_step(name: str, rule: str) -> None:
+@pytest.mark.parametrize("rule", ["ssa", sva.rules.SSA(horizon=2), "dfa", "bp"], ids=str)
+def test_a_learner_takes_the_same_step(name: str, rule: str | sva.rules.Rule) -> None:
     torch.manual_seed(0)
     net = models.build(name, num_classes=3, image_size=8, width=0.2).double()
     x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3

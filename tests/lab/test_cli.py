@@ -159,7 +159,7 @@ def test_accuracy_on_held_out_images_is_called_so(capsys: pytest.CaptureFixture[
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *TINY, "--rules", "bp", "ssa", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
-    for part in ("SVD-BP", "SSA, horizon 2", "±", "MiB", "report: runs/compare-001/report.html"):
+    for part in ("SVD-BP", "SSA, horizon 0", "±", "MiB", "report: runs/compare-001/report.html"):
         assert part in out
     results = json.loads(Path("runs/compare-001/results.json").read_text())
     assert len(results["runs"]) == 4

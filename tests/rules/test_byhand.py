@@ -133,7 +133,7 @@ def test_feedback_alignment_keeps_its_weights_fixed() -> None:
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_local_error_without_alignment(factored: bool) -> None:
-    rule = replace(rules.get("ssa-local"), alpha=0.0)
+    rule = replace(rules.get("ssa"), alpha=0.0)
     learner, model, x, y = setup(rule, factored)
     feedback = [
         [X.detach().numpy().copy() for X in (f.U, f.s, f.V)] for f in learner.feedback.values()

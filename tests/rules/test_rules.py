@@ -20,7 +20,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def test_names() -> None:
     names = ["bp", "brsf", "dfa", "drtp", "fa", "sign-symmetric"]
-    assert rules.available() == [*names, "ssa", "ssa-local", "ssa-reconstruction"]
+    assert rules.available() == [*names, "ssa", "ssa-reconstruction"]
     for name in rules.available():
         assert rules.get(name).name == name
 

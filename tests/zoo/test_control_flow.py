@@ -52,12 +52,12 @@ def test_tied_weights_learn_from_each_unit_they_serve() -> None:
     b.weight = a.weight
     model = nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), nn.Linear(D, C))
     x, y = batch()
-    tied = learner(model, x, "ssa-local")
+    tied = learner(model, x)
     untied_model = nn.Sequential(
         nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C)
     )
     untied_model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
-    untied = learner(untied_model, x, "ssa-local")
+    untied = learner(untied_model, x)
     g, h = tied.gradients(x, y), untied.gradients(x, y)
     torch.testing.assert_close(g["0.weight"], h["0.weight"] + h["2.weight"])
 
@@ -70,7 +70,7 @@ def test_a_module_called_again_ends_a_unit_each_time() -> None:
 
     model = Net(run, body=linear_relu(), head=nn.Linear(D, C))
     x, y = batch()
-    local = learner(model, x, "ssa-local")
+    local = learner(model, x)
     assert [u.name for u in local.units[:-1]] == ["body.0", "body.0#1", "body.0#2"]
     for unit in local.units[:-1]:
         assert set(unit.parameters) == {"body.0.weight", "body.0.bias"}
@@ -159,9 +159,9 @@ def test_an_early_exit_teaches_the_head_it_takes() -> None:
 # --- frozen ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["ssa", "ssa-local", "dfa", "bp"])
+@pytest.mark.parametrize("rule", ["ssa", sva.rules.SSA(horizon=2), "dfa", "bp"], ids=str)
 @pytest.mark.parametrize("frozen", ["0", "2", "4"])
-def test_frozen_units_stay_and_the_others_learn(rule: str, frozen: str) -> None:
+def test_frozen_units_stay_and_the_others_learn(rule: str | sva.rules.Rule, frozen: str) -> None:
     def net() -> nn.Module:
         return nn.Sequential(
             nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, C)
@@ -318,7 +318,7 @@ def test_tokens_as_samples() -> None:
 
     model = Net(run, body=linear_relu(), head=nn.Linear(D, C))
     x, y = torch.randn(B, 5, D), torch.randint(0, C, (B * 5,))
-    local = learner(model, x, "ssa-local")
+    local = learner(model, x)
     assert local.units[0].features[0].shape == (10, D)
     assert torch.isfinite(local.step(x, y).loss)
 

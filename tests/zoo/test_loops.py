@@ -20,7 +20,7 @@ from svdalign.factors import FactoredLayer
 from svdalign.factors.stiefel import orthogonality_error
 from svdalign.rules import Rule
 
-RULES = ["ssa", "ssa-local", "ssa-reconstruction", "dfa", "bp"]
+RULES = ["ssa", sva.rules.SSA(horizon=2), "ssa-reconstruction", "dfa", "bp"]
 
 
 def net(dropout: float = 0.0, norm: bool = True) -> nn.Module:
@@ -40,7 +40,7 @@ def learner(model: nn.Module, x: Tensor, rule: str | Rule = "ssa", **options: An
     )
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_accumulated_batches_are_their_mean(rule: str, fashion: tuple[Tensor, Tensor]) -> None:
     x, y = fashion
     local = learner(sva.factorize(net(norm=False)), x, rule)
@@ -91,7 +91,7 @@ BFLOAT16 = [precision("cpu", torch.bfloat16), precision("cuda", torch.bfloat16)]
 FLOAT16 = [precision("cpu", torch.float16), precision("cuda", torch.float16)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BFLOAT16)
 def test_autocast_gives_the_gradients_roughly(
     rule: str, device: str, dtype: torch.dtype, fashion: tuple[Tensor, Tensor]
@@ -108,7 +108,7 @@ def test_autocast_gives_the_gradients_roughly(
         assert off < 0.25, name
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), BFLOAT16)
 def test_autocast_around_whole_steps_learns_and_keeps_weights_exact(
     rule: str, device: str, dtype: torch.dtype, fashion: tuple[Tensor, Tensor]
@@ -126,7 +126,7 @@ def test_autocast_around_whole_steps_learns_and_keeps_weights_exact(
             assert orthogonality_error(module.V) < 1e-4
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), FLOAT16)
 def test_grad_scaler_keeps_small_gradients(
     rule: str, device: str, dtype: torch.dtype, fashion: tuple[Tensor, Tensor]

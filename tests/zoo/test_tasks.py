@@ -16,7 +16,7 @@ from svdalign import rules
 from svdalign.rules import SSA, Supervision, UnitSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-RULES = ["ssa", "ssa-local", "ssa-reconstruction", "dfa", "drtp"]
+RULES = ["ssa", SSA(horizon=2), "ssa-reconstruction", "dfa", "drtp"]
 B = 32
 
 
@@ -71,7 +71,7 @@ def soft_labels(x: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, Tensor, Loss]:
 TASKS = [several_labels, brightness, brightness_flat, masks, letters, soft_labels]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_custom_loss_is_learned(
     task: Callable[..., tuple[nn.Module, Tensor, Tensor, Loss]],

@@ -69,11 +69,15 @@ METHODS: dict[str, Method] = {
     "dfa": Method("DFA", "dfa", lr=5e-3, options={"grid": 2}),
     "drtp": Method("DRTP", "drtp", lr=5e-3),
     "ssa-reconstruction": Method("SSA, our reconstruction", "ssa-reconstruction", lr=5e-3),
-    "ssa-output": Method("SSA, output error", "ssa", lr=1.4e-2, options={"error": "output"}),
-    "ssa-local": Method("SSA, horizon 0", "ssa-local", lr=1e-2),
+    "ssa": Method("SSA, horizon 0", "ssa", lr=1e-2),
     "ssa-1": Method("SSA, horizon 1", "ssa", lr=1e-2, options={"horizon": 1}),
-    "ssa": Method("SSA, horizon 2", "ssa", lr=1.4e-2),
-    "ssa-dense": Method("SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2),
+    "ssa-2": Method("SSA, horizon 2", "ssa", lr=1.4e-2, options={"horizon": 2}),
+    "ssa-output": Method(
+        "SSA, output error", "ssa", lr=1.4e-2, options={"horizon": 2, "error": "output"}
+    ),
+    "ssa-2-dense": Method(
+        "SSA, horizon 2, dense", "ssa", factored=False, lr=2e-2, options={"horizon": 2}
+    ),
 }
 
 DEFAULT = ["bp-dense", "bp", "dfa", "ssa"]  #: what a comparison takes unless told otherwise

@@ -44,7 +44,7 @@ class SSA(Rule):
     """
 
     name: str = "ssa"
-    horizon: int | None = 2
+    horizon: int | None = 0
     error: ErrorSource = "local"
     alpha: float = 4.0
     alignment: Alignment = "similarity"
@@ -109,5 +109,3 @@ class SSA(Rule):
         """The grid that a unit's maps are pooled onto for ``feedback``."""
         return None if self.grid is None else feedback.fineness * self.grid
 
-
-register(SSA(name="ssa-local", horizon=0))

@@ -112,7 +112,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count('role="img"') == 9  # spectra of the one with factors among them
     assert "SVD-BP" not in page
-    assert "SSA, horizon 2" in page
+    assert "SSA, horizon 0" in page
     assert 'name="viewport"' in page
     for outside in ("<script ", "<link", "<img", "@import", "url(http"):
         assert outside not in page
@@ -121,7 +121,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
 def test_what_one_method_has_for_itself_is_told_with_the_results(tmp_path: Path) -> None:
     settings = {"ssa": {"factor_classifier": True, "epochs": 1, "options": {"alpha": 2.0}}}
     results = compare(tmp_path, settings=settings)
-    table, told = io.StringIO(), "SSA, horizon 2: factor_classifier, epochs 1, alpha 2.0"
+    table, told = io.StringIO(), "SSA, horizon 0: factor_classifier, epochs 1, alpha 2.0"
     Console(file=table, width=100).print(comparison_table(results))
     assert told in table.getvalue()
     assert told in (tmp_path / "report.html").read_text()
@@ -214,14 +214,14 @@ def test_a_comparison_of_changes_names_them_and_goes_on(tmp_path: Path) -> None:
     assert part["status"] == "interrupted"
     results = compare(tmp_path, **changes)
     assert [(row["of"], row["change"], row["runs"]) for row in results["summary"]] == [
-        ("BP", "as it is", 1), ("SSA, horizon 2", "as it is", 1),
-        ("SSA, horizon 2", "half the rank", 1), ("SSA, horizon 2", "slow", 1),
+        ("BP", "as it is", 1), ("SSA, horizon 0", "as it is", 1),
+        ("SSA, horizon 0", "half the rank", 1), ("SSA, horizon 0", "slow", 1),
     ]  # fmt: skip
     ranks = [max(run["history"][-1]["ranks"].values()) for run in results["runs"][1:]]
     assert ranks[0] == 2 * ranks[1] == ranks[2]
     assert results["runs"][2]["config"]["rank"] == 0.25
     assert (tmp_path / "ssa-half-the-rank-seed0" / "results.json").exists()
-    assert "SSA, horizon 2, slow" in (tmp_path / "report.html").read_text()
+    assert "SSA, horizon 0, slow" in (tmp_path / "report.html").read_text()
     assert Comparison(CompareConfig(**{**TINY, **changes}), tmp_path).pending == 0
 
 

@@ -22,7 +22,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 def test_a_profile_end_to_end(tmp_path: Path) -> None:
     plain = ["bp-dense", "bp", "ssa"]
-    methods = [*plain, "ssa-local", "ssa-1", *(f"{name}-checkpointed" for name in plain)]
+    methods = [*plain, "ssa-1", "ssa-2", *(f"{name}-checkpointed" for name in plain)]
     own = {"ssa": {"options": {"alpha": 2.0}}}
     results = Profile(ProfileConfig(**TINY, methods=methods, settings=own), tmp_path).run()
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -33,7 +33,7 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
         assert row["estimated_memory"]["peak"] == pytest.approx(row["memory"]["peak"], rel=0.05)
         assert row["step_seconds"] > 0
         assert row["latency_ratio"] > 0
-    dense, local = rows["bp-dense"], rows["ssa-local"]
+    dense, local = rows["bp-dense"], rows["ssa"]
     checkpointed = rows["bp-dense-checkpointed"]
     assert (dense["step_ratio"], dense["latency_ratio"]) == (1.0, 1.0)
     assert checkpointed["memory"]["activations"] < dense["memory"]["activations"]
@@ -44,7 +44,7 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
         assert again["step_macs"] > once["step_macs"]
     once_more = dense["step_macs"] + 16 * dense["macs"]
     assert dense["step_macs"] < checkpointed["step_macs"] < once_more
-    assert local["memory"]["activations"] < rows["ssa"]["memory"]["activations"]
+    assert local["memory"]["activations"] < rows["ssa-2"]["memory"]["activations"]
     assert local["step_macs"] < rows["bp"]["step_macs"] < dense["step_macs"]
     table = io.StringIO()
     Console(file=table, width=80).print(profile_table(results))
@@ -52,7 +52,7 @@ def test_a_profile_end_to_end(tmp_path: Path) -> None:
     assert all(set(cell.split()) <= shown for row in profile_rows(results) for cell in row)
     page = (tmp_path / "report.html").read_text()
     for text in (table.getvalue(), page):
-        assert "SSA, horizon 2: alpha 2.0" in text
+        assert "SSA, horizon 0: alpha 2.0" in text
     assert page.count('role="img"') == 2
     assert "peak (MiB)" in page
 
@@ -85,7 +85,7 @@ def test_half_precision_holds_little_more_than_half(tmp_path: Path) -> None:
 
 def test_an_estimate_runs_nothing(tmp_path: Path) -> None:
     big = {**TINY, "width": 8.0, "image_size": 64, "batch_size": 32768, "estimate": True}
-    results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa-local"]), tmp_path).run()
+    results = Profile(ProfileConfig(**big, methods=["bp-dense", "ssa"]), tmp_path).run()
     dense, local = results["methods"]
     assert dense["memory"]["peak"] > 2**39
     assert local["memory"]["activations"] < dense["memory"]["activations"]

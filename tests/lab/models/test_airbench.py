@@ -82,8 +82,8 @@ def test_units(units: str | int | list[str], number: int) -> None:
 
 def test_costs_are_worked_out_without_images(tmp_path: Path) -> None:
     config = ProfileConfig(
-        model="airbench", width=0.25, batch_size=4, methods=["bp-dense", "ssa-local"], estimate=True
+        model="airbench", width=0.25, batch_size=4, methods=["bp-dense", "ssa"], estimate=True
     )
     found = {row["method"]: row for row in Profile(config, tmp_path).run()["methods"]}
     peaks = {method: row["memory"]["peak"] for method, row in found.items()}
-    assert 0 < peaks["ssa-local"] < peaks["bp-dense"]
+    assert 0 < peaks["ssa"] < peaks["bp-dense"]

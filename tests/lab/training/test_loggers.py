@@ -50,7 +50,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def train(folder: Path, steps: int | None = None, **changes: Any) -> dict[str, Any]:
     """Train for so many steps, or to the end."""
     asked = iter(range(10**6))
-    config = RunConfig(rule="ssa-local", **{**TINY, **changes})
+    config = RunConfig(rule="ssa", **{**TINY, **changes})
     sweep = Sweep(folder, [Run("", config, "a run")])
     sweep.check()
     return sweep.run(stop=lambda: steps is not None and next(asked) >= steps)[""]
@@ -85,7 +85,7 @@ def test_wandb_is_called_as_its_documentation_says(
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     results = train(tmp_path, logger="wandb")
     epochs = [("log", (row["epoch"], row["loss"])) for row in results["history"]]
-    first = ("init", ("svdalign", "a run", str(tmp_path), "ssa-local"))
+    first = ("init", ("svdalign", "a run", str(tmp_path), "ssa"))
     assert calls == [first, *epochs, ("finish", 0)]
 
 

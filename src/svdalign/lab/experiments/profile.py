@@ -56,7 +56,7 @@ from .costs import Step
 #: with both at once.
 _DEFAULT = [
     *("bp-dense", "bp-dense-checkpointed", "bp", "bp-checkpointed"),
-    *("dfa", "ssa-local", "ssa-1", "ssa", "ssa-checkpointed"),
+    *("dfa", "ssa", "ssa-1", "ssa-2", "ssa-checkpointed"),
 ]
 
 

@@ -121,7 +121,7 @@ _RECONSTRUCTION: Mapping[str, Any] = {"scheme": "spatial", "units": "layer", "re
 # --- figures ------------------------------------------------------------------------------------
 
 # Of each method the best of five, by benchmarks/configs/perceptron_search.yaml.
-_MLP_RATES = {"bp-dense": 1.7e-3, "dfa-dense": 1.7e-3, "ssa-reconstruction": 3e-3, "ssa": 1e-2}
+_MLP_RATES = {"bp-dense": 1.7e-3, "dfa-dense": 1.7e-3, "ssa-reconstruction": 3e-3, "ssa-2": 1e-2}
 # Of each method the best of six, by benchmarks/configs/resnet32_search.yaml.
 _RESNET32_RATES = {"ssa-reconstruction": 5.7e-3, "dfa-dense": 0.03, "bp-dense": 1.7e-2}
 
@@ -139,7 +139,7 @@ def _searched(rates: Mapping[str, float]) -> dict[str, Row]:
 
 PERCEPTRON, DEEP = _searched(_MLP_RATES), _searched(_RESNET32_RATES)
 
-_ANGLES = {name: Row(METHODS[name]) for name in ("dfa", "ssa-output", "ssa-local", "ssa-1", "ssa")}
+_ANGLES = {name: Row(METHODS[name]) for name in ("dfa", "ssa-output", "ssa", "ssa-1", "ssa-2")}
 
 
 def _drift() -> dict[str, Row]:
@@ -166,14 +166,14 @@ _SHRINKING = {"rank_energy": 0.95, "rank_ratio": 0.8, "rank_min": 4}
 def _ranks() -> dict[str, Row]:
     variants = {
         f"{name}-{rank:g}": Row(METHODS[name], {"rank": rank}, curve=METHODS[name].label, x=rank)
-        for name in ("bp", "dfa", "ssa")
+        for name in ("bp", "dfa", "ssa-2")
         for rank in (0.1, 0.2, 0.35, 0.5, 0.75)
     }
-    shrinking = _method("ssa", f"{METHODS['ssa'].label}, rank reduced while training")
+    shrinking = _method("ssa-2", f"{METHODS['ssa-2'].label}, rank reduced while training")
     return {**variants, "ssa-shrinking": Row(shrinking, _SHRINKING, curve=shrinking.label)}
 
 
-_COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa"]
+_COSTS = ["bp-dense", "bp-dense-checkpointed", "bp", "dfa-dense", "ssa-reconstruction", "ssa-2"]
 
 #: The skips of a transformer start inside its first layer, so that its layers cannot be units.
 _UNITS = {"ViT-B/16, 224 px": {"units": "block"}}
@@ -215,12 +215,12 @@ def _deeper() -> dict[str, Row]:
         "CIFAR-100": {"data": "cifar100"},
         "image folder": {"data": "folder", "image_size": 32},
     }
-    names = ("bp-dense", "bp", "dfa", "ssa-local", "ssa-1", "ssa")
+    names = ("bp-dense", "bp", "dfa", "ssa", "ssa-1", "ssa-2")
     methods: dict[str, tuple[Method, dict[str, Any]]] = {
         name: (METHODS[name], {}) for name in names
     }
     # Early blocks of a residual network are too narrow to be taught one by one.
-    larger = _method("ssa", f"{METHODS['ssa'].label}, units of 3 blocks")
+    larger = _method("ssa-2", f"{METHODS['ssa-2'].label}, units of 3 blocks")
     return {
         f"{model}-{changes.get('data', 'cifar10')}-{name}": Row(
             method, {"model": model, **changes, **units}, f"{label}, {where}", smoke=not changes
@@ -266,7 +266,7 @@ def _ablation() -> dict[str, Row]:
         f"{model}-{name}-{key}": Row(
             _method(name, label, rate, **options),
             {**_OWN.get(name, {}), "model": model, "rank": _LOW_RANK, **changes},
-            f"{network}, {'our recipe' if name == 'ssa' else 'our reconstruction'}",
+            f"{network}, {'our recipe' if name == 'ssa-2' else 'our reconstruction'}",
             smoke=model == "mlp",
         )
         for network, model in (("3-layer MLP", "mlp"), ("SmallConv", "smallconv"))
@@ -279,7 +279,7 @@ def _terms_of(
 ) -> list[tuple[str, str, str, float, dict[str, Any], dict[str, Any]]]:
     """Key, method, label, rate, options and changes of the job of each row of table 3. What has no
     search of its own runs at the rate of the whole loss; without orthogonality, at that of this."""
-    theirs, ours = "ssa-reconstruction", "ssa"
+    theirs, ours = "ssa-reconstruction", "ssa-2"
     (rate, alpha), (own, weight) = found["against-error"], found["ours"]
     none, loose, cut = found["none"], found["loose"], found["cut"]
     whole = {"alpha": alpha}
@@ -337,7 +337,7 @@ def _terms() -> dict[str, Row]:
     as_dfa: dict[str, Any] = {"error": "output", "learn": False, "horizon": 0}
     as_dfa |= METHODS["dfa"].options
     methods = {
-        "ssa": {key: _method("ssa", label, **options) for key, (label, options) in ssa.items()},
+        "ssa-2": {key: _method("ssa-2", label, **options) for key, (label, options) in ssa.items()},
         "dfa": {
             "task": _method("dfa", "task"),
             "similarity": _method("ssa-output", "task + similarity", METHODS["dfa"].lr, **as_dfa),
@@ -371,17 +371,17 @@ def _feedback() -> dict[str, Row]:
     fixed = {"horizon": 0, "learn": False}
     rows = {
         "ssa-output-fixed": _method("ssa-output", "SSA, output error, fixed B", 5e-3, **fixed),
-        "ssa-local-target": _method(
-            "ssa-local", "SSA, target error, fixed B", 5e-3, error="target", learn=False
+        "ssa-target": _method(
+            "ssa", "SSA, target error, fixed B", 5e-3, error="target", learn=False
         ),
-        "ssa-local-fixed": _method("ssa-local", "SSA, local error, fixed B", 1e-2, learn=False),
+        "ssa-fixed": _method("ssa", "SSA, local error, fixed B", 1e-2, learn=False),
     }
     methods = _methods()
     whole = ("bp", "fa", "sign-symmetric", "brsf", "dfa", "drtp")
     return {
         **{name: methods[name] for name in whole},
         **{name: Row(method) for name, method in rows.items()},
-        **{name: methods[name] for name in ("ssa-local", "ssa-1", "ssa")},
+        **{name: methods[name] for name in ("ssa", "ssa-1", "ssa-2")},
     }
 
 
@@ -389,8 +389,8 @@ def _feedback() -> dict[str, Row]:
 
 _RATES, _ALPHAS = (3e-3, 1e-2, 3e-2), (1.25, 4.0, 12.5)
 
-#: By map: two settings of ``ssa``, each with the values that it takes, a decade around its default;
-#: the method of a point; what else the map changes of the job.
+#: By map: two settings of ``ssa-2``, each with the values that it takes, a decade around its
+#: default; the method of a point; what else the map changes of the job.
 _MAPS: dict[
     str,
     tuple[
@@ -402,19 +402,19 @@ _MAPS: dict[
 ] = {
     "learning rate and alignment": (
         ("learning rate", _RATES), ("α", _ALPHAS),
-        lambda x, y: _method("ssa", lr=x, alpha=y), {},
+        lambda x, y: _method("ssa-2", lr=x, alpha=y), {},
     ),
     "horizon and alignment": (
         ("horizon", (0, 1, 2, 3)), ("α", _ALPHAS),
-        lambda x, y: _method("ssa", horizon=x, alpha=y), {},
+        lambda x, y: _method("ssa-2", horizon=x, alpha=y), {},
     ),
     "grid and rank of the feedback": (
         ("grid", (1, 2, 4, 8)), ("k", (1, 3, 10)),
-        lambda x, y: _method("ssa", grid=x, feedback_rank=y), {},
+        lambda x, y: _method("ssa-2", grid=x, feedback_rank=y), {},
     ),
     "orthogonality by penalty alone": (
         ("learning rate", _RATES), ("β", (0.01, 0.03, 0.1)),
-        lambda x, y: _method("ssa", lr=x, beta=y), {"retraction": None},
+        lambda x, y: _method("ssa-2", lr=x, beta=y), {"retraction": None},
     ),
 }  # fmt: skip
 
@@ -450,7 +450,7 @@ def _search() -> dict[str, Row]:
         ("no alignment", "ssa-reconstruction", {"alpha": 0.0}, {}, "beta", (0.01, 0.1, 1.0)),
         ("no orthogonality", "ssa-reconstruction", {"beta": 0.0}, {}, "alpha", _WEIGHTS),
         ("Hoyer, ranks cut", "ssa-reconstruction", {}, _CUT, "gamma", (1e-4, 1e-3, 1e-2)),
-        ("our recipe", "ssa", {}, {}, "alpha", (1.25, 4.0, 12.5)),
+        ("our recipe", "ssa-2", {}, {}, "alpha", (1.25, 4.0, 12.5)),
     ]
     variants = {}
     for label, model in (("MLP", "mlp"), ("SmallConv", "smallconv")):
