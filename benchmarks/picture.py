@@ -30,11 +30,11 @@ COLOURS = {
 }
 
 #: Runs of the bench, ``airbench/NAME-0.json``: label, and the method of
-#: ``profile_airbench_bf16.json``.
+#: ``profile_airbench_bf16.json``, where ``ssa-local`` is ``ssa``.
 BENCH = {
     "bp-dense": ("BP", "bp-dense"),
     "bp-muon": ("SVD-BP", "bp"),
-    "ssa-first-muon": ("SSA, two units", "ssa"),
+    "ssa-first-muon": ("SSA, two units", "ssa-local"),
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdalign._lazy import LazyTensor, Recipe, by_parts_or_lazy, read, reads_by_parts, recipe_of
 from svdalign._parts import CHUNK, by_parts, parts_of
@@ -143,7 +144,7 @@ class Through(torch.autograd.Function):
 class Thrice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        ctx.like = recipe_of(x).without_tensors()
+        ctx.like = replace(recipe_of(x).without_tensors(), parts=PARTS)
         return 3 * x
 
     @staticmethod
@@ -159,11 +160,33 @@ def test_gradients_are_lazy_for_those_alone_who_read_by_parts(x: Tensor) -> None
     assert seen == [True]
     torch.testing.assert_close(x.grad, 3 * weights)
     assert type(x.grad) is Tensor
-    # A leaf, and torch's own functions, get a tensor with memory.
+    # A leaf, and most of torch's own functions, get a tensor with memory.
     (leaf,) = torch.autograd.grad((Thrice.apply(x) * weights).sum(), x)
     assert type(leaf) is Tensor
     (squared,) = torch.autograd.grad((Thrice.apply(x.square()) * weights).sum(), x)
     torch.testing.assert_close(squared, 6 * weights * x.detach())
+
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.ReLU6(), nn.Hardswish(), nn.GELU(),
+    nn.GELU("tanh"), nn.SiLU(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_gradients_stay_lazy_through_activation_functions(activation: nn.Module, x: Tensor) -> None:
+    weights = torch.randn(5, 3, 2, 2)
+    seen: list[bool] = []
+    x = (4 * x).requires_grad_()
+    (Thrice.apply(activation(Through.apply(x, seen))) * weights).sum().backward()
+    (expected,) = torch.autograd.grad((3 * activation(1 * x) * weights).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    assert seen == [True]
+    # Whoever reads it next gets a tensor with memory.
+    (squared,) = torch.autograd.grad((Thrice.apply(activation(x.square())) * weights).sum(), x)
+    (expected,) = torch.autograd.grad((3 * activation(x.square()) * weights).sum(), x)
+    torch.testing.assert_close(squared, expected)
+    assert type(squared) is Tensor
 
 
 def test_gradients_of_several_readers_add(x: Tensor) -> None:

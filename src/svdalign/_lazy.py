@@ -71,7 +71,8 @@ class LazyTensor(Tensor):
     """A tensor (B, ...) that is computed by a :class:`Recipe` and has no memory of its own.
 
     An operation that does not know this class gets the whole tensor, which is then kept. A sum with
-    a tensor of the same shape is lazy again.
+    a tensor of the same shape is lazy again, and so is its product with the derivative of an
+    activation function.
     """
 
     recipe: Recipe
@@ -112,6 +113,8 @@ class LazyTensor(Tensor):
                 return _sum(*args)
             if not isinstance(args[0], LazyTensor):
                 return _add_to(*args)
+        if func in _DERIVATIVES.values() and _alike(*args[:2]) and _better_lazy(recipe_of(args[0])):
+            return _through(func, *args, **kwargs)
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.compute, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -140,6 +143,18 @@ _ALIASES = (
 _SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
+#: By the name of autograd's node: the operation by which the gradient goes back through an
+#: activation function. It takes the gradient, a tensor of the same shape, and settings.
+_DERIVATIVES = {
+    "ReluBackward0": torch.ops.aten.threshold_backward.default,
+    "LeakyReluBackward0": torch.ops.aten.leaky_relu_backward.default,
+    "HardtanhBackward0": torch.ops.aten.hardtanh_backward.default,
+    "HardswishBackward0": torch.ops.aten.hardswish_backward.default,
+    "GeluBackward0": torch.ops.aten.gelu_backward.default,
+    "SiluBackward0": torch.ops.aten.silu_backward.default,
+}
+
+
 def _alike(a: Any, b: Any) -> bool:
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
     return tensors and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
@@ -157,6 +172,20 @@ def _sum(a: Tensor, b: Tensor) -> LazyTensor:
             latest={},
         )
     )
+
+
+def _better_lazy(gradient: Recipe) -> bool:
+    """Whether a gradient goes through an activation function as it is: it is read on its other side
+    more than once, as far as we know."""
+    return gradient.cheap and len(gradient.parts) > 1
+
+
+def _through(func: Any, grad: LazyTensor, at: Tensor, *settings: Any, **named: Any) -> LazyTensor:
+    def samples(rows: slice) -> Tensor:
+        part: Tensor = func(read(grad, rows), read(at, rows), *settings, **named)
+        return part
+
+    return LazyTensor(replace(recipe_of(grad), tensors=(), samples=samples, latest={}))
 
 
 def _add_to(a: Tensor, b: LazyTensor) -> Tensor:
@@ -189,7 +218,9 @@ def reads_by_parts(function: type[torch.autograd.Function]) -> type[torch.autogr
 def by_parts_or_lazy(run: Callable[[slice], Tensor], like: Recipe, node: Any) -> Tensor:
     """A gradient of the shape and dtype of ``like``; ``run`` computes some of its samples. It is
     lazy if ``node``, the node of the autograd graph that reads it, is marked by
-    :func:`reads_by_parts`."""
-    if getattr(getattr(node, "_forward_cls", None), "takes_lazy", False):
+    :func:`reads_by_parts`, or if it is that of an activation function, so that a gradient of
+    several parts is not written on both sides of it."""
+    takes_lazy = getattr(getattr(node, "_forward_cls", None), "takes_lazy", False)
+    if takes_lazy or (_better_lazy(like) and node.name() in _DERIVATIVES):
         return LazyTensor(replace(like, tensors=(), samples=run, latest={}))
     return by_parts(run, like.parts)

@@ -76,7 +76,7 @@ def test_default_arguments_train(name: str, fashion: tuple[Tensor, Tensor]) -> N
         assert p.grad.abs().max() > 0, n
     generator = torch.Generator().manual_seed(0)
     epochs = []
-    for _ in range(5):
+    for _ in range(8):
         order = torch.randperm(len(c.x), generator=generator)
         losses = [learner.step(c.x[i], c.y[i]).loss for i in order.split(32)]
         epochs.append(torch.stack(losses).mean())

@@ -108,4 +108,3 @@ class SSA(Rule):
     def _grid(self, feedback: Feedback | type[Feedback]) -> int | None:
         """The grid that a unit's maps are pooled onto for ``feedback``."""
         return None if self.grid is None else feedback.fineness * self.grid
-

@@ -24,13 +24,14 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv_bn(inner, out_channels, 1)
         same_shape = stride == 1 and in_channels == out_channels
         self.skip = nn.Identity() if same_shape else conv_bn(in_channels, out_channels, 1, stride)
-        self.relu3 = nn.ReLU()
+        self.relu3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu1(self.bn1(self.conv1(x)))
         h = self.relu2(self.bn2(self.conv2(h)))
         h = self.bn3(self.conv3(h))
-        out: Tensor = self.relu3(h + self.skip(x))
+        h += self.skip(x)  # in place: what no backward pass reads is not kept
+        out: Tensor = self.relu3(h)
         return out
 
 

@@ -18,12 +18,13 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv_bn(out_channels, out_channels, 3)
         same_shape = stride == 1 and in_channels == out_channels
         self.skip = nn.Identity() if same_shape else conv_bn(in_channels, out_channels, 1, stride)
-        self.relu2 = nn.ReLU()
+        self.relu2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu1(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        out: Tensor = self.relu2(h + self.skip(x))
+        h += self.skip(x)  # in place: what no backward pass reads is not kept
+        out: Tensor = self.relu2(h)
         return out
 
 
