@@ -1,4 +1,4 @@
-"""Rewrites a model so that its factored convolutions are fused with what follows them."""
+"""Rewrites a model so that its factored layers are fused with what follows them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from .._copying import copied
 from .._tracing import followers, substitute
 from ._choice import choose_kernels
 from .fused import FusedConv2d, Kernel
-from .layers import SVDConv2d
+from .fused_linear import FusedLinear
+from .layers import SVDConv2d, SVDLinear
 
-#: Modules that treat every sample by itself, draw no random numbers and keep no state.
-_PER_SAMPLE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+#: Modules that treat every number by itself, draw no random numbers and keep no state.
+_POINTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.MaxPool2d, nn.AvgPool2d, nn.GroupNorm,
 )  # fmt: skip
+#: Modules that treat every sample by itself, likewise.
+_PER_SAMPLE = (*_POINTWISE, nn.PReLU, nn.MaxPool2d, nn.AvgPool2d, nn.GroupNorm)
 
 
 def fuse(
     model: nn.Module, example: Tensor | None = None, *, memory: int | None = None
 ) -> nn.Module:
-    """A copy of ``model`` in which factored convolutions are fused with the modules after them.
+    """A copy of ``model`` in which factored layers are fused with the modules after them.
 
     A convolution takes in a batch norm (in the channel scheme), then activations, pooling and group
     norms: those that are modules, are called once by the traced ``forward``, and are all that reads
-    the output before them. An ``nn.Identity`` is left in the place of each. The function stays the
-    same to rounding, in training and in evaluation, and a training step takes less memory: see
-    :class:`FusedConv2d`. Parameters keep their values; those of a norm get the name of its
-    convolution: ``CONV.tail.0.weight``.
+    the output before them. A linear layer takes in activations that a second one alone reads, as in
+    a transformer's perceptron. An ``nn.Identity`` is left in the place of each. The function stays
+    the same to rounding, in training and in evaluation, and a training step takes less memory: see
+    :class:`FusedConv2d` and :class:`FusedLinear`. Parameters keep their values; those of a norm get
+    the name of its convolution: ``CONV.tail.0.weight``.
 
     Pooling that can shrink a map more than a 2 x 2 pooling does is not taken in, so that units of
     single layers end where they do without fusing. A unit that would end between modules that were
@@ -58,7 +61,7 @@ def fuse(
             ``forward`` cannot be traced (control flow that depends on the data).
     """
     fused = fuse_where_possible(model)
-    if not any(isinstance(module, FusedConv2d) for module in fused.modules()):
+    if not any(isinstance(module, FusedConv2d | FusedLinear) for module in fused.modules()):
         warnings.warn(f"nothing was fused: {_why_not(fused)}", stacklevel=2)
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
         raise TypeError(f"memory must be a whole number of bytes or None, got {memory!r}")
@@ -87,7 +90,10 @@ def set_kernels(model: nn.Module, kernels: Mapping[str, Kernel]) -> None:
 def _why_not(model: nn.Module) -> str:
     layers = [m for m in model.modules() if isinstance(m, SVDConv2d)]
     if not layers:
-        return "model has no factored convolution; svdalign.factorize makes them"
+        return (
+            "model has no factored convolution, and no two factored linear layers with an "
+            "activation between them; svdalign.factorize makes them"
+        )
     normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     if normed and any(layer.scheme == "spatial" for layer in layers):
         return (
@@ -103,7 +109,7 @@ def _why_not(model: nn.Module) -> str:
 def fuse_where_possible(model: nn.Module) -> nn.Module:
     """:func:`fuse` without a warning where there is nothing to fuse."""
     model = copied(model)
-    leaf = (SVDConv2d,)
+    leaf = (SVDConv2d, SVDLinear)
     try:
         follows = followers(model, leaf)
     except Exception as error:  # tracing runs the user's own code on stand-ins
@@ -112,11 +118,18 @@ def fuse_where_possible(model: nn.Module) -> nn.Module:
         ) from error
     replaced: dict[nn.Module, nn.Module] = {}
     readers: dict[FusedConv2d, nn.Module] = {}  # what reads the output, or the tail's own end
+    seconds: list[SVDLinear] = []  # that read what another linear layer has taken in
     for path in follows:
         layer = model.get_submodule(path)
+        if type(layer) is SVDLinear:
+            tail, then = _perceptron(model, follows, path)
+            if tail and then is not None:
+                replaced |= {layer: FusedLinear(layer, tail)}
+                replaced |= {module: nn.Identity() for module in tail}
+                seconds.append(then)
         if type(layer) is not SVDConv2d:
             continue
-        tail: list[nn.Module] = []
+        tail = []
         reader = ""
         for reader in _chain(follows, path):
             module = model.get_submodule(reader)
@@ -130,8 +143,25 @@ def fuse_where_possible(model: nn.Module) -> nn.Module:
             readers[fused] = model.get_submodule(reader)
     for fused, module in readers.items():
         fused.read_by_parts = isinstance(replaced.get(module), FusedConv2d)
+    for second in seconds:
+        replaced.setdefault(second, FusedLinear(second, []))
     substitute(model, replaced, leaf)
     return model
+
+
+def _perceptron(
+    model: nn.Module, follows: dict[str, str], path: str
+) -> tuple[list[nn.Module], SVDLinear | None]:
+    """The activations after the linear layer at ``path``, and the linear layer that reads them."""
+    tail: list[nn.Module] = []
+    for reader in _chain(follows, path):
+        module = model.get_submodule(reader)
+        if type(module) is SVDLinear:
+            return tail, module
+        if type(module) not in _POINTWISE and not (type(module) is nn.Dropout and not module.p):
+            break
+        tail.append(module)
+    return tail, None
 
 
 def _can_be_taken_in(module: nn.Module) -> bool:

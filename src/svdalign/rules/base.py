@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._map_statistics import grid_means_and_spread
+from .._map_statistics import accumulation_dtype, grid_means_and_spread
 from ..factors import FactoredLayer
 from ..feedback import Feedback, grid_size, pool, pooled_size
 from ..losses import (
@@ -64,7 +64,9 @@ class UnitSpec:
         pass."""
         size = grid_size(self.features_shape, grid, self.output_shape)
         if size is None or h.shape[2] * h.shape[3] == 1:
-            return self.pool(h, grid), channel_statistics(h)
+            pooled = self.pool(h, grid)
+            both = h.ndim == 3 and pooled.ndim == 2 and pooled.dtype == accumulation_dtype(h.dtype)
+            return pooled, pooled if both else channel_statistics(h)  # the mean over tokens
         pooled, spread = grid_means_and_spread(h, size, self.dtype)
         return pooled.flatten(1), spread
 

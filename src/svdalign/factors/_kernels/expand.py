@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..._autocast import present_autocast
-from ..._lazy import read, reads_by_parts
+from ..._lazy import LazyTensor, Recipe, read, reads_by_parts
 from ..._parts import by_parts, parts_of
 from ..layers import SVDConv2d
 from ._gradients import gradients_by_parts, wanted_gradients
@@ -38,29 +38,35 @@ def expand(
         return cast(Tensor, ExpandReLU.apply(layer, pool, lazy, z, second, bias))  # type: ignore[no-untyped-call]
     rest = nn.Sequential(*tail)
     weights = (second, bias, *rest.parameters())
-    return cast(Tensor, _Expand.apply(layer, rest, z, *weights))  # type: ignore[no-untyped-call]
+    parts = parts_of(z, len(second))
+    return cast(Tensor, Expand.apply(layer.expand, rest, parts, None, z, *weights))  # type: ignore[no-untyped-call]
 
 
 @reads_by_parts
-class _Expand(torch.autograd.Function):
-    """The second convolution and any ``tail``. Saves ``z`` and the weights; everything else is
-    computed again in the backward pass."""
+class Expand(torch.autograd.Function):
+    """A linear map, of samples of ``z`` by the weights ``second`` and ``bias``, and any ``tail``,
+    whose ``parameters`` follow. Saves ``z`` and the weights; everything else is computed again in
+    the backward pass. ``unwritten``: how to compute the output when it is read; None: it is
+    written."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        layer: SVDConv2d,
+        linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         tail: nn.Sequential,
+        parts: list[slice],
+        unwritten: Recipe | None,
         z: Tensor,
         second: Tensor,
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.layer, ctx.tail = layer, tail
+        ctx.linear, ctx.tail, ctx.parts = linear, tail, parts
         ctx.autocast = present_autocast()
         ctx.save_for_backward(z, second, bias)
-        parts = parts_of(z, len(second))
-        return by_parts(lambda rows: tail(layer.expand(z[rows], second, bias)), parts)
+        if unwritten is not None:
+            return LazyTensor(unwritten)
+        return by_parts(lambda rows: tail(linear(z[rows], second, bias)), parts)
 
     @staticmethod
     @once_differentiable
@@ -68,14 +74,14 @@ class _Expand(torch.autograd.Function):
         z, second, bias = ctx.saved_tensors
         z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
         weights = (second, bias, *ctx.tail.parameters())
-        wanted = wanted_gradients(ctx, ctx.needs_input_grad[2:])
+        wanted = wanted_gradients(ctx, ctx.needs_input_grad[4:])
         inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
             with torch.enable_grad(), ctx.autocast():
-                out = ctx.tail(ctx.layer.expand(part, second, bias))
+                out = ctx.tail(ctx.linear(part, second, bias))
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
             return (next(found) if want else None for want in wanted)
 
-        return None, None, *gradients_by_parts(run, parts_of(z, len(second)), wanted)
+        return None, None, None, None, *gradients_by_parts(run, ctx.parts, wanted)
