@@ -41,6 +41,12 @@ def grid_means_and_spread(
     return found
 
 
+def token_mean(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over tokens in ``dtype``, (B, T, d) to (B, d). As a sum: its gradient is the same for
+    every token, and a view; that of a mean would be written for each."""
+    return h.sum(1, dtype=dtype) / h.shape[1]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision for sums over maps of ``dtype``: at least single."""
     return torch.promote_types(dtype, torch.float32)

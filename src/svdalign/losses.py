@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._map_statistics import accumulation_dtype, spread
+from ._map_statistics import accumulation_dtype, spread, token_mean
 
 
 def orthogonality_penalty(*factors: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def channel_statistics(h: Tensor) -> Tensor:
     if h.ndim == 4 and h.shape[2] * h.shape[3] > 1:
         return spread(h)
     if h.ndim == 3:
-        return h.mean(1, dtype=accumulation_dtype(h.dtype))
+        return token_mean(h, accumulation_dtype(h.dtype))
     return h.flatten(1).to(accumulation_dtype(h.dtype))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._map_statistics import grid_means
+from .._map_statistics import grid_means, token_mean
 
 
 def pool(
@@ -47,7 +47,7 @@ def pool(
         return h.flatten(1).to(dtype)
     if h.ndim == 3:
         per_token = len(output_shape) == 3 and output_shape[1] == h.shape[1]
-        return h.to(dtype) if per_token else h.mean(1, dtype=dtype)
+        return h.to(dtype) if per_token else token_mean(h, dtype)
     return h.flatten(1).to(dtype)
 
 
