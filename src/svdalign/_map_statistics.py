@@ -42,8 +42,8 @@ def grid_means_and_spread(
 
 
 def token_mean(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean over tokens in ``dtype``, (B, T, d) to (B, d). As a sum: its gradient is the same for
-    every token, and a view; that of a mean would be written for each."""
+    """The mean over tokens in ``dtype``, (B, T, d) to (B, d). By way of a sum, whose gradient is a
+    view, the same for every token; that of a mean would be written for each."""
     return h.sum(1, dtype=dtype) / h.shape[1]
 
 
