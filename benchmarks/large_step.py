@@ -41,8 +41,9 @@ def step(model: str, batch_size: int, rank: float, precision: str) -> dict[str, 
     net = models.build(model, num_classes=CLASSES, in_channels=3, image_size=SIZE)
     factored = sva.factorize(net, rank=rank, scheme="channel")
     del net
+    factored = sva.fuse(factored)
     if model.startswith("resnet"):
-        factored = sva.fuse(factored).to(memory_format=torch.channels_last)
+        factored = factored.to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     y = torch.randint(CLASSES, (batch_size,))
     learner = sva.Learner(

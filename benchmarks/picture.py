@@ -4,14 +4,15 @@
 
 ``docs/overview.svg``: accuracy, and activations held against depth; ``docs/rank.svg``: training
 through rank cuts; ``docs/bench.svg``: accuracy over time, over arithmetic and against memory;
-``docs/front.svg``: accuracy against time and memory by units and horizon
-on VGG-8.
+``docs/front_NETWORK.svg``: accuracy against time and memory by units
+and horizon.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,11 @@ def bench() -> list[plots.Plot]:
     ]
 
 
-def front() -> list[plots.Plot]:
+def front(network: str) -> list[plots.Plot]:
     """Each choice of units and horizon as a point: its accuracy, against time and peak memory of a
     step, by SVD-BP's."""
-    rows = [row for row in read("front_vgg8")["summary"] if EQUAL_TIME not in row["method"]]
+    summary = read(f"front_{network}")["summary"]
+    rows = [row for row in summary if EQUAL_TIME not in row["method"]]
     factored = next(row for row in rows if row["of"] == "SVD-BP")
 
     def against(quantity: str, of: Callable[[dict[str, Any]], float]) -> plots.Plot:
@@ -151,8 +153,9 @@ def peak_bytes(row: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    pictures = {"overview": overview, "rank": rank, "bench": bench, "front": front}
-    for name, draw in pictures.items():
+    pictures = {"overview": overview, "rank": rank, "bench": bench}
+    fronts = {f"front_{name}": partial(front, name) for name in ("vgg8", "smallconv", "resnet32")}
+    for name, draw in (pictures | fronts).items():
         plots.save(draw(), DOCS / f"{name}.svg")
 
 

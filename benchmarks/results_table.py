@@ -171,7 +171,9 @@ def priced(results: Results, network: str, name: str, search: str) -> str:
     rates = {run["method"]: run["config"]["lr"] for run in content["runs"]}
     for run in content["runs"]:
         # What is checkpointed learns as it does without; more epochs have no search of their own.
-        method = run["method"].replace("-checkpointed", "").replace(EQUAL_TIME, "blocks")
+        method, longer, _ = run["method"].replace("-checkpointed", "").partition(f", {EQUAL_TIME}")
+        if longer and method not in tuned["accuracy"]:
+            method += ", blocks"
         check_rate(results, search, method, run["config"]["lr"])
     rows = []
     for row in summary:
@@ -686,6 +688,13 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "front_vgg8": partial(
         priced, network="VGG-8, a quarter as wide,", name="front_vgg8", search="tune_front_vgg8"
     ),
+    "front_smallconv": partial(
+        priced, network="SmallConv", name="front_smallconv", search="tune_smallconv"
+    ),
+    "front_resnet32": partial(
+        priced, network="ResNet-32, half as wide,", name="front_resnet32",
+        search="tune_front_resnet32",
+    ),
     "reproduce/table1": partial(on_smallconv, name="table1"),
     "reproduce/table4": partial(on_smallconv, name="table4"),
     "memory": memory,
@@ -714,7 +723,7 @@ def of_file(content: Mapping[str, Any]) -> str:
         return changes(content)
     config = content["config"]
     how = "worked out" if config["estimate"] else "measured"
-    fused = "fused convolutions, " if config.get("fuse") else ""
+    fused = "fused layers, " if config.get("fuse") else ""
     return (
         f"{config['model']}, batch {config['batch_size']} of {config['image_size']} × "
         f"{config['image_size']} pixels, {config['optimizer']}, rank {config['rank']:.3g}, "
