@@ -108,6 +108,15 @@ def test_peaks_of_vgg13_are_in_order() -> None:
     assert local[2] < 1.1 * factored
 
 
+def test_teaching_signals_of_residual_blocks_are_not_written() -> None:
+    """With them a step at horizon 0 would hold 6 maps of the first stage, at horizon 1 more than 8;
+    of what is left one is of the stage's input, which the call of the stage holds."""
+    dense = peak("resnet20", "bp", None, None)
+    first = 4 * 128 * 8 * 32 * 32
+    assert peak("resnet20", "ssa", 0, 0.25) < 5.7 * first < 0.25 * dense
+    assert peak("resnet20", "ssa", 1, 0.25) < 7.3 * first
+
+
 def test_a_large_gradient_is_computed_twice_rather_than_held(monkeypatch) -> None:
     monkeypatch.setattr(_parts, "HELD", 0)
     assert peak("vgg13", "ssa", 0, 0.25) < 0.16 * peak("vgg13", "bp", None, None)
