@@ -692,7 +692,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
         priced, network="SmallConv", name="front_smallconv", search="tune_smallconv"
     ),
     "front_resnet32": partial(
-        priced, network="ResNet-32, half as wide,", name="front_resnet32",
+        priced,
+        network="ResNet-32, half as wide,",
+        name="front_resnet32",
         search="tune_front_resnet32",
     ),
     "reproduce/table1": partial(on_smallconv, name="table1"),

@@ -175,8 +175,8 @@ def _sum(a: Tensor, b: Tensor) -> LazyTensor:
 
 
 def _better_lazy(gradient: Recipe) -> bool:
-    """Whether a gradient goes through an activation function as it is: it is read on its other side
-    more than once, as far as we know."""
+    """Whether to keep a gradient lazy through an activation function, on whose other side it may be
+    read more than once: it has several parts, and they are cheap to compute."""
     return gradient.cheap and len(gradient.parts) > 1
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .._autocast import outside_autocast
 from .._map_statistics import accumulation_dtype
 from ._kernels import expand, moments, reduce
-from .layers import SVDConv2d
+from .layers import FactoredLayer, SVDConv2d
 
 Kernel = Literal["fused", "factored", "merged"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -45,16 +45,14 @@ class FusedConv2d(SVDConv2d):
     """
 
     affine = False
+    tail: nn.Sequential
 
     def __init__(self, layer: SVDConv2d, tail: list[nn.Module]) -> None:
         U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
         super().__init__(U, s, V, None, like=cast(Any, layer), scheme=layer.scheme)
-        for name in ("U", "s", "V", "bias"):  # the same objects, so that frozen ones stay frozen
-            self.register_parameter(name, layer._parameters[name])
-        self.tail = nn.Sequential(*tail)
+        take_over(self, layer, tail)
         self.read_by_parts = False
         self.kernel: Kernel = "fused"
-        self.training = layer.training  # modules of the tail keep their own mode
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == "merged" and self.training:
@@ -76,6 +74,15 @@ class FusedConv2d(SVDConv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel={self.kernel}"
+
+
+def take_over(fused: FactoredLayer, layer: FactoredLayer, tail: list[nn.Module]) -> None:
+    """Give ``fused`` the mode of ``layer``, its parameters, the same objects, so that frozen ones
+    stay frozen, and as ``tail`` the modules that follow it, which keep their own mode."""
+    for name in ("U", "s", "V", "bias"):
+        fused.register_parameter(name, layer._parameters[name])
+    fused.tail = nn.Sequential(*tail)
+    fused.training = layer.training
 
 
 def _norm(norm: nn.BatchNorm2d, z: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

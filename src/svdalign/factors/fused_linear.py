@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._kernels import expand_tokens, reduce_tokens
+from .fused import take_over
 from .layers import SVDLinear
 
 
@@ -26,14 +27,12 @@ class FusedLinear(SVDLinear):
     """
 
     affine = False
+    tail: nn.Sequential
 
     def __init__(self, layer: SVDLinear, tail: list[nn.Module]) -> None:
         U, s, V = (t.to("meta") for t in (layer.U, layer.s, layer.V))  # no copies of the values
         super().__init__(U, s, V, None, like=layer)
-        for name in ("U", "s", "V", "bias"):  # the same objects, so that frozen ones stay frozen
-            self.register_parameter(name, layer._parameters[name])
-        self.tail = nn.Sequential(*tail)
-        self.training = layer.training  # modules of the tail keep their own mode
+        take_over(self, layer, tail)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.ndim < 3:

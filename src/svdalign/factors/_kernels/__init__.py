@@ -7,7 +7,7 @@ are lazy (:mod:`svdalign._lazy`): they are never stored as a whole.
 
 from .expand import expand
 from .moments import moments
+from .perceptron import expand_tokens, reduce_tokens
 from .reduce import reduce
-from .tokens import expand_tokens, reduce_tokens
 
 __all__ = ["expand", "expand_tokens", "moments", "reduce", "reduce_tokens"]

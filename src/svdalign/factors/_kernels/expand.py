@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..._autocast import present_autocast
-from ..._lazy import LazyTensor, Recipe, read, reads_by_parts
+from ..._lazy import LazyTensor, read, reads_by_parts
 from ..._parts import by_parts, parts_of
 from ..layers import SVDConv2d
 from ._gradients import gradients_by_parts, wanted_gradients
@@ -37,51 +37,65 @@ def expand(
         pool = tail[1] if len(tail) > 1 else None
         return cast(Tensor, ExpandReLU.apply(layer, pool, lazy, z, second, bias))  # type: ignore[no-untyped-call]
     rest = nn.Sequential(*tail)
-    weights = (second, bias, *rest.parameters())
-    parts = parts_of(z, len(second))
-    return cast(Tensor, Expand.apply(layer.expand, rest, parts, None, z, *weights))  # type: ignore[no-untyped-call]
+
+    def run(z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, rest(layer.expand(z, second, bias)))
+
+    return expand_by_parts(run, parts_of(z, len(second)), z, second, bias, *rest.parameters())
+
+
+def expand_by_parts(
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    parts: list[slice],
+    z: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    *parameters: Tensor,
+    unwritten: Callable[[], LazyTensor] | None = None,
+) -> Tensor:
+    """``run(z, second, bias)``, which treats every sample by itself, for ``parts`` of the samples.
+    Only ``z`` and the weights are saved; everything else is computed again in the backward pass.
+
+    ``parameters``: what else ``run`` reads and gradients are for. ``unwritten``: makes a lazy
+    tensor of that value, to be returned in its place.
+    """
+    return cast(Tensor, _Expand.apply(run, parts, unwritten, z, second, bias, *parameters))  # type: ignore[no-untyped-call]
 
 
 @reads_by_parts
-class Expand(torch.autograd.Function):
-    """A linear map, of samples of ``z`` by the weights ``second`` and ``bias``, and any ``tail``,
-    whose ``parameters`` follow. Saves ``z`` and the weights; everything else is computed again in
-    the backward pass. ``unwritten``: how to compute the output when it is read; None: it is
-    written."""
-
+class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        tail: nn.Sequential,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         parts: list[slice],
-        unwritten: Recipe | None,
+        unwritten: Callable[[], LazyTensor] | None,
         z: Tensor,
         second: Tensor,
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.linear, ctx.tail, ctx.parts = linear, tail, parts
+        ctx.run, ctx.parts, ctx.parameters = run, parts, parameters
         ctx.autocast = present_autocast()
         ctx.save_for_backward(z, second, bias)
         if unwritten is not None:
-            return LazyTensor(unwritten)
-        return by_parts(lambda rows: tail(linear(z[rows], second, bias)), parts)
+            return unwritten()
+        return by_parts(lambda rows: run(z[rows], second, bias), parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, second, bias = ctx.saved_tensors
         z, second, bias = z.detach(), second.detach(), None if bias is None else bias.detach()
-        weights = (second, bias, *ctx.tail.parameters())
-        wanted = wanted_gradients(ctx, ctx.needs_input_grad[4:])
+        weights = (second, bias, *ctx.parameters)
+        wanted = wanted_gradients(ctx, ctx.needs_input_grad[3:])
         inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
 
         def run(rows: slice) -> Iterator[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
             with torch.enable_grad(), ctx.autocast():
-                out = ctx.tail(ctx.linear(part, second, bias))
+                out = ctx.run(part, second, bias)
             found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
             return (next(found) if want else None for want in wanted)
 
-        return None, None, None, None, *gradients_by_parts(run, ctx.parts, wanted)
+        return None, None, None, *gradients_by_parts(run, ctx.parts, wanted)
