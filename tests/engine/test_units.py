@@ -562,3 +562,50 @@ def test_no_unit_ends_at_a_parametrized_weight(units: str) -> None:
         assert [unit.name for unit in learner.units] == [unit.name for unit in plain.units]
         found = learner.gradients(x, y)
         assert {n for n, g in found.items() if g.any()} == {n for n, _ in model.named_parameters()}
+
+
+class Block(nn.Module):
+    """A residual block that adds its skip in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.conv1, self.norm1, self.relu1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.relu2 = nn.ReLU(inplace)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        if self.inplace:
+            h += x
+        else:
+            h = h + x
+        out: Tensor = self.relu2(h)
+        return out
+
+
+@pytest.mark.parametrize("units", ["layer", "block"])
+@pytest.mark.parametrize("horizon", [0, 1, 2])
+def test_a_skip_that_is_added_in_place_changes_neither_units_nor_gradients(
+    units: str, horizon: int
+) -> None:
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(
+            nn.Conv2d(3, 4, 1), Block(inplace), Block(inplace), nn.Flatten(), nn.Linear(64, 3)
+        ).double()
+        for inplace in (False, True)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = torch.randn(5, 3, 4, 4, dtype=torch.float64), torch.arange(5) % 3
+    learners = [
+        sva.Learner(
+            net, sva.rules.SSA(horizon=horizon), units=units, example=x,
+            optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        )
+        for net in nets
+    ]  # fmt: skip
+    assert [u.name for u in learners[0].units] == [u.name for u in learners[1].units]
+    found = [learner.gradients(x, y) for learner in learners]
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-10, atol=1e-12)

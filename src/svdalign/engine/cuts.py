@@ -21,12 +21,14 @@ Units = str | int | Sequence[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Call:
-    """A module call. Its tensors stay alive, so that no two of them share an ``id``."""
+    """A module call. Its tensors stay alive, so that no two of them share an ``id``. ``versions``:
+    how often the input had been changed in place before the call, and the output after it."""
 
     path: str
     module: nn.Module
     input: Tensor | None
     output: Any
+    versions: tuple[int, int] = (0, 0)
 
 
 def hooked(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,23 +46,35 @@ def hooked(model: nn.Module) -> dict[str, nn.Module]:
 def trace(model: nn.Module, example: Any) -> list[Call]:
     """The module calls of one run over ``example``, in order."""
     calls: list[Call] = []
+    before: list[int] = []  # of the calls that are under way
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        before.append(_version(args[0]) if args else 0)
 
     def record(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = args[0] if args and isinstance(args[0], Tensor) else None
-            calls.append(Call(path, module, first, output))
+            calls.append(Call(path, module, first, output, (before.pop(), _version(output))))
 
         return hook
 
     hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
+    hooks += [m.register_forward_pre_hook(note) for m in hooked(model).values()]
     with watching(hooks), preserved(model):
         try:
             with torch.no_grad():
                 forward(model, example)
         except RuntimeError:  # it may take gradients itself, as a force field does
             calls.clear()
+            before.clear()
             forward(model, example)
     return calls
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been changed in place; of anything else 0."""
+    known = isinstance(value, Tensor) and not value.is_inference()
+    return value._version if known else 0
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
@@ -175,8 +189,9 @@ def _chain_end(path: str, calls: list[Call]) -> Call:
     """The last of the norm, activation, pooling and dropout modules that follow ``path`` in a
     chain.
 
-    Each is the only reader of the output before it, keeps the number of axes, and shrinks a map no
-    more than a 2 x 2 pooling does, so that the result is still a map of features.
+    Each is the only reader of the output before it, which nothing has changed since, keeps the
+    number of axes, and shrinks a map no more than a 2 x 2 pooling does, so that the result is still
+    a map of features.
     """
     start = next(i for i, call in enumerate(calls) if call.path == path)
     end = calls[start]
@@ -185,6 +200,8 @@ def _chain_end(path: str, calls: list[Call]) -> Call:
         return end
     for i, call in enumerate(calls[start + 1 :], start + 1):
         if not isinstance(end.output, Tensor) or call.input is not end.output:
+            continue
+        if call.versions[0] != end.versions[1]:  # a skip has been added in place
             continue
         has_layers = any(_has_weight_matrix(module) for module in call.module.modules())
         same = isinstance(call.output, Tensor) and call.output.ndim == end.output.ndim
