@@ -3,16 +3,19 @@ channels are saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ..._lazy import LazyTensor, recipe_of
-from ..._parts import parts_of
+from ..._autocast import present_autocast
+from ..._lazy import LazyTensor, read, reads_by_parts, recipe_of
+from ..._parts import by_parts, parts_of
+from ._gradients import gradients_by_parts, wanted_gradients
 from .expand import expand_by_parts
 
 
@@ -43,7 +46,7 @@ def expand_tokens(tail: nn.Sequential, z: Tensor, weight: Tensor, bias: Tensor |
         return run(z[rows], weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     def times(V: Tensor) -> Tensor:
-        return expand_by_parts(lambda *layer: run(*layer) @ V, parts, z, weight, bias, V)
+        return cast(Tensor, _Product.apply(run, parts, z, weight, bias, V))  # type: ignore[no-untyped-call]
 
     if len(weight) <= z.shape[-1] or torch.compiler.is_compiling():
         return expand_by_parts(run, parts, z, weight, bias)
@@ -55,3 +58,46 @@ def expand_tokens(tail: nn.Sequential, z: Tensor, weight: Tensor, bias: Tensor |
     wide = expand_by_parts(run, parts, z, weight, bias, unwritten=lambda: _Wide(like))
     cast(_Wide, wide).times = times
     return wide
+
+
+@reads_by_parts
+class _Product(torch.autograd.Function):
+    """``run(z, weight, bias) V``. Saves ``z`` and the matrices; what ``run`` returns is computed
+    again in the backward pass, once for all gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        parts: list[slice],
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        V: Tensor,
+    ) -> Tensor:
+        ctx.run, ctx.parts, ctx.autocast = run, parts, present_autocast()
+        ctx.save_for_backward(z, weight, bias, V)
+        return by_parts(lambda rows: run(z[rows], weight, bias) @ V, parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, bias, V = ctx.saved_tensors
+        z, weight, bias = z.detach(), weight.detach(), None if bias is None else bias.detach()
+        wanted = wanted_gradients(ctx, ctx.needs_input_grad[2:])
+        *of_first, of_second = wanted
+        layer = zip((weight, bias), of_first[1:], strict=True)
+        weights = [w.requires_grad_() for w, want in layer if want]
+        V = V.detach().to(grad.dtype)
+
+        def run(rows: slice) -> Iterator[Tensor | None]:
+            part, g = z[rows].requires_grad_(of_first[0]), read(grad, rows)
+            with torch.enable_grad(), ctx.autocast():
+                h = ctx.run(part, weight, bias)
+            inputs = [part] * of_first[0] + weights
+            found = iter(torch.autograd.grad(h, inputs, g @ V.mT) if inputs else ())
+            for want in of_first:
+                yield next(found) if want else None
+            yield h.detach().flatten(0, -2).mT @ g.flatten(0, -2) if of_second else None
+
+        return None, None, *gradients_by_parts(run, ctx.parts, wanted)
