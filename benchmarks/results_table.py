@@ -253,6 +253,40 @@ def break_even(results: Results) -> str:
     )
 
 
+WHOLE = {"VGG-13": "whole_vgg13", "ResNet-32": "whole_resnet32"}  #: networks: files
+
+
+def whole(results: Results) -> str:
+    """Deeper networks on all of CIFAR-10, epoch by epoch."""
+    rows, made = [], []
+    for network, name in WHOLE.items():
+        if not results.has(name):
+            continue
+        content, search = results[name], results[f"tune_{name}"]
+        made += [content, search]
+        labels = {row["method"]: row["label"] for row in content["summary"]}
+        for run in content["runs"]:
+            method, history = run["method"], run["history"]
+            check_rate(results, f"tune_{name}", method, run["config"]["lr"])
+            rows.append(
+                [
+                    network,
+                    labels[method] + own_settings(content["config"], method),
+                    " / ".join(f"{100 * epoch['test_accuracy']:.1f}" for epoch in history),
+                    f"{100 * history[-1]['train_accuracy']:.1f}",
+                    f"{run['parameters']:,}",
+                    f"{run['config']['lr']:g}",
+                ]
+            )
+    headings = ["network", "method", "test accuracy by epoch, %", "training, %", "parameters"]
+    return (
+        f"{markdown([*headings, 'rate'], rows)}\n\n"
+        "All 50,000 images of CIFAR-10 at 32×32 in bf16, one seed. Every method runs at the "
+        "learning rate that one search chose for it on held-out images. "
+        f"{source(*made)}"
+    )
+
+
 def peers(results: Results) -> str:
     """BioTorch's methods beside ours on the same job."""
     content = results["peers"]
@@ -702,6 +736,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "memory": memory,
     "bp_floor": bp_floor,
     "break_even": break_even,
+    "whole": whole,
     "peers": peers,
     "airbench": airbench,
     "airbench_levers_muon": partial(airbench_levers, levers=MUON_LEVERS),
