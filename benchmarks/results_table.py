@@ -260,8 +260,6 @@ def whole(results: Results) -> str:
     """Deeper networks on all of CIFAR-10, epoch by epoch."""
     rows, made = [], []
     for network, name in WHOLE.items():
-        if not results.has(name):
-            continue
         content, search = results[name], results[f"tune_{name}"]
         made += [content, search]
         labels = {row["method"]: row["label"] for row in content["summary"]}

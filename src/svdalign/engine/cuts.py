@@ -58,8 +58,9 @@ def trace(model: nn.Module, example: Any) -> list[Call]:
 
         return hook
 
-    hooks = [m.register_forward_hook(record(path)) for path, m in hooked(model).items()]
-    hooks += [m.register_forward_pre_hook(note) for m in hooked(model).values()]
+    watched = hooked(model)
+    hooks = [m.register_forward_hook(record(path)) for path, m in watched.items()]
+    hooks += [m.register_forward_pre_hook(note) for m in watched.values()]
     with watching(hooks), preserved(model):
         try:
             with torch.no_grad():

@@ -31,6 +31,13 @@ def gradients_by_parts(
     return [None, *sums]
 
 
+def to_compute_from(z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """What a lazy output keeps of what it is computed from. A parameter may be updated before the
+    last reader comes, so the bias is copied."""
+    kept = (z.detach(), weight.detach())
+    return kept if bias is None else (*kept, bias.detach().clone())
+
+
 def wanted_gradients(ctx: Any, needed: Sequence[bool]) -> list[bool]:
     """Which of the gradients that are ``needed`` in general the running backward pass asks for. It
     asks for no gradients of weights if it only carries a signal to earlier units."""

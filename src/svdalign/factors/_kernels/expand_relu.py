@@ -17,7 +17,13 @@ from ..._lazy import LazyTensor, by_parts_or_lazy, read, reads_by_parts, recipe_
 from ..._map_statistics import accumulation_dtype
 from ..._parts import by_parts, empty, parts_of, worth_holding
 from ..layers import SVDConv2d
-from ._gradients import as_map, gradients_by_parts, positions, wanted_gradients
+from ._gradients import (
+    as_map,
+    gradients_by_parts,
+    positions,
+    to_compute_from,
+    wanted_gradients,
+)
 from .reduce import Reduce
 
 aten = torch.ops.aten
@@ -131,10 +137,8 @@ def _lazy_if_smaller(
         bias = None if bias is None else bias.to(z.dtype)
         return layer.expand(z[rows], second.to(z.dtype), bias).relu_()
 
-    tensors = [t.detach() for t in (z, second)]
-    if bias is not None:  # a parameter may be updated before the last reader comes: copy it
-        tensors.append(bias.detach().clone())
-    like = replace(recipe_of(z), tensors=tuple(tensors), shape=shape, parts=parts)
+    tensors = to_compute_from(z, second, bias)
+    like = replace(recipe_of(z), tensors=tensors, shape=shape, parts=parts)
     return LazyTensor(replace(like, samples=samples))
 
 

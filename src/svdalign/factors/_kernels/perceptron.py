@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..._autocast import present_autocast
 from ..._lazy import LazyTensor, read, reads_by_parts, recipe_of
 from ..._parts import by_parts, parts_of
-from ._gradients import gradients_by_parts, wanted_gradients
+from ._gradients import gradients_by_parts, to_compute_from, wanted_gradients
 from .expand import expand_by_parts
 
 
@@ -50,11 +50,8 @@ def expand_tokens(tail: nn.Sequential, z: Tensor, weight: Tensor, bias: Tensor |
 
     if len(weight) <= z.shape[-1] or torch.compiler.is_compiling():
         return expand_by_parts(run, parts, z, weight, bias)
-    tensors = [t.detach() for t in (z, weight)]
-    if bias is not None:  # a parameter may be updated before the last reader comes: copy it
-        tensors.append(bias.detach().clone())
-    like = replace(recipe_of(z), tensors=tuple(tensors), shape=(*z.shape[:-1], len(weight)))
-    like = replace(like, parts=parts, samples=samples)
+    tensors, shape = to_compute_from(z, weight, bias), (*z.shape[:-1], len(weight))
+    like = replace(recipe_of(z), tensors=tensors, shape=shape, parts=parts, samples=samples)
     wide = expand_by_parts(run, parts, z, weight, bias, unwritten=lambda: _Wide(like))
     cast(_Wide, wide).times = times
     return wide
