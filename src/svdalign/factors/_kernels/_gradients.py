@@ -31,6 +31,16 @@ def gradients_by_parts(
     return [None, *sums]
 
 
+def gradients_of(
+    out: Tensor, part: Tensor, weights: list[Tensor], wanted: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """By autograd, from the gradient ``grad`` in ``out``: that of ``part`` and those of
+    ``weights``, which are the wanted ones alone; None for what is not wanted."""
+    inputs = [part] * wanted[0] + weights
+    found = iter(torch.autograd.grad(out, inputs, grad) if inputs else ())
+    return [next(found) if want else None for want in wanted]
+
+
 def to_compute_from(z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """What a lazy output keeps of what it is computed from. A parameter may be updated before the
     last reader comes, so the bias is copied."""

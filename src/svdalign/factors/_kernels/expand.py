@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from ..._autocast import present_autocast
 from ..._lazy import LazyTensor, read, reads_by_parts
 from ..._parts import by_parts, parts_of
 from ..layers import SVDConv2d
-from ._gradients import gradients_by_parts, wanted_gradients
+from ._gradients import gradients_by_parts, gradients_of, wanted_gradients
 from .expand_relu import ExpandReLU
 
 
@@ -91,11 +91,10 @@ class _Expand(torch.autograd.Function):
         wanted = wanted_gradients(ctx, ctx.needs_input_grad[3:])
         inputs = [w.requires_grad_() for w, want in zip(weights, wanted[1:], strict=True) if want]
 
-        def run(rows: slice) -> Iterator[Tensor | None]:
+        def run(rows: slice) -> list[Tensor | None]:
             part = z[rows].requires_grad_(wanted[0])
             with torch.enable_grad(), ctx.autocast():
                 out = ctx.run(part, second, bias)
-            found = iter(torch.autograd.grad(out, [part] * wanted[0] + inputs, read(grad, rows)))
-            return (next(found) if want else None for want in wanted)
+            return gradients_of(out, part, inputs, wanted, read(grad, rows))
 
         return None, None, None, *gradients_by_parts(run, ctx.parts, wanted)

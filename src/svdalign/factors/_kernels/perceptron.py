@@ -3,7 +3,7 @@ channels are saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..._autocast import present_autocast
 from ..._lazy import LazyTensor, read, reads_by_parts, recipe_of
 from ..._parts import by_parts, parts_of
-from ._gradients import gradients_by_parts, to_compute_from, wanted_gradients
+from ._gradients import gradients_by_parts, gradients_of, to_compute_from, wanted_gradients
 from .expand import expand_by_parts
 
 
@@ -87,14 +87,11 @@ class _Product(torch.autograd.Function):
         weights = [w.requires_grad_() for w, want in layer if want]
         V = V.detach().to(grad.dtype)
 
-        def run(rows: slice) -> Iterator[Tensor | None]:
+        def run(rows: slice) -> list[Tensor | None]:
             part, g = z[rows].requires_grad_(of_first[0]), read(grad, rows)
             with torch.enable_grad(), ctx.autocast():
                 h = ctx.run(part, weight, bias)
-            inputs = [part] * of_first[0] + weights
-            found = iter(torch.autograd.grad(h, inputs, g @ V.mT) if inputs else ())
-            for want in of_first:
-                yield next(found) if want else None
-            yield h.detach().flatten(0, -2).mT @ g.flatten(0, -2) if of_second else None
+            d_V = h.detach().flatten(0, -2).mT @ g.flatten(0, -2) if of_second else None
+            return [*gradients_of(h, part, weights, of_first, g @ V.mT), d_V]
 
         return None, None, *gradients_by_parts(run, ctx.parts, wanted)
